@@ -1,0 +1,1 @@
+"""Whole modules that are trained beside the adapters."""

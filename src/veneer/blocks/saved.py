@@ -1,0 +1,129 @@
+"""modules_to_save: a whole module trained as a copy per adapter, the original kept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..engine.holders import Keyed
+from ..engine.layer import split_rows
+from ..engine.route import BASE, Choice, Switch
+from ..errors import RouteError
+
+
+class ModulesToSaveWrapper(nn.Module):
+    """A module and its trained copies, one per adapter. With no copy active the original acts.
+
+    Attributes:
+        original_module: the module that was there, frozen.
+        modules_to_save: the trained copies by adapter.
+    """
+
+    def __init__(self, module: nn.Module, switch: Switch, name: str) -> None:
+        super().__init__()
+        self.original_module = module
+        self.modules_to_save = Keyed()
+        self.switch = switch
+        self.name = name
+        self.own: Choice | None = None
+        self.training = module.training
+
+    def attach(self, adapter: str, tied_to: nn.Module | None = None) -> None:
+        """Make the copy that `adapter` trains; `tied_to`: a trained copy whose weight this one shares."""
+        new = copy.deepcopy(self.original_module)
+        if tied_to is not None:
+            new.weight = tied_to.weight
+        self.modules_to_save[adapter] = new
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        choice = self.switch.current(self.own)
+        if choice.rows is None or not choice.enabled:
+            return self._run(list(choice.names or ()) if choice.enabled else [], args, kwargs)
+        groups: dict[str, list[int]] = {}
+        for i, name in enumerate(choice.rows):
+            groups.setdefault(name if name in self.modules_to_save else BASE, []).append(i)
+        if len(groups) == 1:
+            return self._run(list(groups), args, kwargs)
+        return split_rows(groups, choice.rows, 0, args, kwargs, self._run, self.name)
+
+    def _run(self, names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        mine = [n for n in names if n in self.modules_to_save]
+        if len(mine) > 1:
+            raise RouteError(
+                f"The adapters {mine} each have their own trained copy of {self.name!r} (modules_to_save), and only one of them can act at a time. "
+                "Activate one of them, or combine them first."
+            )
+        module = self.modules_to_save[mine[0]] if mine else self.original_module
+        return module(*args, **kwargs)
+
+    def acting(self) -> nn.Module:
+        """The copy that is active now, else the original."""
+        choice = self.own or self.switch.chosen()
+        mine = [n for n in choice.names or () if n in self.modules_to_save] if choice.enabled else []
+        return self.modules_to_save[mine[0]] if mine else self.original_module
+
+    # ---------------------------------------------------------------- the like of an adapted layer
+
+    def adapters(self) -> list[str]:
+        return list(self.modules_to_save)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return [n for n in (self.own or self.switch.chosen()).names or () if n in self.modules_to_save]
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def disable_adapters(self) -> bool:
+        return not (self.own or self.switch.chosen()).enabled
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Choose the copy for this module alone, and let it train (not in inference mode)."""
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        self.own = Choice(names, None, (self.own or self.switch.chosen()).enabled)
+        self.require_grad_only(() if inference_mode else names)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Let the copies act, or the original."""
+        self.own = Choice((self.own or self.switch.chosen()).names, None, enabled)
+
+    def require_grad_only(self, names: Sequence[str]) -> None:
+        for adapter in self.modules_to_save:
+            self.set_requires_grad(adapter, adapter in names)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let these copies get gradients, or not."""
+        for adapter in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
+            if adapter in self.modules_to_save:
+                for p in self.modules_to_save[adapter].parameters():
+                    if p.is_floating_point():
+                        p.requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Drop the copy of one adapter."""
+        self.modules_to_save._modules.pop(adapter_name, None)
+
+    def adapter_slots(self, adapter: str) -> Iterator[tuple[str, str, str, nn.Module]]:
+        """(name in the file, name in memory, key, owner) of each tensor of the adapter's copy."""
+        if adapter not in self.modules_to_save:
+            return
+        copy_ = self.modules_to_save[adapter]
+        for path, module in copy_.named_modules():
+            for key in [*module._parameters, *(b for b in module._buffers if b not in module._non_persistent_buffers_set)]:
+                if getattr(module, key) is not None:
+                    name = f"{path}.{key}" if path else key
+                    yield name, f"modules_to_save.{adapter}.{name}", key, module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "original_module" not in self._modules or name.startswith("__"):
+                raise
+            return getattr(self.acting(), name)

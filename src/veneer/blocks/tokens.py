@@ -1,0 +1,65 @@
+"""trainable_token_indices: some rows of an embedding trained beside another method's adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..engine.layer import AdaptedLayer
+
+
+class TrainableTokensWrapper(nn.Module):
+    """An embedding (or the head tied to it) some of whose rows are replaced by trained ones, per adapter.
+
+    Attributes:
+        token_adapter: the adapted layer that holds `trainable_tokens_delta` and does the work.
+    """
+
+    def __init__(self, token_adapter: AdaptedLayer) -> None:
+        super().__init__()
+        self.token_adapter = token_adapter
+        self.training = token_adapter.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.token_adapter(*args, **kwargs)
+
+    @property
+    def original_module(self) -> nn.Module:
+        return self.token_adapter.base_layer
+
+    def adapters(self) -> list[str]:
+        return self.token_adapter.adapters()
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self.token_adapter.active_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self.token_adapter.active_adapter
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self.token_adapter.disable_adapters
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Choose the trained rows for this module alone."""
+        self.token_adapter.set_adapter(adapter_names, inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Let the trained rows act, or the table's own."""
+        self.token_adapter.enable_adapters(enabled)
+
+    def adapter_slots(self, adapter: str) -> Iterator[tuple[str, str, str, nn.Module]]:
+        """None of its own: the adapted layer inside lists its tensors under its own path."""
+        return iter(())
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "token_adapter" not in self._modules or name.startswith("__"):
+                raise
+            return getattr(self.token_adapter, name)

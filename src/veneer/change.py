@@ -1,0 +1,124 @@
+"""`Change`: what a method does to a frozen weight. W' = gain ⊙ (left · W · right + add);  b' = (left b or b) + shift."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from .errors import MergeError
+from .ops import Diag, Geometry, LowRank, Op
+
+Base = Callable[[Tensor], Tensor]
+
+
+@dataclass(eq=False)
+class Change:
+    """W' = gain ⊙ (left W right + add) on the canonical weight W (n_out, n_in), and b' = left b (if left_on_bias) + shift.
+
+    `gain` (n_out,) scales the rows of the whole (DoRA), never the bias. A method that has no such form gives `base`, a dense f(W) that takes the place of W.
+    """
+
+    left: Op | None = None
+    right: Op | None = None
+    add: Op | None = None
+    shift: Tensor | None = None
+    left_on_bias: bool = False
+    base: Tensor | None = None
+    gain: Tensor | None = None
+
+    @property
+    def additive(self) -> bool:
+        """Whether W' = W + add and nothing else happens to W."""
+        return self.left is None and self.right is None and self.base is None and self.gain is None
+
+    def weight(self, w: Tensor) -> Tensor:
+        """W' in the dtype of w. Merging, the oracle of the laws, and the way for sites that cannot be split."""
+        if self.base is not None:
+            w = self.base.to(w.dtype)
+        if self.left is not None:
+            w = self.left.left(w)
+        if self.right is not None:
+            w = self.right.right(w)
+        if self.add is not None:
+            w = self._plus(w, self.add)
+        return w if self.gain is None else self.gain.to(w.dtype).unsqueeze(-1) * w
+
+    @staticmethod
+    def _plus(w: Tensor, add: Op) -> Tensor:
+        d = add.dense()
+        if d.shape != w.shape:
+            raise MergeError(
+                f"the adapter's change has shape {tuple(d.shape)}, the weight {tuple(w.shape)}: it reads input channels that a "
+                "grouped convolution of this shape does not see, so no weight of the layer holds it. Keep it unmerged."
+            )
+        return w + d.to(w.dtype)
+
+    def bias(self, b: Tensor | None) -> Tensor | None:
+        """b' in the dtype of b, or of the shift where there is no bias."""
+        if b is not None and self.left is not None and self.left_on_bias:
+            b = self.left.left(b.unsqueeze(-1)).squeeze(-1)
+        if self.shift is None:
+            return b
+        return self.shift if b is None else b + self.shift.to(b.dtype)
+
+    def rows(self, base: Base, x: Tensor, geo: Geometry) -> Tensor:
+        """The output without bias: base(x) = x Wᵀ in the geometry `geo`."""
+        if self.base is not None:
+            m = self.base.to(x.dtype) if x.is_floating_point() else self.base
+            y = geo.contract(x if self.right is None else self.right.rows(x, geo), m)
+        else:
+            y = base(x if self.right is None else self.right.rows(x, geo))
+        if self.left is not None:
+            y = self.left.rows(y, geo)
+        if self.add is not None:
+            y = self.add.add_to(y, x, geo)
+        return y if self.gain is None else Diag(self.gain).rows(y, geo)
+
+
+Stacking = Literal["sum", "chain"]
+
+
+def weight(changes: Sequence[tuple[Change, Stacking]], w: Tensor) -> Tensor:
+    """W' of several active adapters, in order. `sum`: the difference to W is added; `chain`: applied to what the ones before gave."""
+    out = w
+    for c, stacking in changes:
+        if out is w or stacking == "chain":
+            out = c.weight(out)
+        elif c.additive:
+            out = c.weight(out)
+        else:
+            out = out + (c.weight(w) - w)
+    return out
+
+
+def bias(changes: Sequence[tuple[Change, Stacking]], b: Tensor | None) -> Tensor | None:
+    """b' of several active adapters, in order."""
+    for c, _ in changes:
+        b = c.bias(b)
+    return b
+
+
+def rows(changes: Sequence[tuple[Change, Stacking]], base: Base, x: Tensor, geo: Geometry) -> Tensor:
+    """The output of several active adapters without bias; equals the site run with `weight(changes, W)`."""
+    *before, (last, stacking) = changes
+    if not before:
+        return last.rows(base, x, geo)
+    if stacking == "chain":
+        return last.rows(lambda z: rows(before, base, z, geo), x, geo)
+    y = rows(before, base, x, geo)
+    if last.additive:
+        return y if last.add is None else last.add.add_to(y, x, geo)
+    return y + (last.rows(base, x, geo) - base(x))
+
+
+def fused(changes: Sequence[tuple[Change, Stacking]]) -> tuple[LowRank, Tensor | None] | None:
+    """(low-rank part, gain or None) if the changes are one low-rank addition, with or without a gain; else None."""
+    if len(changes) != 1:
+        return None
+    c = changes[0][0]
+    if not isinstance(c.add, LowRank) or c.left is not None or c.right is not None or c.base is not None:
+        return None
+    return c.add, c.gain

@@ -1,0 +1,53 @@
+"""An adapter whose change is counted from its start, as a plain LoRA of twice the rank."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.inject import adapted_layers
+from ..errors import ConfigError
+from .save import get_peft_model_state_dict, write_adapter
+
+
+def save_expanded(model: Any, config: Any, adapter: str, folder: Path) -> None:
+    """Write s (B A - B0 A0) as s' (B | -B0) (A over A0): rank, alpha and their patterns double, so that the scaling stays.
+
+    Raises:
+        ConfigError: if the adapter has no such start, or rsLoRA with patterns makes the scaling of a layer inexpressible.
+    """
+    tensors = dict(get_peft_model_state_dict(model, adapter_name=adapter))
+    patterns = dict(config.rank_pattern or {}) or dict(config.alpha_pattern or {})
+    if config.use_rslora and patterns:
+        raise ConfigError(
+            "Passing `path_initial_model_for_weight_conversion` together with rsLoRA and rank or alpha patterns is not supported."
+        )
+    done = 0
+    for path, layer in adapted_layers(model.get_base_model()):
+        start = layer.start_factors(adapter) if adapter in layer.attached else None
+        if start is None:
+            continue
+        done += 1
+        for suffix, factor, dim, sign in (("lora_A", start[0], 0, 1.0), ("lora_B", start[1], 1, -1.0)):
+            key = f"{path}.{suffix}.weight" if f"{path}.{suffix}.weight" in tensors else f"base_model.model.{path}.{suffix}.weight"
+            now: Tensor = tensors[key]
+            tensors[key] = torch.cat([now, sign * factor.to(now)], dim)
+    if not done:
+        raise ConfigError(
+            f"init_lora_weights={config.init_lora_weights!r} does not count its change from a start, so there is nothing to convert. "
+            "Leave out path_initial_model_for_weight_conversion."
+        )
+    new = copy.copy(config)
+    new.r, new.rank_pattern = 2 * config.r, {k: 2 * v for k, v in (config.rank_pattern or {}).items()}
+    if config.use_rslora:
+        new.lora_alpha = config.lora_alpha * math.sqrt(2)
+    else:
+        new.lora_alpha, new.alpha_pattern = 2 * config.lora_alpha, {k: 2 * v for k, v in (config.alpha_pattern or {}).items()}
+    new.init_lora_weights = True
+    prefixed = {k if k.startswith("base_model.model.") else f"base_model.model.{k}": v for k, v in tensors.items()}
+    write_adapter(prefixed, new, folder)

@@ -1,0 +1,1 @@
+"""The engine: written once, against `Change`."""

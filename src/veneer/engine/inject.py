@@ -1,0 +1,545 @@
+"""Attaching adapters to a model and taking them off. Everything is made and checked first; then the model changes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, PeftWarning, hint
+from ..method import Leaf, Method
+from ..sites import ParameterSite, Site, site_for, supported
+from .holders import Attached, Holder, hold
+from .layer import AdaptedLayer, Place
+from .replicate import replicate, undo
+from .route import Switch, adapter_names, check_known, find_switch, the_switch
+from .select import Selection, select
+from .steps import watch
+from .ties import tied_to
+
+_LOW = (torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Plan:
+    """What attaching did: trained numbers per module, what was passed over and why.
+
+    Attributes:
+        modules: parameters of the adapter on each adapted module, by path.
+        saved, tokens: paths of modules trained whole, and of tables with trained rows.
+        skipped: path -> reason for what the targets could have meant and did not hit.
+        coverage: per target entry, what it hit.
+    """
+
+    modules: dict[str, int] = field(default_factory=dict)
+    saved: list[str] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    coverage: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _Staged:
+    """One layer's share, made but not yet in the model."""
+
+    path: str
+    layer: AdaptedLayer
+    attached: Attached
+    tensors: dict[str, Tensor]
+    new: bool
+
+
+def attach(
+    model: nn.Module,
+    config: Method,
+    adapter_name: str = "default",
+    *,
+    low_cpu_mem_usage: bool = False,
+    autocast_adapter_dtype: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    empty: bool = False,
+    strict: bool = True,
+    home: nn.Module | None = None,
+) -> Plan:
+    """Put a new adapter on the model, in place.
+
+    Args:
+        low_cpu_mem_usage: leave its tensors on the meta device, for a file to fill.
+        autocast_adapter_dtype: keep its tensors in float32 where the base is float16 or bfloat16.
+        state_dict: take the modules to adapt from these keys instead of the config's targets.
+        empty: do not compute start values that a file is going to replace.
+        strict: whether a target that matches nothing is an error.
+        home: the module that keeps the tensors which all layers share, for methods that have such.
+
+    Raises:
+        ConfigError, NoMatchingPeftModuleError: if the config does not fit the model; the model is as it was.
+    """
+    switch = find_switch(model)
+    first = switch is None
+    if switch is None:
+        switch = Switch([adapter_name])
+    elif adapter_name in adapter_names(model):
+        raise ConfigError(f"There is already an adapter {adapter_name!r}. Choose another name, or delete_adapter({adapter_name!r}) first.")
+    replicated = replicate(model, getattr(config, "layer_replication", None)) if first else None
+    try:
+        selection = select(model, config, supports=lambda m: _kind(m) in config.kinds, state_dict=state_dict, strict=strict)
+        options = _Options(low_cpu_mem_usage, autocast_adapter_dtype, empty)
+        staged = [_stage(m, p, config, adapter_name, switch, options, name=selection.names.get(p)) for p, m in selection.modules.items()]
+        for s in list(staged):
+            if s.layer.site.kind == "attention":
+                staged.append(_stage_out_proj(s, config, adapter_name, switch, options))
+        staged += _stage_parameters(model, selection, config, adapter_name, switch, options)
+        staged += _tie_targets(model, config, staged, adapter_name, switch, options)
+        saved = _stage_saved(model, selection, config, adapter_name, switch)
+        tokens = _stage_tokens(model, config, adapter_name, switch, options, staged)
+        shared = _stage_shared(config, staged, home, options)
+    except BaseException:
+        undo(model, replicated)
+        raise
+    # from here on nothing can fail
+    plan = Plan(skipped=dict(selection.skipped), coverage=dict(selection.coverage))
+    if first:
+        for name, p in model.named_parameters():
+            switch.frozen_before[name] = p.requires_grad
+            p.requires_grad_(False)
+    _train_biases(model, config, selection)
+    if shared is not None and home is not None:
+        hold(home, adapter_name, *shared)
+        cast(Any, home).shared[adapter_name] = shared[0]
+    places = _places(model)
+    for s in staged:
+        if s.new:
+            _put(model, places, s.layer.base_layer, s.layer, s.path)
+        s.layer.attach(adapter_name, s.attached, s.tensors)
+        plan.modules[s.path] = sum(t.numel() for t in s.tensors.values())
+    for path, wrapper, new, tie in saved:
+        if new:
+            _put(model, places, wrapper.original_module, wrapper, path)
+        wrapper.attach(adapter_name, tie.modules_to_save[adapter_name] if tie is not None else None)
+        plan.saved.append(path)
+    for s, wrap in tokens:
+        if wrap is not None:
+            _put(model, places, s.layer.base_layer, wrap, s.path.removesuffix(".token_adapter"))
+        s.layer.attach(adapter_name, s.attached, s.tensors)
+        plan.tokens.append(s.path.removesuffix(".token_adapter"))
+    if selection.resolved_targets is not None and hasattr(config, "target_modules"):
+        config.target_modules = selection.resolved_targets
+    watch(switch, adapter_name, [s.attached for s in staged] + ([shared[0]] if shared is not None else []))
+    acting = switch.chosen().names or ()
+    for _, module in adapter_modules(model):
+        module.set_requires_grad(adapter_name, adapter_name in acting and not config.inference_mode)
+    return plan
+
+
+@dataclass(frozen=True)
+class _Options:
+    meta: bool
+    autocast: bool
+    empty: bool
+
+
+def _kind(module: nn.Module) -> str | None:
+    while isinstance(module, AdaptedLayer):
+        module = module.base_layer
+    return supported(module)
+
+
+def _stage(
+    module: nn.Module,
+    path: str,
+    config: Method,
+    adapter: str,
+    switch: Switch,
+    options: _Options,
+    site: Site | None = None,
+    name: str | None = None,
+) -> _Staged:
+    """Make one layer's share of the adapter. `name`: what patterns match, the path if not given."""
+    new = not isinstance(module, AdaptedLayer) or site is not None
+    layer = cast(AdaptedLayer, module) if not new else AdaptedLayer(module, site or site_for(module), switch, path)
+    here = config.at(name or path)
+    place = Place(layer, adapter, path)
+    if place.kind not in config.kinds:
+        raise ConfigError(
+            f"{type(config).__name__} cannot adapt {path!r}: it is a {place.kind} layer, and the method takes {sorted(config.kinds)}."
+        )
+    layer.scaling[adapter] = here.scale()
+    try:
+        here.check(place)
+        attached = Attached(here, here.leaves(place), place)
+        tensors = _tensors(here, attached.leaves, place, options)
+    except BaseException:
+        if not new:
+            layer.scaling.pop(adapter, None)
+        raise
+    return _Staged(path, layer, attached, tensors, new)
+
+
+def _tensors(config: Method, leaves: Mapping[str, Leaf], place: Place, options: _Options, shared: bool = False) -> dict[str, Tensor]:
+    site, base = place.layer.site, place.module
+    like = site.codec.weight(base, site.weight_name.rpartition(".")[2])
+    dtype = site.codec.dtype(base, site.weight_name.rpartition(".")[2])
+    if options.autocast and dtype in _LOW:
+        dtype = torch.float32
+    device = torch.device("meta") if options.meta else like.device
+    out: dict[str, Tensor] = {}
+    with torch.no_grad():
+        given = (
+            {}
+            if shared or (device.type == "meta" and not options.empty)
+            else config.start(place, only_frozen=options.empty or options.meta)
+        )
+        for name, leaf in leaves.items():
+            if name in given:
+                value = given[name]
+                if tuple(value.shape) != tuple(leaf.shape):
+                    value = value.reshape(leaf.shape)
+                where = like.device if leaf.saved == "start" else device
+                out[name] = value.detach().to(device=where, dtype=leaf.dtype or dtype).contiguous().clone()
+                continue
+            made = leaf.saved is False or not (options.empty or options.meta)  # what no file brings is made whatever happens
+            where = like.device if leaf.saved is False else device
+            if leaf.saved == "start" and options.empty:
+                where = torch.device("meta")  # known to be missing until its file brings it
+            t = torch.empty(leaf.shape, device=where, dtype=leaf.dtype or dtype)
+            if made and t.device.type != "meta":
+                fresh = t if t.dtype not in _LOW else t.float()
+                leaf.init(fresh)
+                t = fresh.to(t.dtype)
+            out[name] = t
+    return out
+
+
+def _stage_shared(
+    config: Method, staged: list[_Staged], home: nn.Module | None, options: _Options
+) -> tuple[Attached, dict[str, Tensor]] | None:
+    """The tensors that all layers share, made once."""
+    places = [s.attached.place for s in staged if s.attached.place is not None]
+    for i, place in enumerate(places):
+        place.index, place.count = i, len(places)
+    leaves = config.shared(places) if places else {}
+    if not leaves:
+        return None
+    if home is None:
+        raise ConfigError(
+            f"{type(config).__name__} keeps tensors that all layers share, so it needs get_peft_model; it cannot be injected into a bare model."
+        )
+    tensors = _tensors(config, leaves, places[0], options, shared=True)
+    attached = Attached(config, leaves, None)
+    for s in staged:
+        s.attached.derived |= {name: (attached, name, False) for name in leaves}
+    return attached, tensors
+
+
+def _stage_out_proj(outer: _Staged, config: Method, adapter: str, switch: Switch, options: _Options) -> _Staged:
+    mha = outer.layer.base_layer
+    staged = _stage(
+        cast(nn.Module, mha.out_proj), f"{outer.path}.base_layer.out_proj", config, adapter, switch, options, name=f"{outer.path}.out_proj"
+    )
+    # PEFT applies the change of out_proj twice; adapters trained with it mean just that
+    staged.layer.factor = 2.0
+    return staged
+
+
+def _stage_parameters(
+    model: nn.Module, selection: Selection, config: Method, adapter: str, switch: Switch, options: _Options
+) -> list[_Staged]:
+    """target_parameters: one layer per parameter; several of one module nest, the last by name outermost."""
+    staged: list[_Staged] = []
+    wrapped: dict[str, nn.Module] = {}
+    for full in sorted(selection.parameters):
+        path, _, name = full.rpartition(".")
+        if not path:
+            raise ConfigError(f"target_parameters: {full!r} belongs to the top module, which cannot be wrapped. Put it into a submodule.")
+        module = wrapped.get(path) or model.get_submodule(path)
+        found = _parameter_layer(module, name)
+        if found is not None:
+            staged.append(_stage(found, found.name, config, adapter, switch, options, name=full))
+            continue
+        depth, inner = 0, module
+        while isinstance(inner, AdaptedLayer):
+            depth, inner = depth + 1, inner.base_layer
+        site = ParameterSite(module, "base_layer." * depth + name)
+        s = _stage(module, path, config, adapter, switch, options, site, full)
+        wrapped[path] = s.layer
+        staged.append(s)
+    # an outer wrapper pushes the ones before it inwards: their paths are read off the finished model
+    return staged
+
+
+def _parameter_layer(module: nn.Module, name: str) -> AdaptedLayer | None:
+    while isinstance(module, AdaptedLayer):
+        if module.site.kind == "parameter" and module.site.weight_name.rpartition(".")[2] == name:
+            return module
+        module = module.base_layer
+    return None
+
+
+def _tie_targets(model: nn.Module, config: Method, staged: list[_Staged], adapter: str, switch: Switch, options: _Options) -> list[_Staged]:
+    """ensure_weight_tying: a head tied to a targeted embedding takes the embedding's factors, transposed, a target itself or not."""
+    more: list[_Staged] = []
+    if not getattr(config, "ensure_weight_tying", False):
+        return more
+    by_module = {id(s.layer.get_base_layer()): s for s in staged}
+    for s in staged:
+        if s.layer.site.kind != "embedding":
+            continue
+        for path, other in tied_to(model, s.layer.get_base_layer()):
+            head = by_module.get(id(other))
+            if head is None:
+                at = path.removesuffix(".base_layer")
+                head = _stage(model.get_submodule(at), at, config, adapter, switch, options)
+                more.append(head)
+            head.attached.derived = {
+                "lora_A": (s.attached, "lora_embedding_B", True),
+                "lora_B": (s.attached, "lora_embedding_A", True),
+            }
+            head.tensors = {k: v for k, v in head.tensors.items() if k not in head.attached.derived}
+    return more
+
+
+def _stage_saved(model: nn.Module, selection: Selection, config: Method, adapter: str, switch: Switch) -> list[tuple[str, Any, bool, Any]]:
+    """Wrappers of modules_to_save: (path, wrapper, whether new, the wrapper it is tied to)."""
+    from ..blocks.saved import ModulesToSaveWrapper
+
+    out: list[tuple[str, Any, bool, Any]] = []
+    wrappers: dict[int, Any] = {}
+    todo = list(selection.to_save.items())
+    tie = getattr(config, "ensure_weight_tying", False)
+    for path, module in todo:
+        new = not isinstance(module, ModulesToSaveWrapper)
+        if isinstance(module, AdaptedLayer):
+            raise ConfigError(f"{path!r} is already adapted and cannot be trained whole (modules_to_save) as well.")
+        wrapper = ModulesToSaveWrapper(module, switch, path) if new else module
+        original = wrapper.original_module
+        shares = [w for w in wrappers.values() if tie and getattr(w.original_module, "weight", 0) is getattr(original, "weight", 1)]
+        wrappers[id(original)] = wrapper
+        out.append((path, wrapper, new, shares[0] if shares else None))
+        if tie:
+            for other_path, other in tied_to(model, cast(nn.Module, original)):
+                if all(other is not m for _, m in todo) and id(other) not in wrappers:
+                    todo.append((other_path, other))
+    return out
+
+
+def _stage_tokens(
+    model: nn.Module, config: Method, adapter: str, switch: Switch, options: _Options, staged: list[_Staged]
+) -> list[tuple[_Staged, Any]]:
+    """trainable_token_indices: (share, wrapper to put in or None) per table, tied heads included."""
+    wanted = getattr(config, "trainable_token_indices", None)
+    if not wanted:
+        return []
+    from ..blocks.tokens import TrainableTokensWrapper
+    from ..methods.trainable_tokens import TrainableTokensConfig
+
+    targets = _token_tables(model, wanted)
+    taken = {id(s.layer.get_base_layer()): s.path for s in staged}
+    out: list[tuple[_Staged, Any]] = []
+
+    def stage(path: str, module: nn.Module, indices: list[int]) -> tuple[_Staged, Any]:
+        old = module if isinstance(module, TrainableTokensWrapper) else None
+        table = old.token_adapter if old else module
+        if not old and (isinstance(module, AdaptedLayer) or id(module) in taken):
+            raise ConfigError(f"{path!r} is in target_modules and in trainable_token_indices; it can be trained in one way only.")
+        share = _stage(table, f"{path}.token_adapter", TrainableTokensConfig(token_indices=indices), adapter, switch, options)
+        return share, None if old else TrainableTokensWrapper(share.layer)
+
+    for path, (module, indices) in targets.items():
+        share, wrap = stage(path, module, indices)
+        out.append((share, wrap))
+        for other_path, other in tied_to(model, share.layer.get_base_layer()):
+            at = other_path.removesuffix(".token_adapter.base_layer")
+            if at in targets:
+                continue
+            tied, tied_wrap = stage(at, model.get_submodule(at), indices)
+            tied.attached.derived = {"trainable_tokens_delta": (share.attached, "trainable_tokens_delta", False)}
+            tied.attached.leaves = {
+                "trainable_tokens_delta": Leaf(share.attached.leaves["trainable_tokens_delta"].shape, torch.nn.init.zeros_, saved=False)
+            }
+            tied.tensors = {}
+            out.append((tied, tied_wrap))
+    return out
+
+
+def _token_tables(model: nn.Module, wanted: Any) -> dict[str, tuple[nn.Module, list[int]]]:
+    modules = {n: m for n, m in model.named_modules() if ".token_adapter" not in n}
+    if not isinstance(wanted, Mapping):
+        get = getattr(model, "get_input_embeddings", None)
+        table = get() if get is not None else None
+        name = (
+            next((n for n, m in modules.items() if m is table or getattr(m, "token_adapter", None) is table), None)
+            if table is not None
+            else None
+        )
+        if name is None:
+            name = next((n for n in modules if n.rpartition(".")[2] == "embed_tokens"), None)
+        if name is None:
+            raise ConfigError(
+                "trainable_token_indices: the model tells no input embeddings. Give a dict {module name: [indices]} instead of a list."
+            )
+        return {name: (modules[name], list(wanted))}
+    out = {}
+    for suffix, indices in wanted.items():
+        hits = [n for n in modules if n == suffix or n.endswith(f".{suffix}")]
+        if not hits:
+            raise ConfigError(
+                f"trainable_token_indices: no module is called {suffix!r}.{hint(suffix, {n.rpartition('.')[2] for n in modules})}"
+            )
+        for n in hits:
+            out[n] = (modules[n], list(indices))
+    return out
+
+
+def _train_biases(model: nn.Module, config: Method, selection: Selection) -> None:
+    mode = getattr(config, "bias", "none")
+    if mode == "none":
+        return
+    hit = {id(m.get_base_layer() if isinstance(m, AdaptedLayer) else m) for m in selection.modules.values()}
+    hit |= {id(m.out_proj) for m in selection.modules.values() if isinstance(m, nn.MultiheadAttention)}
+    for module in model.modules():
+        b = module._parameters.get("bias")
+        if b is not None and not isinstance(module, Holder) and (mode == "all" or id(module) in hit):
+            b.requires_grad_(True)
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Every (parent, name) under which a module stands in the model."""
+    out: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, child in module._modules.items():
+            if child is not None:
+                out.setdefault(id(child), []).append((module, name))
+    return out
+
+
+def _put(model: nn.Module, places: dict[int, list[tuple[nn.Module, str]]], old: nn.Module, new: nn.Module, path: str) -> None:
+    """Put `new`, which wraps `old`, wherever `old` stands."""
+    where = [(parent, name) for parent, name in places.get(id(old), []) if parent is not new]
+    for parent, name in where:
+        parent._modules[name] = new
+    places[id(new)] = where
+    places[id(old)] = []
+
+
+# -------------------------------------------------------------------- what is in a model
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+    """Every adapted layer with its path."""
+    for path, module in model.named_modules():
+        if isinstance(module, AdaptedLayer):
+            yield path, module
+
+
+def adapter_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every module that holds tensors of adapters, with its path: adapted layers and modules trained whole."""
+    from ..blocks.saved import ModulesToSaveWrapper
+
+    for path, module in model.named_modules():
+        if isinstance(module, (AdaptedLayer, ModulesToSaveWrapper)):
+            yield path, module
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """The adapters that act here and now."""
+    switch = find_switch(model)
+    return list(switch.chosen().names or ()) if switch is not None else []
+
+
+def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bool = False) -> None:
+    """Let these adapters act in this thread, and train (none in inference mode). A merged model is unmerged first, with a warning.
+
+    Raises:
+        RouteError: for a name that is not there.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    check_known(names, adapter_names(model))
+    switch = the_switch(model)
+    merged = [layer for _, layer in adapted_layers(model) if layer.merged]
+    if merged and any(set(layer.merged_adapters) != {n for n in names if n in layer.attached} for layer in merged):
+        from .merge import unmerge
+
+        warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning, stacklevel=2)
+        unmerge(model)
+    switch.set(names)
+    for _, module in adapter_modules(model):
+        module.own = None
+        module.require_grad_only(() if inference_mode else names)
+
+
+def enable(model: nn.Module, enabled: bool = True) -> None:
+    """Switch all adapters on or off. What trains stays what trained."""
+    switch = find_switch(model)
+    if switch is not None:
+        switch.enable(enabled)
+        for _, module in adapter_modules(model):
+            if module.own is not None:
+                module.enable_adapters(enabled)
+
+
+def mark_trainable(model: nn.Module, names: str | Sequence[str], requires_grad: bool = True) -> None:
+    """Let the tensors of these adapters get gradients, or not."""
+    for _, module in adapter_modules(model):
+        module.set_requires_grad(names, requires_grad)
+
+
+def detach(model: nn.Module, adapter_name: str) -> list[str]:
+    """Take one adapter off and free its tensors; returns the adapters that act now.
+
+    Raises:
+        RouteError: if there is no such adapter.
+    """
+    check_known([adapter_name], adapter_names(model))
+    switch = the_switch(model)
+    for _, module in list(adapter_modules(model)):
+        module.delete_adapter(adapter_name)
+    left = adapter_names(model)
+    names = [n for n in switch.chosen().names or () if n != adapter_name] or left[:1]
+    switch.set(names)
+    for _, module in adapter_modules(model):
+        if module.own is not None:
+            module.own = None
+    return names
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Take all adapters and wrappers off; merged layers get their frozen weights back, and what trained before trains again."""
+    from ..blocks.saved import ModulesToSaveWrapper
+    from ..blocks.tokens import TrainableTokensWrapper
+    from .merge import unmerge
+
+    unmerge(model)
+    return unwrap(model, lambda m: m.original_module if isinstance(m, (ModulesToSaveWrapper, TrainableTokensWrapper)) else m.base_layer)
+
+
+def unwrap(model: nn.Module, inner: Any) -> nn.Module:
+    """Put `inner(wrapper)` in the place of every wrapper and restore requires_grad."""
+    from ..blocks.saved import ModulesToSaveWrapper
+    from ..blocks.tokens import TrainableTokensWrapper
+
+    wrappers = (AdaptedLayer, ModulesToSaveWrapper, TrainableTokensWrapper)
+    switch = find_switch(model)
+
+    def bare(module: nn.Module) -> nn.Module:
+        while isinstance(module, wrappers):
+            module = inner(module)
+        return module
+
+    top = bare(model)
+    for module in list(top.modules()):
+        for name, child in list(module._modules.items()):
+            if isinstance(child, wrappers):
+                module._modules[name] = new = bare(child)
+                for m in list(new.modules()):
+                    for n, c in list(m._modules.items()):
+                        if isinstance(c, wrappers):
+                            m._modules[n] = bare(c)
+    if switch is not None:
+        for name, p in top.named_parameters():
+            if name in switch.frozen_before:
+                p.requires_grad_(switch.frozen_before[name])
+    return top

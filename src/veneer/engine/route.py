@@ -1,0 +1,181 @@
+"""Which adapters act in a call. The choice travels with the call and its thread, never as state of the layers.
+
+From the strongest: a choice made for a block of code (`using`, `mixed`, `disabled`), a choice made for one layer, the last `set_adapter` of this
+thread, the last `set_adapter` of any thread.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import RouteError, hint
+from .steps import Watched, enlist
+
+BASE = "__base__"  # in a mixed batch: this row takes no adapter
+_tokens = itertools.count()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`names`: the adapters that act, in order;  `rows`: instead, one name per row of the batch;  `enabled`: False for none at all."""
+
+    names: tuple[str, ...] | None = None
+    rows: tuple[str, ...] | None = None
+    enabled: bool = True
+
+
+class Switch:
+    """What all adapted layers of one model share: which adapters act by default."""
+
+    def __init__(self, names: Sequence[str] = (), enabled: bool = True) -> None:
+        self.token = next(_tokens)
+        self.default = Choice(tuple(names), None, enabled)
+        self.trained: Choice | None = None  # of the last forward with gradients: for recomputation in another thread
+        self.frozen_before: dict[str, bool] = {}  # requires_grad of the base's parameters before the first adapter
+        self.watched: dict[str, Watched] = {}  # adapters whose methods act when an optimizer steps
+        self.untied: list[Any] = []  # configs whose tie_word_embeddings a merge has set False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "token"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.token = next(_tokens)  # a copy of a model has choices of its own
+        if self.watched:
+            enlist(self)
+
+    def set(self, names: Sequence[str]) -> None:
+        """Make `names` act from now on in this thread, and in threads that have made no choice."""
+        self.default = replace(self.default, names=tuple(names))
+        _thread.set({**_thread.get(), self.token: self.default})
+        _mirror(self)
+
+    def enable(self, enabled: bool) -> None:
+        """Switch all adapters on or off from now on in this thread, and in threads that have made no choice."""
+        self.default = replace(self.default, enabled=enabled)
+        mine = _thread.get().get(self.token)
+        if mine is not None:
+            _thread.set({**_thread.get(), self.token: replace(mine, enabled=enabled)})
+        _mirror(self)
+
+    def chosen(self) -> Choice:
+        """The choice that holds here and now, single layers' own aside."""
+        return _call.get().get(self.token) or _thread.get().get(self.token) or self.default
+
+    def in_block(self) -> bool:
+        """Whether a block (`using` and the like) decides here."""
+        return self.token in _call.get()
+
+    def current(self, own: Choice | None) -> Choice:
+        """The choice for a layer that is being run; `own`: what was set on that layer alone."""
+        if torch.compiler.is_compiling():
+            choice, block = _local.mirror.get(self.token, (self.default, False))
+            return choice if own is None or block else own
+        if torch._C._current_graph_task_id() != -1:  # recomputation in a backward: as in the forward, whatever holds now
+            last = _local.last.get(self.token) or self.trained or self.default
+            return last
+        block_choice = _call.get().get(self.token)
+        choice = block_choice or own or _thread.get().get(self.token) or self.default
+        _local.last[self.token] = choice
+        if torch.is_grad_enabled():
+            self.trained = choice
+        return choice
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.last: dict[int, Choice] = {}
+        self.mirror: dict[int, tuple[Choice, bool]] = {}  # compiled code cannot read context variables
+
+
+_empty: Mapping[int, Choice] = {}
+_call: ContextVar[Mapping[int, Choice]] = ContextVar("veneer_call", default=_empty)
+_thread: ContextVar[Mapping[int, Choice]] = ContextVar("veneer_thread", default=_empty)
+_local = _Local()
+
+
+def _mirror(switch: Switch) -> None:
+    _local.mirror[switch.token] = (switch.chosen(), switch.in_block())
+
+
+@contextmanager
+def choosing(switch: Switch, choice: Choice) -> Iterator[None]:
+    """Let `choice` hold for the code inside, in this thread (and asyncio task) only."""
+    reset = _call.set({**_call.get(), switch.token: choice})
+    _mirror(switch)
+    try:
+        yield
+    finally:
+        _call.reset(reset)
+        _mirror(switch)
+
+
+def find_switch(model: nn.Module) -> Switch | None:
+    """What the model's adapted layers share, or None if it has none."""
+    return next((s for m in model.modules() if isinstance(s := m.__dict__.get("switch"), Switch)), None)
+
+
+def the_switch(model: nn.Module) -> Switch:
+    """The same, an error if there are no adapters."""
+    switch = find_switch(model)
+    if switch is None:
+        raise RouteError("The model has no adapters. Attach one with get_peft_model or inject_adapter_in_model.")
+    return switch
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of all adapters, in the order in which the layers list them."""
+    holders = (m for m in model.modules() if isinstance(m.__dict__.get("switch"), Switch))
+    return list(dict.fromkeys(a for m in holders for a in m.adapters()))  # type: ignore[operator]
+
+
+def check_known(names: Iterable[str], known: Sequence[str]) -> None:
+    """Raise RouteError for a name that no adapter has."""
+    for n in names:
+        if n not in known:
+            raise RouteError(f"There is no adapter {n!r}; the model has {sorted(known)}.{hint(n, known)}")
+
+
+@contextmanager
+def using(model: nn.Module, names: str | Sequence[str]) -> Iterator[None]:
+    """Let these adapters act for the code inside, in this thread only; nothing of the model changes.
+
+    Raises:
+        RouteError: for a name that is not there.
+    """
+    chosen = (names,) if isinstance(names, str) else tuple(names)
+    check_known(chosen, adapter_names(model))
+    with choosing(the_switch(model), Choice(chosen)):
+        yield
+
+
+@contextmanager
+def mixed(model: nn.Module, rows: Sequence[str]) -> Iterator[None]:
+    """Let each row of the batch have the adapter named for it, `"__base__"` for none, for the code inside.
+
+    Raises:
+        RouteError: for a name that is not there, before anything runs.
+    """
+    check_known([r for r in dict.fromkeys(rows) if r != BASE], adapter_names(model))
+    with choosing(the_switch(model), Choice(None, tuple(rows))):
+        yield
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Let no adapter act for the code inside, in this thread only. What trains, and what is merged, stays so."""
+    switch = find_switch(model)
+    if switch is None:
+        yield
+        return
+    with choosing(switch, replace(switch.chosen(), enabled=False)):
+        yield

@@ -1,0 +1,51 @@
+"""Run a module with some of its tensors replaced for this one call, without touching the module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def call_with(module: nn.Module, tensors: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], **attributes: Any) -> Any:
+    """`module(*args, **kwargs)` with parameters, buffers or attributes replaced.
+
+    A shallow copy is called, so other threads that run the same module never see the replacement (`torch.func.functional_call` swaps in
+    place); while compiling, where copies cannot be traced, functional_call it is.
+
+    Args:
+        tensors: by dotted name inside the module; a value may be any object that stands for a tensor, or None.
+        attributes: plain attributes of the module itself, such as `groups=1`.
+    """
+    if torch.compiler.is_compiling() and not attributes and all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        return torch.func.functional_call(module, dict(tensors), args, dict(kwargs))
+    return _replaced(module, tensors, attributes)(*args, **kwargs)
+
+
+def _replaced(module: nn.Module, tensors: Mapping[str, Any], attributes: Mapping[str, Any]) -> nn.Module:
+    copy: nn.Module = object.__new__(type(module))
+    state = dict(module.__dict__)
+    state["_parameters"], state["_modules"] = dict(module._parameters), dict(module._modules)
+    state["_buffers"] = dict(module._buffers)
+    bound: Any = state.get("forward")
+    if getattr(bound, "__self__", None) is module:
+        # an instance's own forward (some wrappers put one there) would run on the original
+        state["forward"] = bound.__func__.__get__(copy)
+    copy.__dict__ = state
+    inner: dict[str, dict[str, Any]] = {}
+    for name, value in tensors.items():
+        head, dot, tail = name.partition(".")
+        if dot:
+            inner.setdefault(head, {})[tail] = value
+        else:
+            for store in (state["_parameters"], state["_buffers"]):
+                store.pop(name, None)
+            state[name] = value
+    for head, rest in inner.items():
+        child = state["_modules"][head]
+        assert child is not None
+        state["_modules"][head] = _replaced(child, rest, {})
+    state.update(attributes)
+    return copy

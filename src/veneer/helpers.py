@@ -1,0 +1,100 @@
+"""Small public helpers around a PeftModel, under PEFT's names."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import PeftConfig
+from .engine.inject import adapted_layers
+
+
+def _take_over(model: Any, name: str) -> None:
+    """Give a method of the PeftModel the signature, annotations and docstring of the user's model's own."""
+    own, base = getattr(model, name), getattr(model.get_base_model(), name)
+
+    @functools.wraps(own)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(type(self), name)(self, *args, **kwargs)
+
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    signature = inspect.signature(base)
+    method.__signature__ = signature.replace(parameters=[first, *signature.parameters.values()])  # type: ignore[attr-defined]
+    method.__doc__ = base.__doc__
+    method.__annotations__ = dict(getattr(base, "__annotations__", {}))
+    setattr(model, name, types.MethodType(method, model))
+
+
+def update_forward_signature(model: nn.Module) -> None:
+    """Show the user's model's forward signature on the PeftModel."""
+    _take_over(model, "forward")
+
+
+def update_generate_signature(model: nn.Module) -> None:
+    """Show the user's model's generate signature on the PeftModel."""
+    _take_over(model, "generate")
+
+
+def update_signature(model: nn.Module, method: str = "all") -> None:
+    """Show the user's model's signatures: "forward", "generate" or "all".
+
+    Raises:
+        ValueError: for another method.
+    """
+    if method not in ("forward", "generate", "all"):
+        raise ValueError(f"method {method} is not supported please choose one of ['forward', 'generate', 'all']")
+    for name in ("forward", "generate") if method == "all" else (method,):
+        _take_over(model, name)
+
+
+def check_if_peft_model(model_name_or_path: str) -> bool:
+    """Whether a folder or Hub name holds an adapter's config."""
+    try:
+        PeftConfig.from_pretrained(model_name_or_path)
+    except Exception:  # whatever is wrong with it: it is none
+        return False
+    return True
+
+
+@contextmanager
+def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
+    """Multiply the scaling of all adapters for the code inside.
+
+    Raises:
+        TypeError: if the multiplier is no number.  ValueError: if the model has no adapted layers.
+    """
+    if not isinstance(multiplier, (float, int)):
+        raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
+    layers = [layer for _, layer in adapted_layers(model)]
+    if not layers:
+        raise ValueError("scaling is only supported for models with `LoraLayer`s")
+    before = [dict(layer.scaling) for layer in layers]
+    for layer in layers:
+        layer.scaling = {k: v * multiplier for k, v in layer.scaling.items()}
+    try:
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling = scaling
+
+
+@contextmanager
+def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """Nothing to switch off: veneer never casts a layer's input. Kept for code that asks for it."""
+    yield
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep what trains in float32 and turn everything frozen into `dtype` (float16 or bfloat16)."""
+    for p in model.parameters():
+        if not p.requires_grad:
+            p.data = p.to(dtype)
+        elif p.dtype in (torch.float16, torch.bfloat16):
+            p.data = p.to(torch.float32)

@@ -1,0 +1,1 @@
+"""The hand-written autograd functions, and the readable versions that each must equal."""

@@ -1,0 +1,24 @@
+"""The readable versions: what the fused functions must equal, in value and in every gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def lowrank_linear(
+    x: Tensor, w: Tensor, b: Tensor | None, a: Tensor, up: Tensor, scale: float, *, dropout: float = 0.0, gain: Tensor | None = None
+) -> Tensor:
+    """y = gain ⊙ (x Wᵀ + scale · (drop(x) Aᵀ) Bᵀ) + b, by ordinary autograd."""
+    dropped = F.dropout(x, dropout) if dropout > 0 else x
+    y = F.linear(x, w.detach()) + scale * F.linear(F.linear(dropped, a.to(x.dtype)), up.to(x.dtype))
+    if gain is not None:
+        y = y * gain.to(y.dtype)
+    return y if b is None else y + b.to(y.dtype)
+
+
+def row_norm_sq(w: Tensor, a: Tensor, up: Tensor, scale: float) -> Tensor:
+    """‖w_i + scale · b_i A‖² row by row, with B A formed."""
+    wide = torch.float64 if w.dtype == torch.float64 else torch.float32
+    return (w.to(wide) + scale * (up.to(wide) @ a.to(wide))).square().sum(1)

@@ -1,0 +1,209 @@
+"""The plug-in contract: a method is a config dataclass with its mathematics.
+
+A method file states its hyper-parameters as dataclass fields, the tensors it needs per adapted layer (`leaves`) and how they change the
+frozen weight (`change`). Everything else (injection, training, merging, saving, mixed batches) is the engine's and comes for free.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from .config import PeftConfig
+from .errors import ConfigError, hint
+from .types import PeftType
+
+if TYPE_CHECKING:
+    from .change import Change
+    from .engine.layer import Place
+
+T = TypeVar("T")
+Init = Callable[[Tensor], object]
+
+
+@dataclass(eq=False)
+class Leaf:
+    """One small tensor that a method keeps per adapted layer and adapter.
+
+    Args:
+        shape: its shape.
+        init: fills a freshly allocated tensor in place with start values (may be overridden by `Method.start`).
+        container: the layer's attribute that holds it for every adapter; the leaf's own name if not given.
+        attr: `"weight"`, `"bias"`: in memory it is `<container>.<adapter>.<attr>`; None: `<container>.<adapter>`.
+        on_disk: what follows the layer's path in the file; `<container>[.<attr>]` if not given.
+        trainable: whether it is a parameter that gets gradients; otherwise a frozen tensor.
+        dtype: its dtype where that is not the adapter's, such as for indices.
+        saved: True: in the adapter file; "start": in the sidecar of start values; False: never (it can be rebuilt).
+    """
+
+    shape: tuple[int, ...]
+    init: Init
+    container: str | None = None
+    attr: str | None = None
+    on_disk: str | None = None
+    trainable: bool = True
+    saved: bool | Literal["start"] = True
+    dtype: torch.dtype | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "init": _made}  # the tensor has been made; a start may be any local function
+
+
+def _made(t: Tensor) -> Tensor:
+    return t
+
+
+METHODS: dict[str, type[Method]] = {}
+
+
+@dataclass
+class Method(PeftConfig):
+    """Base of every weight-space method. Abstract: `leaves` and `change` must be given.
+
+    Class attributes:
+        prefix: what the names of its tensors start with, such as `lora_`.
+        kinds: the kinds of site it adapts: `linear`, `embedding`, `conv`, `attention`, `parameter`.
+        stacking: how several active adapters act together: `"sum"` adds their differences to the frozen weight, `"chain"` applies one
+            after another.
+    """
+
+    prefix: ClassVar[str] = ""
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+    stacking: ClassVar[Literal["sum", "chain"]] = "chain"
+
+    def __init_subclass__(cls, peft_type: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if peft_type is not None:
+            METHODS[peft_type] = cls
+            cls._peft_type_name = peft_type
+
+    _peft_type_name: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self)._peft_type_name
+        self.peft_type = PeftType(name) if name in PeftType.__members__ else name  # type: ignore[assignment]
+        for field in ("target_modules", "exclude_modules"):
+            value = getattr(self, field, None)
+            if isinstance(value, (list, tuple)):
+                setattr(self, field, set(value))
+
+    def leaves(self, site: Place) -> Mapping[str, Leaf]:
+        """The tensors this method keeps at `site`, by name."""
+        raise NotImplementedError(f"{type(self).__name__} has to define `leaves(site)`")
+
+    def change(self, p: Any, site: Place) -> Change:
+        """How the tensors `p` (by attribute) change the frozen weight at `site`. Pure: no state, no side effects."""
+        raise NotImplementedError(f"{type(self).__name__} has to define `change(p, site)`")
+
+    def start(self, site: Place, *, only_frozen: bool = False) -> Mapping[str, Tensor]:
+        """Start values that depend on the frozen weight, by leaf name; `only_frozen` when a file brings the trained ones."""
+        return {}
+
+    def shared(self, sites: Sequence[Place]) -> Mapping[str, Leaf]:
+        """Tensors that all adapted layers of one adapter share; `change` gets them among `p`. They belong to the model, not to a layer."""
+        return {}
+
+    def before_step(self, sites: Sequence[Place], step: int) -> None:
+        """Act when an optimizer is about to step (gradients are there): project them, measure importance. `step` counts from 0."""
+
+    def after_step(self, sites: Sequence[Place], step: int) -> None:
+        """Act when an optimizer has stepped (gradients are still there): follow a schedule. `step` counts from 1."""
+
+    def penalty(self, p: Any, site: Any) -> Tensor | None:
+        """A term whose gradient is added to that of the loss, per adapted layer."""
+        return None
+
+    def check_saving(self, step: int) -> None:
+        """Raise SaveError if what would be saved is not what the method promises, such as a schedule that never advanced."""
+
+    def scale(self) -> float:
+        """The nominal scaling of the change; `site.scaling` is its present value."""
+        return 1.0
+
+    def at(self, name: str) -> Method:
+        """This config as it holds for the module called `name` (rank patterns and the like)."""
+        return self
+
+    def check(self, site: Place) -> None:
+        """Raise ConfigError if an option cannot act at `site`."""
+
+    def dropout(self) -> float:
+        """The probability with which entries of the input are dropped before the additive part, in training."""
+        return 0.0
+
+
+@functools.lru_cache(maxsize=65536)
+def ending(key: str) -> re.Pattern[str]:
+    """What a key of a pattern table means: a regular expression for the end of a module's name, at a dot."""
+    return re.compile(rf"(.*\.)?({key})$")
+
+
+def by_pattern(table: Mapping[str, T] | None, name: str, default: T) -> T:
+    """The value for a module in a `rank_pattern` or `alpha_pattern`: that of the first key that its name ends with.
+
+    Args:
+        table: key (a regular expression) -> value.
+        name: the module's name, or the parameter's for target_parameters.
+        default: where no key fits.
+    """
+    return next((value for key, value in (table or {}).items() if ending(key).match(name)), default)
+
+
+def config_class(peft_type: str) -> type[PeftConfig]:
+    """The config class of a PEFT type such as `"LORA"`, from veneer or registered by the user.
+
+    Raises:
+        ConfigError: if no method of that name exists; names the nearest ones.
+    """
+    name = str(getattr(peft_type, "value", peft_type)).upper()
+    if name not in METHODS:
+        load_methods()
+    if name not in METHODS:
+        raise ConfigError(f"Unknown peft_type {peft_type!r}. Known ones: {', '.join(sorted(METHODS))}.{hint(name, METHODS)}")
+    return METHODS[name]
+
+
+def load_methods() -> Mapping[str, type[Method]]:
+    """Import every file of `veneer.methods`; returns the registry."""
+    from . import methods
+
+    for info in pkgutil.iter_modules(methods.__path__):
+        importlib.import_module(f"{methods.__name__}.{info.name}")
+    return METHODS
+
+
+@dataclass
+class Targeted(Method):
+    """Base of methods that take PEFT's usual fields for choosing layers.
+
+    Args:
+        target_modules, exclude_modules, layers_to_transform, layers_pattern: which modules; see `veneer.engine.select`.
+        modules_to_save: modules trained whole beside the adapters.
+        bias: which biases train: "none", "all", "<method>_only".
+        fan_in_fan_out: kept for PEFT's files; the layer itself tells how it stores its weight.
+        init_weights: whether the adapter starts as PEFT starts it.
+    """
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    bias: str = "none"
+    fan_in_fan_out: bool = False
+    init_weights: Any = True
+
+    def to_dict(self) -> dict[str, Any]:
+        # not every config of PEFT has all of these: at their defaults they are left out, so that PEFT reads our files without a word
+        # (PEFT's own fields of each class are there even so where the method defines them itself)
+        common = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "bias": "none", "fan_in_fan_out": False}
+        return {k: v for k, v in super().to_dict().items() if k not in common or v != common[k]}

@@ -1,0 +1,53 @@
+"""DeLoRA: a low-rank change of bounded strength, its angle and its size learned apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..change import Change
+from ..method import Leaf, Targeted, by_pattern
+from ..ops import LowRank
+
+
+@dataclass
+class DeloraConfig(Targeted, peft_type="DELORA"):
+    """W' = W + B diag(λ / (r ‖B_j‖ ‖A_j‖)) A ⊙ w,  w the column norms of W when the adapter was made.   Bini et al. 2025, arXiv:2503.18225."""
+
+    r: int = 8
+    delora_lambda: int = 15
+    module_dropout: float = 0.0
+    rank_pattern: dict[str, int] | None = field(default_factory=dict)
+    lambda_pattern: dict[str, int] | None = field(default_factory=dict)
+
+    prefix: ClassVar[str] = "delora_"
+    stacking: ClassVar[Any] = "sum"
+
+    def at(self, name: str) -> DeloraConfig:
+        strength = by_pattern(self.lambda_pattern, name, self.delora_lambda)
+        return dataclasses.replace(self, r=by_pattern(self.rank_pattern, name, self.r), delora_lambda=strength)
+
+    def leaves(self, site: Any) -> Mapping[str, Leaf]:
+        return {
+            "delora_A": Leaf((self.r, site.n_in), _kaiming),
+            "delora_B": Leaf((site.n_out, self.r), nn.init.zeros_ if self.init_weights else _kaiming),
+            "delora_lambda": Leaf((1,), lambda t: nn.init.constant_(t, self.delora_lambda)),
+            "delora_w_norm": Leaf((site.n_in,), nn.init.ones_, trainable=False),
+        }
+
+    def start(self, site: Any, *, only_frozen: bool = False) -> Mapping[str, Tensor]:
+        return {} if only_frozen else {"delora_w_norm": site.weight().float().norm(dim=0)}
+
+    def change(self, p: Any, site: Any) -> Change:
+        a, b = p.delora_A, p.delora_B
+        length = a.norm(dim=1).clamp_min(1e-4) * b.norm(dim=0).clamp_min(1e-4)
+        return Change(add=LowRank(b * (p.delora_lambda / (self.r * length)), a * p.delora_w_norm))
+
+
+def _kaiming(t: Tensor) -> Tensor:
+    return nn.init.kaiming_uniform_(t, a=math.sqrt(5))

@@ -1,0 +1,51 @@
+"""FourierFT: a few trained coefficients of the change's two-dimensional spectrum."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..change import Change
+from ..method import Leaf, Targeted
+from ..ops import Dense
+
+
+@dataclass
+class FourierFTConfig(Targeted, peft_type="FOURIERFT"):
+    """W' = W + scaling · Re(ifft2(S)),  S (n_out, n_in) zero but for `n_frequency` trained entries at seeded places.   Gao et al. 2024, arXiv:2405.03003."""
+
+    n_frequency: int = 1000
+    scaling: float = 150.0
+    random_loc_seed: int | None = 777
+    n_frequency_pattern: dict[str, int] | None = field(default_factory=dict)
+    init_weights: bool = False  # PEFT's meaning: True starts at zero
+
+    prefix: ClassVar[str] = "fourierft_"
+    stacking: ClassVar[Any] = "sum"
+
+    def at(self, name: str) -> FourierFTConfig:
+        for key, n in (self.n_frequency_pattern or {}).items():
+            if re.match(rf".*\.{key}$", name) or name == key:
+                return dataclasses.replace(self, n_frequency=n)
+        return self
+
+    def leaves(self, site: Any) -> Mapping[str, Leaf]:
+        return {"fourierft_spectrum": Leaf((self.n_frequency,), nn.init.zeros_ if self.init_weights else nn.init.normal_)}
+
+    def change(self, p: Any, site: Any) -> Change:
+        at = places(site.n_out, site.n_in, self.n_frequency, self.random_loc_seed, p.fourierft_spectrum.device)
+        values: Tensor = p.fourierft_spectrum
+        spectrum = values.new_zeros(site.n_out * site.n_in).index_put((at,), values).view(site.n_out, site.n_in)
+        return Change(add=Dense(torch.fft.ifft2(spectrum.float()).real.to(values.dtype) * self.scaling))
+
+
+def places(n_out: int, n_in: int, count: int, seed: int | None, device: torch.device) -> Tensor:
+    """Which entries of the flattened matrix are trained: a seeded choice that no file stores."""
+    generator = torch.Generator().manual_seed(seed) if seed is not None else None
+    return torch.randperm(n_out * n_in, generator=generator)[:count].to(device)

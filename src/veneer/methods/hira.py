@@ -1,0 +1,50 @@
+"""HiRA: a low-rank matrix modulates the frozen weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..change import Change
+from ..method import Leaf, Targeted, by_pattern
+from ..ops import Dense
+
+
+@dataclass
+class HiraConfig(Targeted, peft_type="HIRA"):
+    """W' = W + W ⊙ (B A).   A Kaiming-uniform, B zeros; an embedding's A zeros, B normal.   Huang et al. 2025, openreview TwJrTz9cRS."""
+
+    r: int = 32
+    hira_dropout: float = 0.0
+    rank_pattern: dict[str, int] | None = field(default_factory=dict)
+
+    prefix: ClassVar[str] = "hira_"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv"})
+    stacking: ClassVar[Any] = "sum"
+
+    def at(self, name: str) -> HiraConfig:
+        return dataclasses.replace(self, r=by_pattern(self.rank_pattern, name, self.r))
+
+    def leaves(self, site: Any) -> Mapping[str, Leaf]:
+        zero = nn.init.zeros_ if self.init_weights is not False else _kaiming
+        a, b = (self.r, site.n_in), (site.n_out, self.r)
+        if site.kind == "embedding":
+            return {"hira_embedding_A": Leaf(a, zero), "hira_embedding_B": Leaf(b, nn.init.normal_)}
+        if site.kind == "conv":
+            a, b = (self.r, site.n_in // math.prod(site.kernel), *site.kernel), (*b, *(1,) * len(site.kernel))
+        first = (lambda t: nn.init.normal_(t, std=1 / self.r)) if self.init_weights == "gaussian" else _kaiming
+        return {"hira_A": Leaf(a, first), "hira_B": Leaf(b, zero)}
+
+    def change(self, p: Any, site: Any) -> Change:
+        a, b = (p.hira_embedding_A, p.hira_embedding_B) if site.kind == "embedding" else (p.hira_A.flatten(1), p.hira_B.flatten(1))
+        d: Tensor = b @ a
+        return Change(add=Dense(site.weight().to(d.dtype) * d))
+
+
+def _kaiming(t: Tensor) -> Tensor:
+    return nn.init.kaiming_uniform_(t, a=math.sqrt(5))

@@ -1,0 +1,60 @@
+"""(IA)³: learned scaling of a layer's outputs, or of its inputs in feed-forward layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ..change import Change
+from ..errors import ConfigError
+from ..method import Leaf, Targeted
+from ..ops import Diag
+
+
+@dataclass
+class IA3Config(Targeted, peft_type="IA3"):
+    """y ← l ⊙ y, bias included;  in feed-forward modules x ← l ⊙ x.   l starts as ones.   Liu et al. 2022, arXiv:2205.05638."""
+
+    feedforward_modules: list[str] | str | None = None
+    init_ia3_weights: bool = True
+
+    prefix: ClassVar[str] = "ia3_"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.feedforward_modules, (list, tuple)):
+            self.feedforward_modules = set(self.feedforward_modules)  # type: ignore[assignment]
+        both = self.feedforward_modules, self.target_modules
+        if all(isinstance(b, set) for b in both) and not set(both[0] or ()) <= set(both[1] or ()):
+            raise ConfigError("`feedforward_modules` should be a subset of `target_modules`.")
+
+    def _feedforward(self, name: str) -> bool:
+        spec = self.feedforward_modules or ()
+        if isinstance(spec, str):
+            return bool(re.fullmatch(spec, name))
+        return any(name == s or name.endswith(f".{s}") for s in spec)
+
+    def leaves(self, site: Any) -> Mapping[str, Leaf]:
+        inputs = self._feedforward(site.name)
+        if site.kind == "conv":
+            shape: tuple[int, ...] = (1, site.channels if inputs else site.n_out, *(1,) * len(site.kernel))
+        else:
+            shape = (1, site.n_in) if inputs else (site.n_out, 1)
+        return {"ia3_l": Leaf(shape, nn.init.ones_ if self.init_ia3_weights else nn.init.normal_)}
+
+    def change(self, p: Any, site: Any) -> Change:
+        scale = p.ia3_l.flatten()
+        if not self._feedforward(site.name):
+            return Change(left=Diag(scale), left_on_bias=True)
+        if site.kind != "conv":
+            return Change(right=Diag(scale))
+        taps = site.n_in * site.groups // site.channels
+        if site.groups == 1:
+            return Change(right=Diag(scale.repeat_interleave(taps)))
+        per_group = scale.repeat_interleave(taps).view(site.groups, -1).repeat_interleave(site.n_out // site.groups, 0)
+        return Change(base=site.weight() * per_group)

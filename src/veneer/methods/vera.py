@@ -1,0 +1,65 @@
+"""VeRA: shared random projections, scaled by trained vectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..change import Change
+from ..method import Leaf, Targeted
+from ..ops import LowRank
+
+
+@dataclass
+class VeraConfig(Targeted, peft_type="VERA"):
+    """W' = W + diag(b) B diag(d) A.
+
+    A (r, widest n_in) and B (widest n_out, r) are random, frozen, shared by all layers and cut to each; b starts as zeros, d as `d_initial`.
+    Kopiczko et al. 2023, arXiv:2310.11454.
+    """
+
+    r: int = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+
+    prefix: ClassVar[str] = "vera_"
+    stacking: ClassVar[Any] = "sum"
+
+    def dropout(self) -> float:
+        return self.vera_dropout
+
+    def shared(self, sites: Sequence[Any]) -> Mapping[str, Leaf]:
+        generator = torch.Generator().manual_seed(self.projection_prng_key)
+        shapes = {"vera_A": (self.r, max(s.n_in for s in sites)), "vera_B": (max(s.n_out for s in sites), self.r)}
+        return {
+            n: Leaf(shape, seeded(kaiming(shape, generator)), trainable=False, saved=self.save_projection) for n, shape in shapes.items()
+        }
+
+    def leaves(self, site: Any) -> Mapping[str, Leaf]:
+        return {
+            "vera_lambda_b": Leaf((site.n_out,), nn.init.zeros_ if self.init_weights else nn.init.normal_),
+            "vera_lambda_d": Leaf((self.r,), lambda t: t.fill_(self.d_initial)),
+        }
+
+    def change(self, p: Any, site: Any) -> Change:
+        up = p.vera_lambda_b.unsqueeze(1) * p.vera_B[: site.n_out].to(p.vera_lambda_b.dtype)
+        down = p.vera_lambda_d.unsqueeze(1) * p.vera_A[:, : site.n_in].to(p.vera_lambda_d.dtype)
+        return Change(add=LowRank(up, down, 1.0, site.dropout))
+
+
+def kaiming(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Kaiming-uniform values from a generator, as PEFT draws them."""
+    bound = math.sqrt(2) * math.sqrt(3 / math.prod(shape[1:]))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def seeded(values: Tensor) -> Any:
+    """A start that copies values drawn beforehand."""
+    return lambda t: t.copy_(values)

@@ -1,0 +1,12 @@
+"""Structured matrices: what the parts of a change are made of."""
+
+from .base import Geometry, Op, Rows
+from .dense import Dense, Sum
+from .diag import Diag
+from .lowrank import LowRank
+from .rotations import BlockDiag, Pairs, Permuted, Product, Reflections
+from .rows import ReplaceRows
+
+__all__ = [
+    "BlockDiag", "Dense", "Diag", "Geometry", "LowRank", "Op", "Pairs", "Permuted", "Product", "Reflections", "ReplaceRows", "Rows", "Sum",
+]  # fmt: skip

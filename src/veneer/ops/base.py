@@ -1,0 +1,75 @@
+"""The contract of a structured matrix, and of the geometry it is applied in."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Geometry(Protocol):
+    """How a site turns its input into features: plain rows, sliding windows (convolution) or looked-up rows (embedding)."""
+
+    def contract(self, x: Tensor, m: Tensor) -> Tensor:
+        """x Mᵀ with M (m, n_in); the m features stand where the site has its output features."""
+
+    def mix(self, h: Tensor, n: Tensor) -> Tensor:
+        """N h on the feature axis of an output-like tensor, N (n_out, m)."""
+
+    def last(self, y: Tensor) -> Tensor:
+        """A view of an output-like tensor with the features last; `unlast` undoes it."""
+
+    def unlast(self, y: Tensor) -> Tensor: ...
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        """Input dropout with probability p, scaled by 1 / (1 - p)."""
+
+
+class Rows:
+    """The plain geometry: x (..., n_in)."""
+
+    def contract(self, x: Tensor, m: Tensor) -> Tensor:
+        return F.linear(x, m)
+
+    def mix(self, h: Tensor, n: Tensor) -> Tensor:
+        return F.linear(h, n)
+
+    def last(self, y: Tensor) -> Tensor:
+        return y
+
+    def unlast(self, y: Tensor) -> Tensor:
+        return y
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        return F.dropout(x, p)
+
+
+class Op(ABC):
+    """A structured matrix M (n_out, n_in). Law: `rows(x, Rows()) == x @ dense().T`.
+
+    Subclasses are final. Their tensors stay in the dtype they were given; `rows` computes in the input's.
+    """
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """M itself, in the dtype of its tensors."""
+
+    def rows(self, x: Tensor, geo: Geometry) -> Tensor:
+        """x Mᵀ in the geometry `geo`, computed in the dtype of x where x is floating."""
+        m = self.dense()
+        return geo.contract(x, m.to(x.dtype) if x.is_floating_point() else m)
+
+    def add_to(self, y: Tensor, x: Tensor, geo: Geometry) -> Tensor:
+        """y + x Mᵀ."""
+        d = self.rows(x, geo)
+        return y + d.to(y.dtype)
+
+    def left(self, w: Tensor) -> Tensor:
+        """M W."""
+        return self.dense().to(w.dtype) @ w
+
+    def right(self, w: Tensor) -> Tensor:
+        """W M."""
+        return w @ self.dense().to(w.dtype)

@@ -1,0 +1,45 @@
+"""M given whole, and sums of matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .base import Geometry, Op
+
+
+@dataclass(eq=False)
+class Dense(Op):
+    """M itself, (n_out, n_in)."""
+
+    m: Tensor
+
+    def dense(self) -> Tensor:
+        return self.m
+
+
+@dataclass(eq=False)
+class Sum(Op):
+    """M = Σ Mᵢ."""
+
+    terms: Sequence[Op]
+
+    def dense(self) -> Tensor:
+        first, *rest = [t.dense() for t in self.terms]
+        for m in rest:
+            first = first + m
+        return first
+
+    def add_to(self, y: Tensor, x: Tensor, geo: Geometry) -> Tensor:
+        for t in self.terms:
+            y = t.add_to(y, x, geo)
+        return y
+
+    def rows(self, x: Tensor, geo: Geometry) -> Tensor:
+        first, *rest = self.terms
+        y = first.rows(x, geo)
+        for t in rest:
+            y = t.add_to(y, x, geo)
+        return y

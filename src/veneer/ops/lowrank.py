@@ -1,0 +1,33 @@
+"""M = s · U V: the form of LoRA and its many relatives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .base import Geometry, Op
+
+
+@dataclass(eq=False)
+class LowRank(Op):
+    """M = scale · up @ down, up (..., n_out, r), down (..., r, n_in); leading dimensions are experts.
+
+    `dropout` acts on the input, in training only (the caller gives 0 otherwise); `dense` never sees it.
+    """
+
+    up: Tensor
+    down: Tensor
+    scale: float = 1.0
+    dropout: float = 0.0
+
+    def dense(self) -> Tensor:
+        return (self.up @ self.down) * self.scale
+
+    def rows(self, x: Tensor, geo: Geometry) -> Tensor:
+        if self.dropout > 0:
+            x = geo.drop(x, self.dropout)
+        down, up = self.down, self.up
+        if x.is_floating_point():
+            down, up = down.to(x.dtype), up.to(x.dtype)
+        return geo.mix(geo.contract(x, down), up * self.scale)

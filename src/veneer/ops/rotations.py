@@ -1,0 +1,141 @@
+"""Orthogonal matrices: block-diagonal rotations, butterflies of them, products of reflections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import Geometry, Op
+
+
+@dataclass(eq=False)
+class BlockDiag(Op):
+    """M = blockdiag(blocks), blocks (k, b, b); one block (1, b, b) stands for all of them where `repeat` says how many."""
+
+    blocks: Tensor
+    repeat: int = 1
+
+    def dense(self) -> Tensor:
+        whole: Tensor = torch.block_diag(*self.blocks.expand(max(self.repeat, len(self.blocks)), -1, -1))
+        return whole
+
+    def _times(self, x: Tensor, blocks: Tensor) -> Tensor:
+        b = blocks.shape[-1]
+        parts: Tensor = x.unflatten(-1, (x.shape[-1] // b, b))
+        return torch.einsum("...kc,kbc->...kb", parts, blocks.to(x.dtype).expand(parts.shape[-2], -1, -1)).flatten(-2)
+
+    def rows(self, x: Tensor, geo: Geometry) -> Tensor:
+        return geo.unlast(self._times(geo.last(x), self.blocks))
+
+    def left(self, w: Tensor) -> Tensor:
+        return self._times(w.mT, self.blocks).mT
+
+    def right(self, w: Tensor) -> Tensor:
+        return self._times(w, self.blocks.mT)
+
+
+@dataclass(eq=False)
+class Reflections(Op):
+    """M = H₁ H₂ … H_r, Hᵢ = I - 2 uᵢ uᵢᵀ with the unit columns uᵢ of u (n, r).
+
+    In the compact WY form M = I - U T Uᵀ, T⁻¹ = ½ I + the strictly upper part of UᵀU: two thin products instead of r passes.
+    """
+
+    u: Tensor
+
+    def _t(self) -> Tensor:
+        gram = self.u.mT @ self.u
+        eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+        inverse = gram.triu(1) + 0.5 * eye
+        t: Tensor = torch.linalg.solve_triangular(inverse, eye, upper=True)
+        return t
+
+    def dense(self) -> Tensor:
+        return torch.eye(self.u.shape[0], dtype=self.u.dtype, device=self.u.device) - self.u @ self._t() @ self.u.mT
+
+    def rows(self, x: Tensor, geo: Geometry) -> Tensor:
+        u = self.u.to(x.dtype)
+        z = geo.last(x)
+        return geo.unlast(z - (z @ u) @ self._t().mT.to(x.dtype) @ u.mT)
+
+    def left(self, w: Tensor) -> Tensor:
+        u = self.u.to(w.dtype)
+        return w - u @ (self._t().to(w.dtype) @ (u.mT @ w))
+
+    def right(self, w: Tensor) -> Tensor:
+        u = self.u.to(w.dtype)
+        return w - (w @ u @ self._t().to(w.dtype)) @ u.mT
+
+
+@dataclass(eq=False)
+class Product(Op):
+    """M = M₁ M₂ … M_k."""
+
+    factors: Sequence[Op]
+
+    def dense(self) -> Tensor:
+        m = self.factors[0].dense()
+        for f in self.factors[1:]:
+            m = f.right(m)
+        return m
+
+    def rows(self, x: Tensor, geo: Geometry) -> Tensor:
+        for f in reversed(self.factors):  # x Mᵀ = x M_kᵀ … M₁ᵀ
+            x = f.rows(x, geo)
+        return x
+
+    def left(self, w: Tensor) -> Tensor:
+        for f in reversed(self.factors):
+            w = f.left(w)
+        return w
+
+    def right(self, w: Tensor) -> Tensor:
+        for f in self.factors:
+            w = f.right(w)
+        return w
+
+
+@dataclass(eq=False)
+class Permuted(Op):
+    """M = Pᵀ K P with P a permutation of the coordinates: (P x)ᵢ = x[order[i]]."""
+
+    inner: Op
+    order: Tensor
+
+    def dense(self) -> Tensor:
+        back = torch.argsort(self.order)
+        return self.inner.dense()[back][:, back]
+
+    def rows(self, x: Tensor, geo: Geometry) -> Tensor:
+        z = self.inner.rows(geo.unlast(geo.last(x)[..., self.order]), geo)
+        return geo.unlast(geo.last(z)[..., torch.argsort(self.order)])
+
+    def left(self, w: Tensor) -> Tensor:
+        return self.inner.left(w[self.order])[torch.argsort(self.order)]
+
+    def right(self, w: Tensor) -> Tensor:
+        return self.inner.right(w[:, self.order])[:, torch.argsort(self.order)]
+
+
+@dataclass(eq=False)
+class Pairs(Op):
+    """M scales and rotates pairs of coordinates: (M y)ᵢ = aᵢ yᵢ + bᵢ y[partner[i]]."""
+
+    a: Tensor
+    b: Tensor
+    partner: Tensor
+
+    def dense(self) -> Tensor:
+        n = self.a.shape[0]
+        rows = torch.arange(n, device=self.a.device)
+        return torch.diag(self.a).index_put((rows, self.partner), self.b, accumulate=True)
+
+    def rows(self, x: Tensor, geo: Geometry) -> Tensor:
+        z = geo.last(x)
+        return geo.unlast(z * self.a.to(x.dtype) + z[..., self.partner] * self.b.to(x.dtype))
+
+    def left(self, w: Tensor) -> Tensor:
+        return self.a.to(w.dtype).unsqueeze(-1) * w + self.b.to(w.dtype).unsqueeze(-1) * w[self.partner]

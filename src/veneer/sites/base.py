@@ -1,0 +1,119 @@
+"""The contract of a site: how a kind of module holds its weight, reads its input and is run with a changed weight."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..bases import Codec, codec_for
+from ..change import Change, Stacking, bias, weight
+from ..engine.substitute import call_with
+
+Changes = Sequence[tuple[Change, Stacking]]
+
+
+class Site(ABC):
+    """Where one frozen weight lives. Holds no reference to the module; the canonical weight W is (n_out, n_in).
+
+    Attributes:
+        kind: `linear`, `embedding`, `conv`, `attention` or `parameter`.
+        weight_name, bias_name: the module's own names of the two tensors.
+        kernel: spatial kernel of a convolution, empty otherwise;  groups, channels: its groups and input channels;  experts: E of a 3-D parameter, else 0.
+        batch_dim: which dimension of the first input counts the rows of a batch.
+    """
+
+    kind: ClassVar[str]
+    weight_name: str = "weight"
+    bias_name: str = "bias"
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+    experts: int = 0
+    channels: int = 0
+    batch_dim: int = 0
+
+    def __init__(self, module: nn.Module) -> None:
+        self.codec: Codec = codec_for(module)
+        self.own_forward = False  # the module computes something of its own: run it whole with W' in place of W
+
+    n_out: int
+    n_in: int
+
+    @abstractmethod
+    def canonical(self, stored: Tensor) -> Tensor:
+        """The stored tensor as (n_out, n_in), a view."""
+
+    @abstractmethod
+    def stored(self, w: Tensor) -> Tensor:
+        """W in the module's own layout, a view; the inverse of `canonical`."""
+
+    @abstractmethod
+    def apply(
+        self, module: nn.Module, changes: Changes, args: tuple[Any, ...], kwargs: Mapping[str, Any], frozen: Mapping[str, Any]
+    ) -> Any:
+        """The module's output under the changes. `frozen`: tensors that take the place of the module's own (a merged layer's originals)."""
+
+    def weight(self, module: nn.Module) -> Tensor:
+        """The frozen W (n_out, n_in) as the module has it now."""
+        return self.canonical(self.codec.weight(module, self.weight_name))
+
+    def bias(self, module: nn.Module) -> Tensor | None:
+        b: Tensor | None = getattr(module, self.bias_name, None)
+        return b
+
+    def substituted(self, module: nn.Module, changes: Changes, frozen: Mapping[str, Any]) -> dict[str, Any]:
+        """The module's tensors by name under the changes, formed whole."""
+        stored = frozen.get(self.weight_name)
+        w = self.weight(module) if stored is None else self.canonical(stored)
+        b = frozen.get(self.bias_name, self.bias(module))
+        out = dict(frozen)
+        out[self.weight_name] = self.stored(weight(changes, w))
+        if b is not None or any(c.shift is not None for c, _ in changes):
+            new = bias(changes, b)
+            out[self.bias_name] = new if new is None else new.to(w.dtype)
+        return out
+
+    def run_whole(
+        self, module: nn.Module, changes: Changes, args: tuple[Any, ...], kwargs: Mapping[str, Any], frozen: Mapping[str, Any]
+    ) -> Any:
+        """The module itself, run with W' formed whole: right for whatever its forward does."""
+        return call_with(module, self.substituted(module, changes, frozen), args, kwargs)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _kinds() -> tuple[type[Site], ...]:
+    from .attention import AttentionSite
+    from .conv import ConvSite
+    from .embedding import EmbeddingSite
+    from .linear import LinearSite
+
+    return (AttentionSite, LinearSite, EmbeddingSite, ConvSite)
+
+
+def site_for(module: nn.Module) -> Site:
+    """The site of a module.
+
+    Raises:
+        TypeError: for a module of no supported kind.
+    """
+    for kind in _kinds():
+        if kind.matches(module):  # type: ignore[attr-defined]
+            return kind(module)
+    raise TypeError(f"{type(module).__name__} cannot be adapted: it is no linear, embedding, convolution or attention layer")
+
+
+def supported(module: nn.Module) -> str | None:
+    """The kind of site a module is, or None."""
+    return next((k.kind for k in _kinds() if k.matches(module)), None)  # type: ignore[attr-defined]
