@@ -78,6 +78,8 @@ def start(
     """
     if kind in (True, False, None, "gaussian", "eva"):  # EVA's own values come with the data
         return default(r, n_out, n_in, True if kind in (None, "eva") else kind, embedding)
+    if embedding and kind != "mica":
+        return default(r, n_out, n_in, True, embedding)  # as PEFT, whose files say so: tables begin plainly
     if kind == "orthogonal":
         if r % 2:
             raise ConfigError(f"init_lora_weights='orthogonal' needs an even rank, got {r}.")
@@ -90,10 +92,7 @@ def start(
     if r > min(w.shape):
         raise ConfigError(f"init_lora_weights={kind!r} has no {r} directions to take from a weight of shape {tuple(w.shape)}. Lower r.")
     if kind == "olora":
-        if not embedding:
-            return olora(w, r)
-        table = olora(w.T, r)  # PEFT decomposes the table as it lies; files are counted from that
-        return Start(table.B.T.contiguous(), table.A.T.contiguous(), table.B.T.clone(), table.A.T.clone())
+        return olora(w, r)
     if kind == "mica":
         return mica(w, r)
     if kind == "loftq":

@@ -64,7 +64,7 @@ class LoHaConfig(Targeted, peft_type="LOHA"):
         one: Tensor
         two: Tensor
         if hasattr(p, "hada_t1"):
-            one, two = (  # type: ignore[no-untyped-call]
+            one, two = (
                 torch.einsum("ijkl,jr,ip->prkl", t, b, a).reshape(site.n_out, site.n_in)
                 for t, a, b in ((p.hada_t1, p.hada_w1_a, p.hada_w1_b), (p.hada_t2, p.hada_w2_a, p.hada_w2_b))
             )

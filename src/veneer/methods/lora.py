@@ -201,7 +201,7 @@ class LoraConfig(Method, peft_type="LORA"):
         return out
 
     def _counted(self, site: Any) -> bool:
-        return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(_COUNTED_FROM_START)
+        return site.kind != "embedding" and isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(_COUNTED_FROM_START)
 
     def start(self, site: Any, *, only_frozen: bool = False) -> Mapping[str, Tensor]:
         kind, embedding = self.init_lora_weights, site.kind == "embedding"

@@ -1,0 +1,198 @@
+"""`veneer train`: fine-tune a model on data, and show what is happening."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..errors import ConfigError, PeftError
+
+_console = Console(stderr=True)
+
+
+def train(
+    context: typer.Context,
+    recipe: Annotated[str | None, typer.Argument(help="A YAML file with any of the options below.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model: a folder or a name on the Hub.")] = None,
+    data: Annotated[str | None, typer.Option(help="jsonl, csv, parquet, text, a folder of those, or a name on the Hub.")] = None,
+    out: Annotated[str | None, typer.Option(help="The folder for the adapter, the record and the loss picture.")] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Data to evaluate on.")] = None,
+    eval_fraction: Annotated[float | None, typer.Option(help="Share of the data held out if there is no --eval-data.")] = None,
+    task: Annotated[str | None, typer.Option(help="causal-lm or sequence-classification.")] = None,
+    method: Annotated[str | None, typer.Option(help="lora or another method; its fields are options too: --r 8 --lora-alpha 16.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; else --epochs.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per step and process.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches whose gradients are added up per step.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per row.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Of AdamW.")] = None,
+    warmup: Annotated[float | None, typer.Option(help="Share of the steps in which the rate rises.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="linear, cosine, constant ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the frozen weights: auto, float32, bfloat16, float16.")] = None,
+    gradient_checkpointing: Annotated[bool | None, typer.Option(help="Trade time for memory.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    resume: Annotated[bool | None, typer.Option(help="Go on from the last checkpoint in --out.")] = None,
+) -> None:
+    """Fine-tune a model on data. Fields of the method's config are options as well."""
+    given = {k: v for k, v in locals().items() if k not in ("context", "recipe")}
+    try:
+        run(recipe, {**given, "method_fields": method_fields(context.args)})
+    except (PeftError, KeyboardInterrupt) as e:
+        if isinstance(e, KeyboardInterrupt):
+            _console.print("[yellow]Interrupted.[/yellow] What was saved stays; run the same command with --resume to go on.")
+            raise typer.Exit(130) from None
+        _console.print(Panel(str(e), title="veneer train", border_style="red"))
+        raise typer.Exit(2) from None
+
+
+def method_fields(words: list[str]) -> dict[str, Any]:
+    """`--r 8 --use-dora --target-modules q_proj,v_proj` as fields.
+
+    Raises:
+        ConfigError: for a word that is no option.
+    """
+    import yaml
+
+    fields: dict[str, Any] = {}
+    i = 0
+    while i < len(words):
+        if not words[i].startswith("--"):
+            raise ConfigError(f"What is {words[i]!r} for? Fields of the method are given as --name value.")
+        name, has, value = words[i][2:].partition("=")
+        if not has and i + 1 < len(words) and not words[i + 1].startswith("--"):
+            i += 1
+            has, value = "=", words[i]
+        fields[name.replace("-", "_")] = yaml.safe_load(value) if has else True
+        i += 1
+    return fields
+
+
+def run(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Run a recipe and return its record."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", module="transformers")
+    from transformers.utils import logging
+
+    from ..training import run as room
+    from ..training.recipe import read_recipe
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    recipe = read_recipe(path, given)
+    prepared = room.prepare(recipe)
+    record = room.new_record(prepared, recipe)
+    watcher = _watcher(record)
+    trainer = room.make_trainer(prepared, recipe, [watcher])
+    first = trainer.is_world_process_zero()
+    if first:
+        _show(record, recipe)
+    record["before"] = room.evaluate(trainer, recipe)
+    checkpoint = _checkpoint(recipe) if recipe.resume else None
+    started = time.perf_counter()
+    with watcher.shown(first):
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except KeyboardInterrupt:
+            if first and trainer.state.global_step:
+                trainer._save_checkpoint(trainer.model, trial=None)
+            raise
+    record["seconds"] = time.perf_counter() - started
+    record["after"] = room.evaluate(trainer, recipe)
+    record["tokens_per_second"] = watcher.tokens / max(record["seconds"], 1e-9)
+    record["peak_memory"] = room.peak_memory()
+    if first:
+        room.finish(prepared, recipe, record)
+        _report(record, recipe)
+    return record
+
+
+def _checkpoint(recipe: Any) -> str:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    folder = os.path.join(recipe.out, "checkpoints")
+    found = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+    if found is None:
+        raise ConfigError(f"--resume: there is no checkpoint in {folder!r}. Leave --resume out to start anew, and save with --save-every.")
+    return str(found)
+
+
+def _watcher(record: dict[str, Any]) -> Any:
+    from contextlib import contextmanager
+
+    import transformers
+
+    class Watcher(transformers.TrainerCallback):
+        """Keeps the losses and moves the bar."""
+
+        def __init__(self) -> None:
+            self.bar: Progress | None = None
+            self.task: Any = None
+            self.tokens = 0
+            self.since = time.perf_counter()
+
+        @contextmanager
+        def shown(self, show: bool) -> Any:
+            if not show:
+                yield
+                return
+            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            with Progress(*columns, console=_console) as self.bar:
+                self.task = self.bar.add_task("", total=None)
+                yield
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.since = time.perf_counter()
+            if self.bar is not None:
+                self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if not logs or "loss" not in logs:
+                return
+            record["losses"].append({"step": state.global_step, "loss": logs["loss"], "learning_rate": logs.get("learning_rate")})
+            if self.bar is not None:
+                speed = self.tokens / max(time.perf_counter() - self.since, 1e-9)
+                self.bar.update(self.task, completed=state.global_step, description=f"loss {logs['loss']:.3f}  {speed:,.0f} tokens/s")
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.tokens += args.train_batch_size * args.gradient_accumulation_steps * args.world_size * record["recipe"]["length"]
+
+    return Watcher()
+
+
+def _show(record: dict[str, Any], recipe: Any) -> None:
+    plan = record["plan"]
+    table = Table(title=f"{recipe.method} on {recipe.model}", title_justify="left")
+    table.add_column("module")
+    table.add_column("layers", justify="right")
+    table.add_column("trained parameters", justify="right")
+    for name, group in plan["modules"].items():
+        table.add_row(name, str(group["count"]), f"{group['parameters']:,}")
+    for name in plan["trained_whole"]:
+        table.add_row(f"{name} (whole)", "", "")
+    _console.print(table)
+    memory = {k: f"{v / 2**20:,.0f} MiB" for k, v in plan["memory"].items()}
+    share = plan["trainable_parameters"] / plan["all_parameters"]
+    _console.print(
+        f"{plan['trainable_parameters']:,} of {plan['all_parameters']:,} parameters train ({share:.2%}); weights {memory['weights']}, "
+        f"gradients {memory['gradients']}, optimizer {memory['optimizer']}\n"
+        f"{plan['train_rows']:,} training rows, {plan['held_out_rows']:,} held out, {plan['steps']:,} steps of {recipe.batch_size} x {recipe.length} tokens"
+    )
+
+
+def _report(record: dict[str, Any], recipe: Any) -> None:
+    lines = [f"{name}: {value:.4g} -> {record['after'][name]:.4g}" for name, value in record["before"].items()]
+    lines.append(f"{record['seconds']:.1f} s, {record['tokens_per_second']:,.0f} tokens/s, peak memory {record['peak_memory'] / 2**20:,.0f} MiB")
+    lines.append(f"adapter, run.json and loss.png are in {recipe.out}")
+    _console.print(Panel("\n".join(lines), title="done", border_style="green"))
+    sys.stderr.flush()

@@ -1,0 +1,108 @@
+"""The loss over a large vocabulary without ever holding the logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+_ROWS = 128  # rows of logits that exist at a time
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Σ over rows of -log softmax(h Wᵀ + b)[label]; the gradient to h is made chunk by chunk in the forward, W is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, w: Tensor, b: Tensor | None, labels: Tensor) -> Tensor:
+        total = h.new_zeros((), dtype=torch.float32)
+        wanted = ctx.needs_input_grad[0]
+        dh = torch.empty_like(h) if wanted else None
+        for i in range(0, h.shape[0], _ROWS):
+            part, at = h[i : i + _ROWS], labels[i : i + _ROWS].unsqueeze(1)
+            logits = nn.functional.linear(part, w, b).float()
+            norm = logits.logsumexp(1, keepdim=True)
+            total += (norm - logits.gather(1, at)).sum()
+            if dh is not None:
+                p = logits.sub_(norm).exp_()
+                p.scatter_add_(1, at, torch.full_like(at, -1, dtype=p.dtype))
+                torch.mm(p.to(h.dtype), w, out=dh[i : i + _ROWS])
+        ctx.save_for_backward(dh)
+        return total
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (dh,) = ctx.saved_tensors
+        return dh * dy.to(dh.dtype), None, None, None
+
+
+def chunked_cross_entropy(h: Tensor, w: Tensor, b: Tensor | None, labels: Tensor) -> tuple[Tensor, int]:
+    """(sum of the losses, number of labels that count).
+
+    Args:
+        h: (rows, n) what the head reads;  w: (vocabulary, n) the head's frozen weight;  b: its bias or None.
+        labels: (rows,); -100 does not count.
+    """
+    keep = labels != -100
+    h, labels = h[keep], labels[keep]
+    if not len(labels):
+        return h.sum() * 0, 0
+    loss: Tensor = _ChunkedCrossEntropy.apply(h, w, b, labels)  # type: ignore[no-untyped-call]
+    return loss, len(labels)
+
+
+class Aside(nn.Module):
+    """Stands in the head's place and hands on what the head would have read."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h
+
+
+class HeadlessLoss:
+    """Next-token loss of a causal language model, its head run chunk by chunk.
+
+    Only for models whose head is a plain frozen linear layer that nothing follows; `of` finds out by trying.
+    """
+
+    def __init__(self, inner: Any, path: str) -> None:
+        self.inner, self.path = inner, path
+        self.head: nn.Linear = inner.get_submodule(path)
+
+    @classmethod
+    def of(cls, model: Any) -> HeadlessLoss | None:
+        """For this PeftModel, or None if the model's own loss has to be used."""
+        inner = model.get_base_model()
+        head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+        if type(head) is not nn.Linear or head.weight.requires_grad:
+            return None
+        path = next((n for n, m in inner.named_modules() if m is head), None)
+        if path is None:
+            return None
+        loss = cls(inner, path)
+        ids = torch.arange(8, device=head.weight.device).unsqueeze(0)
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                theirs = float(model(input_ids=ids, labels=ids).loss)
+                total, count = loss(model, {"input_ids": ids, "labels": ids})
+        except Exception:  # a model that cannot be run like this has a loss of its own
+            return None
+        finally:
+            model.train(training)
+        return loss if abs(float(total) / count - theirs) <= 2e-2 * max(abs(theirs), 1.0) else None
+
+    def __call__(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        """(sum of the losses, number of labels that count)."""
+        parent, _, name = self.path.rpartition(".")
+        owner = self.inner.get_submodule(parent)
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        owner._modules[name] = Aside()
+        try:
+            h = model(**inputs).logits
+        finally:
+            owner._modules[name] = self.head
+        labels = batch["labels"][:, 1:].reshape(-1)
+        return chunked_cross_entropy(h[:, :-1].reshape(-1, h.shape[-1]), self.head.weight, self.head.bias, labels)

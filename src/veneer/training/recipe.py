@@ -1,0 +1,136 @@
+"""What to train, on what, how long: one dataclass, from the command line or a YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import PeftConfig
+from ..errors import ConfigError, hint
+from ..method import config_class, load_methods
+
+TASKS = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
+
+
+@dataclass
+class Recipe:
+    """Everything a run is made of.
+
+    Args:
+        model: a folder or a name on the Hub;  data, eval_data: a file, folder or name on the Hub.
+        eval_fraction: share of the data held out where no eval_data is given.
+        task: "causal-lm" or "sequence-classification";  method: such as "lora";  method_fields: fields of its config.
+        out: the folder that the adapter, the record and the picture go to.
+        steps: optimizer steps; if not given, `epochs` passes over the data.
+        batch_size: rows per step and process;  accumulate: steps whose gradients are added up;  length: tokens per row.
+        learning_rate, warmup, weight_decay, schedule: of AdamW;  dtype: of the frozen weights.
+        save_every: steps between checkpoints, 0 for none;  resume: go on from the last checkpoint in `out`.
+    """
+
+    model: str = ""
+    data: str = ""
+    out: str = ""
+    eval_data: str | None = None
+    eval_fraction: float = 0.05
+    task: str = "causal-lm"
+    method: str = "lora"
+    method_fields: dict[str, Any] = field(default_factory=dict)
+    steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 8
+    accumulate: int = 1
+    length: int = 512
+    learning_rate: float = 1e-3
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    schedule: str = "linear"
+    dtype: str = "auto"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    save_every: int = 0
+    resume: bool = False
+
+    def check(self) -> None:
+        """Raise ConfigError for what can be seen to be wrong before anything is loaded."""
+        for name in ("model", "data", "out"):
+            if not getattr(self, name):
+                raise ConfigError(f"--{name} is missing: say which {name} to use, on the command line or in the recipe.")
+        if self.task not in TASKS:
+            raise ConfigError(f"Unknown task {self.task!r}. There are {', '.join(TASKS)}.{hint(self.task, TASKS)}")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ConfigError(f"Unknown dtype {self.dtype!r}: auto, float32, bfloat16 or float16.")
+        for name in ("batch_size", "accumulate", "length", "learning_rate"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} has to be positive, got {getattr(self, name)}.")
+        if self.steps is not None and self.steps <= 0:
+            raise ConfigError(f"steps has to be positive, got {self.steps}.")
+        if not 0 <= self.eval_fraction < 1:
+            raise ConfigError(f"eval_fraction lies in [0, 1), got {self.eval_fraction}.")
+        if Path(self.out).is_file():
+            raise ConfigError(f"{self.out!r} is a file; --out names a folder.")
+        if (Path(self.out) / "adapter_config.json").exists() and not self.resume:
+            raise ConfigError(f"{self.out!r} holds an adapter already, which is not overwritten. Give another --out, or --resume to go on with its run.")
+
+    def config(self) -> PeftConfig:
+        """The method's config.
+
+        Raises:
+            ConfigError: for an unknown method or field; names the nearest.
+        """
+        names = {n.lower().replace("_", "-"): n for n in load_methods()}
+        name = self.method.lower().replace("_", "-")
+        if name not in names:
+            raise ConfigError(f"Unknown method {self.method!r}. There are {', '.join(sorted(names))}.{hint(name, names)}")
+        cls = config_class(names[name])
+        known = {f.name: f for f in dataclasses.fields(cls) if f.init}
+        values = {"target_modules": "all-linear"} if "target_modules" in known else {}
+        for key, value in self.method_fields.items():
+            plain = key.replace("-", "_")
+            if plain not in known:
+                raise ConfigError(f"{cls.__name__} has no field {key!r}.{hint(plain, known)}")
+            values[plain] = value
+        if "lora_alpha" in known and "lora_alpha" not in values and "r" in values:
+            values["lora_alpha"] = values["r"]
+        if isinstance(values.get("target_modules"), str) and "," in values["target_modules"]:
+            values["target_modules"] = [t.strip() for t in values["target_modules"].split(",")]
+        return cls(**values, task_type=TASKS[self.task])
+
+
+def read_recipe(path: str | None, given: Mapping[str, Any]) -> Recipe:
+    """A recipe from a YAML file with `given` (from the command line) over it. Method fields may stand under `method_fields`.
+
+    Raises:
+        ConfigError: if the file cannot be read, or has a key that no recipe has.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        import yaml
+
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except FileNotFoundError:
+            raise ConfigError(f"There is no recipe {path!r}.") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            raise ConfigError(f"{path} is not YAML: {e}") from e
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{path} has to hold keys and values, such as `model: ...`.")
+    known = {f.name: f for f in dataclasses.fields(Recipe)}
+    clean: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise ConfigError(f"{path}: unknown key {key!r}.{hint(name, known)}")
+        clean[name] = value
+    fields = {**clean.pop("method_fields", {}), **given.get("method_fields", {})}
+    clean.update({k: v for k, v in given.items() if v is not None and k != "method_fields"})
+    for name, value in clean.items():
+        kind = str(known[name].type)
+        if isinstance(value, str) and ("int" in kind or "float" in kind) and "str" not in kind:
+            try:
+                clean[name] = float(value) if "float" in kind else int(value)
+            except ValueError:
+                raise ConfigError(f"{name} has to be a number, got {value!r}.") from None
+    return Recipe(**clean, method_fields=dict(fields))

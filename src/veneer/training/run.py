@@ -1,0 +1,298 @@
+"""One run: load, attach, show, evaluate, train, evaluate, write."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import load_into, read_adapter
+from ..engine.inject import adapted_layers
+from ..errors import ConfigError
+from ..mapping import get_peft_model
+from ..model import PeftModel
+from .data import classification_examples, collate, language_examples, pack, read_rows
+from .loss import HeadlessLoss
+from .recipe import Recipe
+
+
+@dataclasses.dataclass
+class Prepared:
+    """A model with its adapter and its data, ready to train."""
+
+    model: PeftModel
+    tokenizer: Any
+    train: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
+    labels: list[str]
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Load and check everything; nothing is written.
+
+    Raises:
+        ConfigError: for whatever does not fit; one error, in words.
+    """
+    recipe.check()
+    config = recipe.config()
+    rows = read_rows(recipe.data)
+    held = read_rows(recipe.eval_data) if recipe.eval_data else []
+    tokenizer = _tokenizer(recipe.model)
+    if recipe.task == "causal-lm":
+        labels: list[str] = []
+        examples = language_examples(rows, tokenizer, recipe.data)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        if held:
+            train, held_out = pack(examples, recipe.length, pad), pack(language_examples(held, tokenizer, str(recipe.eval_data)), recipe.length, pad)
+        else:
+            train, held_out = _split(pack(examples, recipe.length, pad), recipe)
+    else:
+        labels = sorted({str(r["label"]) for r in rows if "label" in r})
+        if len(labels) < 2 and any("label" in r for r in rows):
+            raise ConfigError(f"{recipe.data}: all rows have the label {labels[0]!r}; a classifier needs two or more.")
+        train = classification_examples(rows, tokenizer, recipe.length, labels, recipe.data)
+        if held:
+            held_out = classification_examples(held, tokenizer, recipe.length, labels, str(recipe.eval_data))
+        else:
+            train, held_out = _split(train, recipe)
+    if not train:
+        raise ConfigError(f"{recipe.data!r} gives no training rows: it has fewer tokens than a prediction needs.")
+    torch.manual_seed(recipe.seed)
+    model = _load(recipe, labels)
+    peft = get_peft_model(model, config)
+    _check_disk(recipe.out, peft)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        peft.prepare_model_for_gradient_checkpointing(model)
+    return Prepared(peft, tokenizer, train, held_out, labels)
+
+
+def _split(rows: list[dict[str, Any]], recipe: Recipe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    count = round(len(rows) * recipe.eval_fraction)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+    return [rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])]
+
+
+def _tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    _check_model(model)
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except Exception as e:
+        raise ConfigError(f"{model!r} has no tokenizer that transformers can load: {_first_line(e)}") from e
+
+
+def _check_model(model: str) -> None:
+    path = Path(model)
+    looks_local = path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
+    if path.is_dir() and not (path / "config.json").exists():
+        raise ConfigError(f"The folder {model!r} holds no model: it has no config.json.")
+    if looks_local and not path.exists():
+        raise ConfigError(f"There is no model folder {model!r}.")
+
+
+def _load(recipe: Recipe, labels: Sequence[str]) -> Any:
+    import transformers
+
+    dtype = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[recipe.dtype]
+    try:
+        if recipe.task == "causal-lm":
+            return transformers.AutoModelForCausalLM.from_pretrained(recipe.model, dtype=dtype)
+        names = dict(enumerate(labels))
+        return transformers.AutoModelForSequenceClassification.from_pretrained(
+            recipe.model, dtype=dtype, num_labels=len(labels), id2label=names, label2id={v: k for k, v in names.items()}
+        )
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{recipe.model!r} cannot be loaded for {recipe.task}: {_first_line(e)}") from e
+
+
+def _first_line(e: BaseException) -> str:
+    return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+
+
+def _check_disk(out: str, model: nn.Module) -> None:
+    """There has to be room for the adapter, its optimizer state and a checkpoint or two."""
+    folder = Path(out).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    need = 12 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) + 2**20
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise ConfigError(f"There is no room on the disk for {out!r}: the run needs about {need / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free.")
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"{str(folder)!r} cannot be written to. Give another --out.")
+
+
+def overview(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
+    """What is going to be trained: modules by kind, parameters, memory in bytes."""
+    model = prepared.model
+    groups: dict[str, list[int]] = {}
+    for path, layer in adapted_layers(model.get_base_model()):
+        groups.setdefault(path.rpartition(".")[2], []).append(sum(p.numel() for p in layer.parameters() if p.requires_grad))
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    grads = sum(p.numel() * p.element_size() for p in trainable)
+    total = sum(p.numel() for p in model.parameters())
+    return {
+        "modules": {name: {"count": len(sizes), "parameters": sum(sizes)} for name, sizes in groups.items()},
+        "trained_whole": sorted(model.modules_to_save or ()),
+        "trainable_parameters": sum(p.numel() for p in trainable),
+        "all_parameters": total,
+        "memory": {"weights": weights, "gradients": grads, "optimizer": 2 * grads},
+        "train_rows": len(prepared.train),
+        "held_out_rows": len(prepared.held_out),
+        "steps": _steps(recipe, len(prepared.train)),
+    }
+
+
+def _steps(recipe: Recipe, rows: int) -> int:
+    return recipe.steps or max(1, math.ceil(rows / (recipe.batch_size * recipe.accumulate) * recipe.epochs))
+
+
+def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = ()) -> Any:
+    """transformers' Trainer, saving and resuming adapters by veneer's own files, with the chunked loss where the model allows it."""
+    import transformers
+
+    headless = HeadlessLoss.of(prepared.model) if recipe.task == "causal-lm" else None
+    pad = prepared.tokenizer.pad_token_id if prepared.tokenizer.pad_token_id is not None else prepared.tokenizer.eos_token_id or 0
+
+    class AdapterTrainer(transformers.Trainer):
+        def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            if headless is None or return_outputs:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            total, count = headless(model, inputs)
+            scale = float(num_items_in_batch) if num_items_in_batch is not None else max(count, 1)
+            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+                total = total * self.accelerator.num_processes
+            return total / scale
+
+        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+            self.model.save_pretrained(output_dir or self.args.output_dir)
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            load_into(self.model, "default", read_adapter(resume_from_checkpoint), check_config=False)
+
+        def _load_best_model(self) -> None:
+            load_into(self.model, "default", read_adapter(self.state.best_model_checkpoint), check_config=False)
+
+    steps = _steps(recipe, len(prepared.train))
+    args = transformers.TrainingArguments(
+        output_dir=str(Path(recipe.out) / "checkpoints"),
+        max_steps=steps,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulate,
+        learning_rate=recipe.learning_rate,
+        warmup_steps=round(steps * recipe.warmup),
+        weight_decay=recipe.weight_decay,
+        lr_scheduler_type=recipe.schedule,
+        seed=recipe.seed,
+        logging_steps=1,
+        save_strategy="steps" if recipe.save_every else "no",
+        save_steps=recipe.save_every or 500,
+        save_total_limit=2,
+        report_to=[],
+        remove_unused_columns=False,
+        label_names=["labels"],
+        disable_tqdm=True,
+        log_level="error",
+    )
+    trainer = AdapterTrainer(
+        model=prepared.model, args=args, train_dataset=prepared.train, eval_dataset=prepared.held_out or None, data_collator=collate(pad), callbacks=list(callbacks)
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.headless = headless
+    return trainer
+
+
+@torch.no_grad()
+def evaluate(trainer: Any, recipe: Recipe) -> dict[str, float]:
+    """Perplexity and loss of a language model, or accuracy of a classifier, over the held-out rows, exact on any number of processes."""
+    if trainer.eval_dataset is None:
+        return {}
+    model = trainer.model
+    training = model.training
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64)
+    for batch in trainer.get_eval_dataloader():
+        batch = trainer._prepare_inputs(batch)
+        if recipe.task != "causal-lm":
+            logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+            sums += torch.tensor([float((logits.argmax(-1) == batch["labels"]).sum()), len(batch["labels"])], dtype=torch.float64)
+        elif trainer.headless is not None:
+            total, count = trainer.headless(model, batch)
+            sums += torch.tensor([float(total), count], dtype=torch.float64)
+        else:
+            count = int((batch["labels"][:, 1:] != -100).sum())
+            sums += torch.tensor([float(model(**batch).loss) * count, count], dtype=torch.float64)
+    sums = trainer.accelerator.reduce(sums.to(trainer.args.device), "sum").cpu()
+    model.train(training)
+    mean = float(sums[0] / sums[1].clamp_min(1))
+    return {"accuracy": mean} if recipe.task != "causal-lm" else {"loss": mean, "perplexity": math.exp(min(mean, 700))}
+
+
+def finish(prepared: Prepared, recipe: Recipe, record: dict[str, Any]) -> None:
+    """Write the adapter, the tokenizer's files, the picture and, last, the record."""
+    out = Path(recipe.out)
+    prepared.model.save_pretrained(out)
+    prepared.tokenizer.save_pretrained(out)
+    _picture(record["losses"], record.get("before", {}), record.get("after", {}), out / "loss.png")
+    beside = out / ".run.json"
+    beside.write_text(json.dumps(record, indent=2), encoding="utf-8")
+    os.replace(beside, out / "run.json")
+
+
+def new_record(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
+    """The machine-readable account of a run, as far as it is known before it starts."""
+    import transformers
+
+    from .._version import __version__
+
+    return {
+        "veneer": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "recipe": dataclasses.asdict(recipe),
+        "plan": overview(prepared, recipe),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "losses": [],
+    }
+
+
+def peak_memory() -> int:
+    """The most memory this process has held, in bytes: on the accelerator if there is one, else on the host."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+def _picture(losses: Sequence[dict[str, float]], before: dict[str, float], after: dict[str, float], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.plot([x["step"] for x in losses], [x["loss"] for x in losses], color="#2a6f97", label="training loss")
+    for value, name, color in ((before.get("loss"), "held out, before", "#999999"), (after.get("loss"), "held out, after", "#c1121f")):
+        if value is not None:
+            axes.axhline(value, linestyle="--", color=color, label=name)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
