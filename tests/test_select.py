@@ -327,7 +327,7 @@ def test_all_linear_lists_what_it_cannot_adapt() -> None:
 def test_all_linear_is_written_so_that_it_hits_the_same_again() -> None:
     # an unsupported `a.lin` ends like the adapted `lin`: no list of names can tell them apart
     model = nn.ModuleDict({"lin": nn.Linear(2, 2), "a": nn.ModuleDict({"lin": nn.LazyLinear(2)}), "b": nn.Linear(2, 2)})
-    supports = lambda m: isinstance(m, nn.Linear) and not isinstance(m, nn.LazyLinear)  # noqa: E731
+    supports = lambda m: isinstance(m, nn.Linear) and not isinstance(m, nn.LazyLinear)
     selection = pick(model, target_modules="all-linear", supports=supports)
     assert isinstance(selection.resolved_targets, str)
     assert list(pick(model, target_modules=selection.resolved_targets, supports=supports).modules) == ["lin", "b"]

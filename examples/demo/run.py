@@ -62,7 +62,8 @@ def main() -> None:
     print(f"\nbefore: {sample(base, tokenizer)!r}")
     tuned = veneer.PeftModel.from_pretrained(base, out)
     print(f"after:  {sample(tuned, tokenizer)!r}")
-    print(f"\nheld-out perplexity {record['before']['perplexity']:.1f} -> {record['after']['perplexity']:.1f} in {record['seconds']:.0f} s; the adapter is in {out}")
+    before, after = record["before"]["perplexity"], record["after"]["perplexity"]
+    print(f"\nheld-out perplexity {before:.1f} -> {after:.1f} in {record['seconds']:.0f} s; the adapter is in {out}")
 
 
 if __name__ == "__main__":

@@ -85,12 +85,7 @@ def weight(changes: Sequence[tuple[Change, Stacking]], w: Tensor) -> Tensor:
     """W' of several active adapters, in order. `sum`: the difference to W is added; `chain`: applied to what the ones before gave."""
     out = w
     for c, stacking in changes:
-        if out is w or stacking == "chain":
-            out = c.weight(out)
-        elif c.additive:
-            out = c.weight(out)
-        else:
-            out = out + (c.weight(w) - w)
+        out = c.weight(out) if out is w or stacking == "chain" or c.additive else out + (c.weight(w) - w)
     return out
 
 

@@ -15,10 +15,14 @@ from torch import nn
 from .config import PeftConfig
 from .engine.inject import adapted_layers
 
+_LOW = (torch.float16, torch.bfloat16)
+
 
 def _take_over(model: Any, name: str) -> None:
-    """Give a method of the PeftModel the signature, annotations and docstring of the user's model's own."""
+    """Give a method of the PeftModel that takes anything the signature, annotations and docstring of the user's model's own."""
     own, base = getattr(model, name), getattr(model.get_base_model(), name)
+    if any(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in inspect.signature(own).parameters.values()):
+        return  # it tells its arguments already
 
     @functools.wraps(own)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -33,17 +37,20 @@ def _take_over(model: Any, name: str) -> None:
 
 
 def update_forward_signature(model: nn.Module) -> None:
-    """Show the user's model's forward signature on the PeftModel."""
+    """Show the user's model's forward signature on a PeftModel whose own forward takes anything."""
     _take_over(model, "forward")
 
 
 def update_generate_signature(model: nn.Module) -> None:
-    """Show the user's model's generate signature on the PeftModel."""
+    """Show the user's model's generate signature on a PeftModel whose own generate takes anything."""
     _take_over(model, "generate")
 
 
 def update_signature(model: nn.Module, method: str = "all") -> None:
-    """Show the user's model's signatures: "forward", "generate" or "all".
+    """Show the user's model's signatures on the PeftModel.
+
+    Args:
+        method: "forward", "generate" or "all".
 
     Raises:
         ValueError: for another method.
@@ -65,24 +72,29 @@ def check_if_peft_model(model_name_or_path: str) -> bool:
 
 @contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """Multiply the scaling of all adapters for the code inside.
+    """Multiply the scaling of all LoRA adapters for the code inside, for all threads.
+
+    Args:
+        model: any model with LoRA layers.
+        multiplier: the factor; 0 turns the adapters off.
 
     Raises:
-        TypeError: if the multiplier is no number.  ValueError: if the model has no adapted layers.
+        TypeError: if the multiplier is no number.
+        ValueError: if the model has no LoRA layers.
     """
     if not isinstance(multiplier, (float, int)):
         raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
-    layers = [layer for _, layer in adapted_layers(model)]
-    if not layers:
+    lora = [(layer, name) for _, layer in adapted_layers(model) for name, a in layer.attached.items() if a.config.prefix == "lora_"]
+    if not lora:
         raise ValueError("scaling is only supported for models with `LoraLayer`s")
-    before = [dict(layer.scaling) for layer in layers]
-    for layer in layers:
-        layer.scaling = {k: v * multiplier for k, v in layer.scaling.items()}
+    before = [layer.scaling[name] for layer, name in lora]
+    for layer, name in lora:
+        layer.scaling[name] *= multiplier
     try:
         yield
     finally:
-        for layer, scaling in zip(layers, before, strict=True):
-            layer.scaling = scaling
+        for (layer, name), scaling in zip(lora, before, strict=True):
+            layer.scaling[name] = scaling
 
 
 @contextmanager
@@ -92,9 +104,9 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep what trains in float32 and turn everything frozen into `dtype` (float16 or bfloat16)."""
+    """Keep what trains in float32 and turn everything frozen into `dtype` (float16 or bfloat16), in place."""
     for p in model.parameters():
         if not p.requires_grad:
             p.data = p.to(dtype)
-        elif p.dtype in (torch.float16, torch.bfloat16):
+        elif p.dtype in _LOW:
             p.data = p.to(torch.float32)

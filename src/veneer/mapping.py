@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from .config import PeftConfig
 from .engine import inject
-from .errors import ConfigError, PeftWarning
+from .errors import ConfigError, PeftError, PeftWarning
 from .method import Method, config_class
 from .model import PeftModel
 from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from .tuner import Tuner
 
 
 def get_peft_model(
@@ -28,10 +29,16 @@ def get_peft_model(
     """A model with an adapter to train. The model is changed in place.
 
     Args:
+        model: any nn.Module.
+        peft_config: the adapter's config; it is kept, and gets the base model's name.
+        adapter_name: the adapter's name.
         mixed: make a model that takes adapters of several methods.
         autocast_adapter_dtype: keep the adapter in float32 where the model is float16 or bfloat16; it computes in the input's dtype.
         revision: of the base model, remembered in the config.
         low_cpu_mem_usage: leave the adapter's tensors on the meta device.
+
+    Returns:
+        A PeftModel, of the class that goes with `peft_config.task_type`.
 
     Raises:
         ConfigError, NoMatchingPeftModuleError: if the config does not fit the model, which is then as it was.
@@ -44,25 +51,20 @@ def get_peft_model(
             "Mixed models are not available in this version of veneer. Adapters of one method each can be added with add_adapter."
         )
     name = getattr(model, "name_or_path", None)
-    if name and peft_config.base_model_name_or_path and peft_config.base_model_name_or_path != name:
-        warnings.warn(
-            f"The config was made for the base model {peft_config.base_model_name_or_path!r}, this one is {name!r}; the config now says so.",
-            PeftWarning,
-            stacklevel=2,
-        )
     if name:
-        peft_config.base_model_name_or_path = name
+        _note(peft_config, "base_model_name_or_path", name)
     if revision is not None:
-        if peft_config.revision not in (None, revision):
-            warnings.warn(
-                f"peft config has already set base model revision to {peft_config.revision}, overwriting with revision {revision}",
-                PeftWarning,
-                stacklevel=2,
-            )
-        peft_config.revision = revision
+        _note(peft_config, "revision", revision)
     task = str(getattr(peft_config.task_type, "value", peft_config.task_type))
     cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task, PeftModel)
     return cls(model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+def _note(config: PeftConfig, field: str, value: str) -> None:
+    old = getattr(config, field)
+    if old not in (None, value):
+        warnings.warn(f"The config's `{field}` was {old!r} and is {value!r} now, as this base model says.", PeftWarning, stacklevel=3)
+    setattr(config, field, value)
 
 
 def inject_adapter_in_model(
@@ -72,25 +74,41 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Attach an adapter to a bare model, in place, and return the model; `model.peft_config` holds the configs.
+    """Attach an adapter to a bare model, in place. It acts, and trains unless its config says `inference_mode`.
 
     Args:
+        peft_config: the adapter's config.
+        model: any nn.Module, with or without injected adapters; its attribute `peft_config` gets all their configs by name.
+        adapter_name: the adapter's name.
+        low_cpu_mem_usage: leave the adapter's tensors on the meta device.
         state_dict: an adapter's tensors: adapt the modules that appear in its keys instead of the config's targets.
+
+    Returns:
+        The model.
 
     Raises:
         ConfigError, NoMatchingPeftModuleError: if the config does not fit the model, which is then as it was.
+        PeftError: if the model is a PeftModel.
     """
     if not isinstance(peft_config, Method):
-        raise ValueError(f"`inject_adapter_in_model` does not support {type(peft_config).__name__}: it is no method that changes weights.")
-    if isinstance(model, PeftModel):
-        raise ConfigError("The model is a PeftModel already. Call model.add_adapter(name, config).")
+        raise ConfigError(f"`inject_adapter_in_model` does not support {type(peft_config).__name__}: it is no method that changes weights.")
+    if isinstance(model, (PeftModel, Tuner)):
+        raise PeftError("The model is a PeftModel already. Call model.add_adapter(name, config).")
     inject.attach(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+    if inject.active_adapters(model) != [adapter_name]:
+        inject.set_adapter(model, adapter_name, peft_config.inference_mode)
     held: Any = model
-    configs = dict(getattr(held, "peft_config", None) or {})
-    held.peft_config = {**configs, adapter_name: peft_config}
+    held.peft_config = {**(getattr(held, "peft_config", None) or {}), adapter_name: peft_config}
     return model
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
-    """The config that a dict such as one read from adapter_config.json describes; `peft_type` names the method."""
+    """The config that a dict such as one read from adapter_config.json describes; `peft_type` names the method.
+
+    Raises:
+        ConfigError: if there is no `peft_type`, or no such method.
+        TypeError: for a field that the method's config does not have.
+    """
+    if "peft_type" not in config_dict:
+        raise ConfigError("The dict has no `peft_type`, so its method is unknown. Add it, such as 'LORA'.")
     return config_class(config_dict["peft_type"])(**config_dict)

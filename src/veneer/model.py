@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from .checkpoint import LoadReport, folder_of, load_into, read_adapter, save_adapter, update_card
 from .config import PeftConfig
 from .engine import inject
 from .engine.route import disabled, find_switch, mixed, using
-from .errors import PeftError, hint
+from .errors import ConfigError, PeftError, PeftWarning, RouteError, hint
 from .tuner import Tuner, tuner_class
 
-_HUB = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies", "user_agent", "repo_type")
+if TYPE_CHECKING:
+    from .status import TunerLayerStatus, TunerModelStatus
+
+_ROWS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_values", "input_features", "inputs")
 
 
 class PeftModel(nn.Module):
@@ -25,19 +32,22 @@ class PeftModel(nn.Module):
 
     Args:
         model: the user's model, any nn.Module.
-        peft_config: the adapter's config.
+        peft_config: the adapter's config; it is kept, not copied.
         adapter_name: its name.
         autocast_adapter_dtype: keep the adapter in float32 where the model is float16 or bfloat16.
         low_cpu_mem_usage: leave the adapter's tensors on the meta device, for a file to fill.
+        empty: do not compute start values, since a file is about to fill all of them.
 
     Attributes:
         base_model: the tuner, whose `model` is the user's model.
 
     Raises:
         ConfigError, NoMatchingPeftModuleError: if the config does not fit the model, which is then as it was.
+        PeftError: if the model has adapters already.
     """
 
     base_model: Tuner
+    heads: ClassVar[tuple[str, ...]] = ()  # of the task: always trained whole
 
     def __init__(
         self,
@@ -51,26 +61,32 @@ class PeftModel(nn.Module):
     ) -> None:
         super().__init__()
         _refuse_wrapped(model)
-        self._name_base(model, peft_config)
-        self.base_model = tuner_class(_type_name(peft_config))(
+        tuner = tuner_class(_type_name(peft_config))
+        self._prepare(model, peft_config)
+        self.base_model = tuner(
             model, peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype, empty=empty
         )
         self.peft_type = peft_config.peft_type
-        self.config = getattr(model, "config", {"model_type": "custom"})
         self.training = model.training
-        if getattr(model, "is_gradient_checkpointing", True):
-            self.prepare_model_for_gradient_checkpointing(model)
-        if hasattr(model, "config") and hasattr(model.config, "pretraining_tp"):
-            model.config.pretraining_tp = 1  # split projections would read adapted weights directly
+        if not empty:
+            self._settle()
 
-    @staticmethod
-    def _name_base(model: nn.Module, config: PeftConfig) -> None:
-        inner = getattr(model, "config", None)
-        name = getattr(model, "name_or_path", None) or (
-            inner.get("_name_or_path") if isinstance(inner, Mapping) else getattr(inner, "_name_or_path", None)
-        )
+    def _prepare(self, model: nn.Module, config: PeftConfig) -> None:
+        """Put into a new adapter's config what the model and the task tell."""
         if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = name or getattr(model, "name_or_path", None)
+            config.base_model_name_or_path = _name_of(model)
+        if self.heads and hasattr(config, "modules_to_save"):
+            mine = list(config.modules_to_save or ())
+            config.modules_to_save = mine + [n for n in self.heads if n not in mine]
+
+    def _settle(self) -> None:
+        """What a model with adapters needs beside them."""
+        model: Any = self.get_base_model()
+        flag = "is_activation_checkpointing" if hasattr(model, "is_activation_checkpointing") else "is_gradient_checkpointing"
+        if getattr(model, flag, True):  # where nothing tells, it may be switched on at any time
+            self.prepare_model_for_gradient_checkpointing(model)
+        if hasattr(getattr(model, "config", None), "pretraining_tp"):
+            model.config.pretraining_tp = 1  # split projections would read the weights past the adapters
 
     # ---------------------------------------------------------------- what is there
 
@@ -88,7 +104,8 @@ class PeftModel(nn.Module):
 
     @property
     def active_adapter(self) -> str | list[str]:
-        return self.base_model.active_adapter
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
 
     @property
     def active_peft_config(self) -> Any:
@@ -105,7 +122,7 @@ class PeftModel(nn.Module):
         return switch is not None and switch.chosen().enabled and bool(self.active_adapters)
 
     @property
-    def base_model_torch_dtype(self) -> Any:
+    def base_model_torch_dtype(self) -> torch.dtype | None:
         return getattr(self.get_base_model(), "dtype", None)
 
     def get_base_model(self) -> nn.Module:
@@ -123,14 +140,14 @@ class PeftModel(nn.Module):
         trainable, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
 
-    def get_layer_status(self) -> Any:
-        """A list of `TunerLayerStatus`, one per adapted layer."""
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """One report per adapted layer; see `veneer.get_layer_status`."""
         from .status import get_layer_status
 
         return get_layer_status(self)
 
-    def get_model_status(self) -> Any:
-        """A `TunerModelStatus` of the whole model."""
+    def get_model_status(self) -> TunerModelStatus:
+        """One report of the whole model; see `veneer.get_model_status`."""
         from .status import get_model_status
 
         return get_model_status(self)
@@ -142,53 +159,46 @@ class PeftModel(nn.Module):
     # ---------------------------------------------------------------- running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with self._routed(kwargs):
+        """The user's model's forward. `adapter_names`: one per row of the batch, `"__base__"` for none.
+
+        Raises:
+            RouteError: before anything runs, for an unknown name or a wrong number of names.
+        """
+        rows = self._rows(args, kwargs)
+        with nullcontext() if rows is None else mixed(self.get_base_model(), rows):
             return self.get_base_model()(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The user's model's generate; with `adapter_names`, one per row of the batch."""
+        """The user's model's generate; `adapter_names` as in `forward`, one per prompt, whatever the number of beams."""
         model: Any = self.get_base_model()
-        with self._routed(kwargs, beams=True):
+        rows = self._rows(args, kwargs)
+        with nullcontext() if rows is None else _expanded(model, rows, _copies(model, kwargs)):
             return model.generate(*args, **kwargs)
 
-    def _routed(self, kwargs: dict[str, Any], beams: bool = False) -> AbstractContextManager[None]:
-        """Take `adapter_names` out of the arguments and let it decide."""
-        rows: Sequence[str] | None = kwargs.pop("adapter_names", None)
+    @staticmethod
+    def _rows(args: Sequence[Any], kwargs: dict[str, Any]) -> list[str] | None:
+        """Take `adapter_names` out of the arguments; one name per row of the batch there must be."""
+        rows = kwargs.pop("adapter_names", None)
         if rows is None:
-            return nullcontext()
-        if not beams:
-            return mixed(self.get_base_model(), rows)
-        return self._beams(list(rows), _beam_count(self.get_base_model(), kwargs))
-
-    @contextmanager
-    def _beams(self, rows: list[str], count: int) -> Iterator[None]:
-        model: Any = self.get_base_model()
-        if count == 1:
-            with mixed(model, rows):
-                yield
-            return
-        wide = [r for r in rows for _ in range(count)]
-        encoder = model.get_encoder() if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
-        if encoder is None:
-            with mixed(model, wide):
-                yield
-            return
-        # the encoder sees each row once, the decoder once per beam
-        inner = encoder.forward
-
-        def narrow(*a: Any, **k: Any) -> Any:
-            with mixed(model, rows):
-                return inner(*a, **k)
-
-        encoder.forward = narrow
-        try:
-            with mixed(model, wide):
-                yield
-        finally:
-            del encoder.forward
+            return None
+        if isinstance(rows, str):
+            raise RouteError(f"`adapter_names` is one name per row of the batch, as a list. For all rows: model.using({rows!r}).")
+        named = next((kwargs[k] for k in _ROWS if isinstance(kwargs.get(k), Tensor)), None)
+        first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.ndim), None) if named is None else named
+        # a plain model may have its batch second (nn.Transformer); the layers know
+        if first is not None and len(rows) not in first.shape[: 1 if named is not None else 2]:
+            raise RouteError(
+                "Length of `adapter_names` should be the same as the number of inputs, "
+                f"but got {len(rows)} and {first.shape[0]} respectively."
+            )
+        return list(rows)
 
     def using(self, names: str | Sequence[str]) -> AbstractContextManager[None]:
-        """Let these adapters act for the code inside, in this thread only. The safe way to choose per call."""
+        """Let these adapters act for the code inside, in this thread only; nothing of the model changes.
+
+        Raises:
+            RouteError: for a name that is not there.
+        """
         return using(self.get_base_model(), names)
 
     @contextmanager
@@ -203,15 +213,24 @@ class PeftModel(nn.Module):
         if name not in self.peft_config:
             raise ValueError(f"Adapter {name} not found. The model has {sorted(self.peft_config)}.{hint(name, self.peft_config)}")
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Let this adapter (or these, their effects added up) act, and train (not in inference mode)."""
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        for name in names:
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Let this adapter (or these, their effects added up) act, and train (not in inference mode).
+
+        Raises:
+            ValueError: for a name that is not there.
+        """
+        for name in (adapter_name,) if isinstance(adapter_name, str) else adapter_name:
             self._known(name)
-        self.base_model.set_adapter(names, inference_mode)
+        self.base_model.set_adapter(adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let these adapters' tensors get gradients, or not."""
+        """Let these adapters' tensors get gradients, or not.
+
+        Raises:
+            ValueError: for a name that is not there.
+        """
+        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
+            self._known(name)
         self.base_model.set_requires_grad(adapter_names, requires_grad)
 
     def add_adapter(
@@ -223,43 +242,38 @@ class PeftModel(nn.Module):
         *,
         empty: bool = False,
     ) -> None:
-        """Attach one more adapter, of the same method. It acts once `set_adapter` says so.
+        """Attach one more adapter, of the same method. It acts and trains once `set_adapter` says so. Arguments as of the class.
 
         Raises:
             ValueError: if the name is taken, or the method is another.
+            ConfigError, NoMatchingPeftModuleError: if the config does not fit the model, which is then as it was.
         """
         if adapter_name in self.peft_config:
             raise ValueError(
-                f"There is already an adapter {adapter_name!r}. Choose another name, or delete_adapter({adapter_name!r}) first."
+                f"Adapter with name {adapter_name!r} already exists. Choose another, or call delete_adapter({adapter_name!r}) first."
             )
         self._check_new_adapter_config(peft_config)
-        self._name_base(self.get_base_model(), peft_config)
+        self._prepare(self.get_base_model(), peft_config)
         self.base_model.inject(peft_config, adapter_name, low_cpu_mem_usage, None, autocast_adapter_dtype, empty)
 
     def _check_new_adapter_config(self, peft_config: PeftConfig, is_trainable: bool = True) -> None:
         if _type_name(peft_config) != _type_name(self):
-            raise ValueError(
-                f"Cannot combine adapters with different peft types. Found {_type_name(self)} and {_type_name(peft_config)}. "
-                "A mixed model (get_peft_model(..., mixed=True)) takes several."
-            )
+            raise ValueError(f"Cannot combine adapters with different peft types. Found {_type_name(self)} and {_type_name(peft_config)}.")
         biased = [n for n, c in self.peft_config.items() if getattr(c, "bias", "none") != "none"]
-        if getattr(peft_config, "bias", "none") != "none" and biased:
+        if biased and getattr(peft_config, "bias", "none") != "none":
             raise ValueError(
-                f"{type(self.base_model).__name__} supports only 1 adapter with bias. {biased[0]!r} trains biases already; set bias to 'none'."
+                f"{type(self.base_model).__name__} supports only 1 adapter with bias. {biased[0]!r} trains biases; set bias to 'none'."
             )
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off and free its tensors. If it acted, what is left of the active ones acts, else the first that is left.
+        """Take an adapter off and free its tensors. If no other one acted, the first that is left does, and trains, with a warning.
 
         Raises:
             ValueError: if there is none of that name, or it is merged.
         """
         self._known(adapter_name)
-        merged = [p for p, layer in inject.adapted_layers(self.get_base_model()) if adapter_name in layer.merged_adapters]
-        if merged:
-            raise ValueError(
-                f"The adapter {adapter_name!r} is merged (into {merged[0]!r} and others). Call unmerge_adapter() before deleting it."
-            )
+        if any(adapter_name in layer.merged_adapters for _, layer in inject.adapted_layers(self.get_base_model())):
+            raise ValueError(f"Cannot delete adapter(s) [{adapter_name!r}] while they are merged. Call unmerge_adapter() first.")
         self.base_model.delete_adapter(adapter_name)
 
     # ---------------------------------------------------------------- files
@@ -281,30 +295,34 @@ class PeftModel(nn.Module):
         """A model with the adapter that a folder (or the Hub) holds.
 
         Args:
-            is_trainable: whether it is to be trained on; else it is frozen and in eval mode.
+            model: the user's model, any nn.Module.
+            model_id: the folder, or, where no such folder exists, a name on the Hub.
+            adapter_name: the adapter's name in the model.
+            is_trainable: whether it is to be trained on; else it is frozen and the model in eval mode.
             config: takes the place of the folder's.
+            autocast_adapter_dtype: to train on, turn float16 and bfloat16 into float32. Else tensors keep the dtype they have in the file.
+            ephemeral_gpu_offload: noted in the config's `runtime_config`.
+            low_cpu_mem_usage: allocate the tensors only when the file's are there.
             key_mapping: regular expression -> text, for the names of another version of the model.
-            kwargs: `subfolder, revision, cache_dir, token, ...`.
+            kwargs: `subfolder, revision, cache_dir, token, ...`. Others are not used, which a warning says.
 
         Raises:
             LoadError: unless every tensor of the file finds its place and every place its tensor. The model is as it was then.
+            ConfigError, NoMatchingPeftModuleError: if the config does not fit the model.
+            PeftError: if the model has adapters already.
         """
         from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
-        hub = {k: kwargs[k] for k in _HUB if k in kwargs}
+        hub = _hub_options(kwargs, "from_pretrained")
+        if isinstance(model, (PeftModel, Tuner)):
+            raise PeftError(f"The model is a {type(model).__name__} already. Call model.load_adapter(folder, name) for a further adapter.")
         if config is None:
             config = PeftConfig.from_pretrained(model_id, **hub)
         elif not isinstance(config, PeftConfig):
             raise ValueError(f"The input config must be a PeftConfig, got {type(config)}")
-        if ephemeral_gpu_offload and hasattr(config, "runtime_config"):
-            config.runtime_config.ephemeral_gpu_offload = True
-        if config.is_prompt_learning and is_trainable:
-            raise ValueError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
-        config.inference_mode = not is_trainable
-        file = read_adapter(
-            model_id, device="cpu", key_mapping=key_mapping or getattr(model, "_checkpoint_conversion_mapping", None), **hub
-        )
-        kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(getattr(config.task_type, "value", config.task_type)), cls)
+        _for_loading(config, is_trainable, ephemeral_gpu_offload)
+        file = read_adapter(model_id, key_mapping=key_mapping or getattr(model, "_checkpoint_conversion_mapping", None), **hub)
+        kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(_task_name(config), cls)
         out = kind(
             model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage, empty=True
         )
@@ -313,10 +331,8 @@ class PeftModel(nn.Module):
         except BaseException:
             inject.unload(model)
             raise
-        if not is_trainable:
-            out.eval()
-            out.base_model.set_requires_grad(adapter_name, False)
-        return out
+        out._settle()
+        return out if is_trainable else out.eval()
 
     def load_adapter(
         self,
@@ -330,14 +346,16 @@ class PeftModel(nn.Module):
         key_mapping: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> LoadReport:
-        """Load a further adapter, or new values into one that is there. Arguments and errors as in `from_pretrained`."""
-        hub = {k: kwargs[k] for k in _HUB if k in kwargs}
+        """Load a further adapter, or new values into one that is there, which then stays as trainable as it was.
+
+        Further adapters act once `set_adapter` says so. Unless `is_trainable`, the model is put into eval mode. The other arguments and the
+        errors are those of `from_pretrained`.
+        """
+        hub = _hub_options(kwargs, "load_adapter")
         new = adapter_name not in self.peft_config
         if new:
             config = PeftConfig.from_pretrained(model_id, **hub)
-            config.inference_mode = not is_trainable
-            if config.is_prompt_learning and is_trainable:
-                raise ValueError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
+            _for_loading(config, is_trainable, ephemeral_gpu_offload)
         mapping = key_mapping or getattr(self.get_base_model(), "_checkpoint_conversion_mapping", None)
         file = read_adapter(model_id, device=torch_device or "cpu", key_mapping=mapping, **hub)
         if new:
@@ -350,7 +368,8 @@ class PeftModel(nn.Module):
             raise
         if not is_trainable:
             self.eval()
-            self.base_model.set_requires_grad(adapter_name, False)
+        elif new:
+            self.set_requires_grad(adapter_name)
         return report
 
     def save_pretrained(
@@ -369,31 +388,40 @@ class PeftModel(nn.Module):
         """Write the adapters: `default` into the folder itself, any other into a folder of its own name in it.
 
         Args:
+            save_directory: the folder; made if missing.
+            safe_serialization: False: `adapter_model.bin`, for old readers.
             selected_adapters: only these.
-            path_initial_model_for_weight_conversion: write an adapter whose change is counted from its start (PiSSA and the like) as a plain
-                LoRA of twice the rank; any value that is not None or empty will do, the start is known.
+            save_embedding_layers: whether embeddings are written; "auto": where an adapter targets them or the vocabulary was resized.
+            is_main_process: False: take part in gathering sharded tensors, and write nothing.
+            path_initial_model_for_weight_conversion: write a LoRA whose change is counted from its start (PiSSA and the like) as a plain
+                one of twice the rank. The start is known, so any text will do.
+            state_dict: take the tensors from this state dict of the model, such as one gathered from a sharded model.
             verify: read the files again and compare.
+            kwargs: `save_function` and `max_shard_size`, which transformers' savers take, change nothing here. Others give a warning.
 
         Raises:
+            ValueError: for an adapter that is not there, or a directory that is a file.
+            ConfigError: if an adapter cannot be converted to a plain LoRA.
             SaveError: rather than writing anything empty, partial or not finite.
         """
+        _warn_unused(set(kwargs) - {"save_function", "max_shard_size"}, "save_pretrained", "The adapter is saved all the same.")
         if os.path.isfile(save_directory):
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         unknown = [n for n in names if n not in self.peft_config]
         if unknown:
             raise ValueError(
-                f"You passed an invalid `selected_adapters` arguments, current supported adapter names are {list(self.peft_config)} - got {unknown}."
+                "You passed an invalid `selected_adapters` arguments, current supported adapter names are "
+                f"{list(self.peft_config)} - got {unknown}."
             )
-        for name in names:
-            config = self.peft_config[name]
+        folders = {name: folder_of(save_directory, name) for name in names}
+        for name, folder in folders.items():
+            config = copy.copy(self.peft_config[name])
             if config.task_type is None:
-                config.auto_mapping = self._mapping_of_base()
-            folder = folder_of(save_directory, name)
+                cls = type(self.get_base_model())
+                config.auto_mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
             if path_initial_model_for_weight_conversion:
-                from .checkpoint.expand import save_expanded
-
-                save_expanded(self, config, name, folder)
+                self._save_expanded(config, name, folder, is_main_process)
                 continue
             save_adapter(
                 self, config, name, folder,
@@ -403,72 +431,134 @@ class PeftModel(nn.Module):
         if is_main_process:
             self.create_or_update_model_card(os.fspath(save_directory))
 
-    def _mapping_of_base(self) -> dict[str, str]:
-        cls = type(self.get_base_model())
-        return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+    def _save_expanded(self, config: Any, name: str, folder: Path, is_main_process: bool) -> None:
+        from .checkpoint.expand import save_expanded
+
+        if _type_name(config) != "LORA":
+            raise ConfigError(f"path_initial_model_for_weight_conversion converts LoRA adapters only; {name!r} is a {_type_name(config)}.")
+        if is_main_process:
+            save_expanded(self, config, name, folder)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """Write the README.md beside the adapter, keeping what a user has written in it."""
+        config = next(iter(self.peft_config.values()))
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        first = next(iter(self.peft_config.values()))
-        update_card(output_dir, base_model=first.base_model_name_or_path)
+        from_transformers = type(self.get_base_model()).__module__.startswith("transformers.")
+        update_card(
+            output_dir,
+            base_model=config.base_model_name_or_path,
+            tags=[_type_name(config).lower(), *(["transformers"] if from_transformers else [])],
+            pipeline_tag="text-generation" if _task_name(config) == "CAUSAL_LM" else None,
+        )
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Save into a temporary folder and upload it to the Hub (needs huggingface_hub)."""
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """Save into a temporary folder and upload it to the Hub (needs huggingface_hub); returns the commit's address.
+
+        Args:
+            kwargs: for `save_pretrained`.
+        """
         import tempfile
 
         from huggingface_hub import HfApi
 
-        api = HfApi(token=kwargs.pop("token", None))
-        api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True)
+        api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **{k: v for k, v in kwargs.items() if k in ("safe_serialization", "selected_adapters")})
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=kwargs.get("commit_message") or "Upload model",
-                revision=kwargs.get("revision"),
-            )
+            self.save_pretrained(folder, **kwargs)  # before anything is made on the Hub
+            repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None and not create_pr:
+                api.create_branch(repo, branch=revision, exist_ok=True)
+            return str(
+                api.upload_folder(
+                    repo_id=repo, folder_path=folder, revision=revision, create_pr=create_pr,
+                    commit_message=commit_message or "Upload model", commit_description=commit_description,
+                )
+            )  # fmt: skip
 
     # ---------------------------------------------------------------- training aids
 
     def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
         """Let the embeddings' output require gradients, so that checkpointed layers pass them on although the embeddings are frozen."""
-        if (
-            getattr(model, "is_loaded_in_8bit", False)
-            or getattr(model, "is_loaded_in_4bit", False)
-            or getattr(model, "is_quantized", False)
-        ):
-            return model
         if hasattr(model, "enable_input_require_grads"):
             try:
                 model.enable_input_require_grads()
             except NotImplementedError:
                 return model  # the model names no embeddings
-        elif hasattr(model, "get_input_embeddings") and model.get_input_embeddings() is not None:
-            model.get_input_embeddings().register_forward_hook(_require_grad)
+        elif hasattr(model, "get_input_embeddings"):
+            table = model.get_input_embeddings()
+            if table is not None and _require_grad not in table._forward_hooks.values():
+                table.register_forward_hook(_require_grad)
         return model
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_model" or "base_model" not in self._modules:
+            if name == "base_model" or "base_model" not in self._modules:  # a copy being made has no modules yet
                 raise
             return getattr(self._modules["base_model"], name)
 
 
 def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
-    output.requires_grad_(True)
+    if torch.is_grad_enabled():
+        output.requires_grad_(True)
 
 
 def _type_name(holder: Any) -> str:
     return str(getattr(holder.peft_type, "value", holder.peft_type))
 
 
-def _beam_count(model: Any, kwargs: Mapping[str, Any]) -> int:
-    given = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None)
-    return int(given or getattr(getattr(model, "generation_config", None), "num_beams", None) or 1)
+def _task_name(config: Any) -> str:
+    return str(getattr(config.task_type, "value", config.task_type))
+
+
+def _name_of(model: nn.Module) -> str | None:
+    """What the base model was loaded as, if it knows."""
+    config: Any = getattr(model, "config", None)
+    noted = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(config, "_name_or_path", None)
+    return getattr(model, "name_or_path", None) or noted or None
+
+
+def _copies(model: Any, kwargs: Mapping[str, Any]) -> int:
+    """How many rows of the batch each prompt becomes in `generate`."""
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+
+    def asked(name: str) -> int:
+        return int(kwargs.get(name) or getattr(config, name, None) or 1)
+
+    return max(asked("num_beams"), asked("num_return_sequences"))
+
+
+@contextmanager
+def _expanded(model: Any, rows: list[str], copies: int) -> Iterator[None]:
+    """Each prompt stands in `copies` rows one after another; in an encoder, in one."""
+    with ExitStack() as stack:
+        if copies > 1 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            thread, inside = threading.get_ident(), ExitStack()
+
+            def enter(*_: Any) -> None:
+                if threading.get_ident() == thread:
+                    inside.enter_context(mixed(model, rows))
+
+            def leave(*_: Any) -> None:
+                if threading.get_ident() == thread:
+                    inside.close()
+
+            encoder = model.get_encoder()
+            stack.callback(encoder.register_forward_pre_hook(enter).remove)
+            stack.callback(encoder.register_forward_hook(leave, always_call=True).remove)
+        stack.enter_context(mixed(model, [r for r in rows for _ in range(copies)]))
+        yield
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
@@ -478,9 +568,30 @@ def _refuse_wrapped(model: nn.Module) -> None:
         )
     if find_switch(model) is not None:
         raise PeftError(
-            "The model holds adapters already (from get_peft_model or inject_adapter_in_model). Use add_adapter on the PeftModel that was returned then, "
-            "or take them off first with its unload()."
+            "The model holds adapters already (from get_peft_model or inject_adapter_in_model). Use add_adapter on the PeftModel that was "
+            "returned then, or take them off first with its unload()."
         )
+
+
+def _for_loading(config: PeftConfig, is_trainable: bool, ephemeral_gpu_offload: bool) -> None:
+    """Set in a config how its adapter is to be loaded."""
+    if config.is_prompt_learning and is_trainable:
+        raise ValueError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
+    config.inference_mode = not is_trainable
+    if ephemeral_gpu_offload and hasattr(config, "runtime_config"):
+        config.runtime_config.ephemeral_gpu_offload = True
+
+
+def _hub_options(kwargs: Mapping[str, Any], caller: str) -> dict[str, Any]:
+    """Those arguments that say where to find a file."""
+    hub = PeftConfig._split_kwargs(kwargs)[0]
+    _warn_unused(set(kwargs) - set(hub), caller, "The base model keeps its dtype and devices, and the adapter goes where it is.")
+    return hub
+
+
+def _warn_unused(names: set[str], caller: str, so: str) -> None:
+    if names:
+        warnings.warn(f"{caller} makes no use of {', '.join(sorted(names))}. {so}", PeftWarning, stacklevel=4)
 
 
 __all__ = ["PeftModel"]

@@ -10,13 +10,26 @@ from torch import nn
 
 from .engine.inject import adapter_modules
 from .engine.layer import AdaptedLayer
+from .tuner import Tuner
 
 Irregular = Literal["irregular"]
 
 
 @dataclass
 class TunerLayerStatus:
-    """One adapted layer: its adapters, which of them act, are merged, train, and where they are."""
+    """One adapted layer.
+
+    Attributes:
+        name: its path, counted from the tuner (so it starts with `model.`) or from the model the adapters were injected into.
+        module_type: the method and the kind of module, such as `lora.Linear`.
+        enabled: whether its adapters act at all.
+        active_adapters: which of the model's adapters act.
+        merged_adapters: which are in its weight now.
+        requires_grad: by adapter: whether its trainable tensors train; "irregular" if only some do.
+        available_adapters: those that are on this layer, sorted.
+        devices: by adapter: the types of device its tensors are on.
+        quantization_backend: how the frozen weight is packed, or None.
+    """
 
     name: str
     module_type: str
@@ -31,7 +44,15 @@ class TunerLayerStatus:
 
 @dataclass
 class TunerModelStatus:
-    """All adapted layers together; a value that differs from layer to layer is "irregular"."""
+    """All adapted layers together; a value that differs from layer to layer is "irregular".
+
+    Attributes:
+        base_model_type, adapter_model_type: the class of the user's model and of the tuner ("None" without a PeftModel).
+        peft_types: by adapter: its method.
+        trainable_params, total_params: numbers that train, and all.
+        num_adapter_layers: how many layers are adapted.
+        merged_adapters: "irregular" if an adapter is merged into some of its layers only.
+    """
 
     base_model_type: str
     adapter_model_type: str
@@ -45,11 +66,11 @@ class TunerModelStatus:
     requires_grad: dict[str, bool | Irregular]
     available_adapters: list[str]
     devices: dict[str, list[str]]
-    quantization_backend: str | None | Irregular
+    quantization_backend: str | Irregular | None
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(numbers that train, all numbers)."""
+    """(numbers that train, all numbers). Packed and sharded weights count as the numbers they stand for."""
     trainable = total = 0
     for p in model.parameters():
         n = p.numel() or int(getattr(p, "ds_numel", 0))
@@ -61,75 +82,41 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return trainable, total
 
 
-def _one(values: Iterable[Any]) -> Any:
-    """The value if all are the same, else "irregular"."""
-    first, *rest = values
-    return first if all(v == first for v in rest) else "irregular"
-
-
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
-    """The status of each adapted layer, with its name in the user's model.
+    """The status of each adapted layer, in the order of the model.
+
+    Args:
+        model: a PeftModel or a model with injected adapters.
 
     Raises:
         ValueError: if the model has no adapted layers.
     """
-    root = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    out = [_layer(path, m) for path, m in adapter_modules(root)]
+    out = [_layer(path, m) for path, m in adapter_modules(_tuner(model) or model)]
     if not out:
         raise ValueError(
-            "No adapter layers found in the model, please ensure that it's a PEFT model or that you have PEFT adapters injected in the model."
+            "No adapter layers found in the model, please ensure that it's a PEFT model or that you have PEFT adapters injected in the "
+            "model."
         )
     return out
-
-
-def _layer(path: str, module: Any) -> TunerLayerStatus:
-    grads: dict[str, bool | Irregular] = {}
-    devices: dict[str, list[str]] = {}
-    for adapter in module.adapters():
-        tensors = [owner._parameters[key] for _, _, key, owner in module.adapter_slots(adapter) if key in owner._parameters]
-        frozen = _frozen(module, adapter)
-        grads[adapter] = _one([t.requires_grad for t in tensors if id(t) not in frozen] or [False])
-        devices[adapter] = sorted({t.device.type for t in tensors})
-    return TunerLayerStatus(
-        name=path.removesuffix(".token_adapter"),
-        module_type=_type(module),
-        enabled=not module.disable_adapters,
-        active_adapters=list(module.active_adapters),
-        merged_adapters=list(getattr(module, "merged_adapters", [])) if isinstance(module, AdaptedLayer) else [],
-        requires_grad=grads,
-        available_adapters=sorted(module.adapters()),
-        devices=devices,
-        quantization_backend=None,
-    )
-
-
-def _frozen(module: Any, adapter: str) -> set[int]:
-    if not isinstance(module, AdaptedLayer):
-        return set()
-    a = module.attached[adapter]
-    return {id(a.tensor(n)) for n, leaf in a.leaves.items() if not leaf.trainable}
-
-
-def _type(module: Any) -> str:
-    if not isinstance(module, AdaptedLayer):
-        return type(module).__name__
-    return f"{next(iter(module.attached.values())).config.prefix.rstrip('_')}.{type(module.get_base_layer()).__name__}"
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
     """The status of the model as a whole.
 
+    Args:
+        model: a PeftModel or a model with injected adapters.
+
     Raises:
         ValueError: if the model has no adapted layers.
     """
     layers = get_layer_status(model)
-    root = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    tuner = _tuner(model)
     names = sorted({a for s in layers for a in s.available_adapters})
     trainable, total = count_parameters(model)
     configs: Any = getattr(model, "peft_config", {})
     return TunerModelStatus(
-        base_model_type=type(root).__name__,
-        adapter_model_type=type(model.base_model).__name__ if hasattr(model, "get_base_model") else "None",
+        base_model_type=type(model if tuner is None else tuner.model).__name__,
+        adapter_model_type="None" if tuner is None else type(tuner).__name__,
         peft_types={n: str(getattr(c.peft_type, "value", c.peft_type)) for n, c in configs.items()},
         trainable_params=trainable,
         total_params=total,
@@ -144,10 +131,54 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     )
 
 
+def _tuner(model: nn.Module) -> Tuner | None:
+    found = model if isinstance(model, Tuner) else model._modules.get("base_model")
+    return found if isinstance(found, Tuner) else None
+
+
+def _one(values: Iterable[Any]) -> Any:
+    """The value if all are the same, else "irregular"."""
+    first, *rest = values
+    return first if all(v == first for v in rest) else "irregular"
+
+
+def _layer(path: str, module: Any) -> TunerLayerStatus:
+    grads: dict[str, bool | Irregular] = {}
+    devices: dict[str, list[str]] = {}
+    adapted = isinstance(module, AdaptedLayer)
+    for adapter in sorted(module.adapters()):
+        if adapted:
+            a = module.attached[adapter]
+            tensors = [(a.tensor(n), leaf.trainable) for n, leaf in a.leaves.items()]
+        else:
+            tensors = [(p, p.is_floating_point()) for p in module.modules_to_save[adapter].parameters()]
+        grads[adapter] = _one([t.requires_grad for t, trainable in tensors if trainable] or [False])
+        devices[adapter] = sorted({t.device.type for t, _ in tensors})
+    return TunerLayerStatus(
+        name=path,
+        module_type=_type(module),
+        enabled=not module.disable_adapters,
+        active_adapters=list(module.active_adapters),
+        merged_adapters=list(module.merged_adapters) if adapted else [],
+        requires_grad=grads,
+        available_adapters=sorted(module.adapters()),
+        devices=devices,
+        quantization_backend=None if not adapted or module.site.codec.plain else type(module.site.codec).__name__.lower(),
+    )
+
+
+def _type(module: Any) -> str:
+    if not isinstance(module, AdaptedLayer):
+        return type(module).__name__
+    kind = type(module.get_base_layer()).__name__
+    first = next(iter(module.attached.values()), None)
+    return kind if first is None else f"{str(getattr(first.config.peft_type, 'value', first.config.peft_type)).lower()}.{kind}"
+
+
 def _merged(layers: list[TunerLayerStatus]) -> list[str] | Irregular:
-    """Merged adapters, each expected on the layers that have it."""
-    every = {m for s in layers for m in s.merged_adapters}
+    """Merged adapters, each expected on the layers that have it; modules trained whole are never merged into anything."""
+    merged: list[str] = max((s.merged_adapters for s in layers), key=len)
     for s in layers:
-        if {m for m in every if m in s.available_adapters} != set(s.merged_adapters) and s.module_type != "ModulesToSaveWrapper":
+        if s.module_type != "ModulesToSaveWrapper" and {m for m in merged if m in s.available_adapters} != set(s.merged_adapters):
             return "irregular"
-    return max((s.merged_adapters for s in layers), key=len)
+    return merged

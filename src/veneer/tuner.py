@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from .checkpoint.keys import slots as file_slots
 from .config import PeftConfig
 from .engine import inject, merge
 from .engine.holders import Attached, drop, slots
 from .engine.merge import MergeReport
+from .engine.route import check_known
+from .errors import PeftWarning
 from .method import Method, config_class
-
-_CLASS_NAMES = {"LORA": "LoraModel", "IA3": "IA3Model", "LN_TUNING": "LNTuningModel", "VERA": "VeraModel", "OSF": "OSFModel"}
 
 
 class Tuner(nn.Module):
     """Adapters of one method (or, in a mixed model, of several) on the user's model, which is changed in place.
 
+    Args:
+        model: the user's model.
+        peft_config: the first adapter's config, or several by name.
+        adapter_name: the first adapter's name.
+        low_cpu_mem_usage: leave the adapters' tensors on the meta device, for a file to fill.
+        state_dict: take the modules to adapt from these keys instead of the config's targets.
+        autocast_adapter_dtype: keep the tensors in float32 where the model is float16 or bfloat16.
+        empty: do not compute start values that a file is going to replace.
+
     Attributes:
         model: the user's model.
         peft_config: the adapters' configs, by name.
         shared: tensors that all layers of an adapter share, by adapter.
+
+    Raises:
+        ConfigError, NoMatchingPeftModuleError: if a config does not fit the model.
     """
 
     prefix: ClassVar[str] = ""
@@ -56,12 +70,14 @@ class Tuner(nn.Module):
         autocast_adapter_dtype: bool = True,
         empty: bool = False,
     ) -> inject.Plan:
-        """Attach one more adapter."""
+        """Attach one more adapter; returns what that did."""
         plan = inject.attach(
             self.model, config, adapter_name,
-            low_cpu_mem_usage=low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype, state_dict=state_dict, empty=empty, home=self,
+            low_cpu_mem_usage=low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype, state_dict=state_dict,
+            empty=empty, home=self,
         )  # fmt: skip
         self.peft_config[adapter_name] = config
+        self._train_outside(adapter_name, adapter_name in self.active_adapters and not config.inference_mode)
         return plan
 
     def inject_adapter(
@@ -85,21 +101,46 @@ class Tuner(nn.Module):
         return inject.active_adapters(self.model)
 
     @property
-    def active_adapter(self) -> str | list[str]:
-        names = self.active_adapters
-        return names[0] if len(names) == 1 else names
+    def active_adapter(self) -> list[str]:
+        return self.active_adapters
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Let one or several adapters act (their effects add up) and train; see `veneer.engine.inject.set_adapter`."""
-        inject.set_adapter(self.model, adapter_name, inference_mode)
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Let one or several adapters act (their effects add up) and train (not in inference mode).
+
+        Merged layers are unmerged first, with a warning, unless just these adapters are merged.
+
+        Raises:
+            RouteError: for a name that is not there.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        inject.set_adapter(self.model, names, inference_mode)
+        for name in self.peft_config:
+            self._train_outside(name, name in names and not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let these adapters' tensors get gradients, or not."""
-        inject.mark_trainable(self.model, adapter_names, requires_grad)
-        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
-            for leaf, spec in self.shared[name].leaves.items() if name in self.shared else ():
+        """Let these adapters' tensors get gradients, or not.
+
+        Raises:
+            RouteError: for a name that is not there.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        check_known(names, list(self.peft_config))
+        inject.mark_trainable(self.model, names, requires_grad)
+        for name in names:
+            self._train_outside(name, requires_grad)
+
+    def _train_outside(self, adapter_name: str, requires_grad: bool) -> None:
+        """What an adapter trains outside its layers: tensors that they share, and biases of the model."""
+        shared = self.shared.get(adapter_name)
+        if shared is not None:
+            for leaf, spec in shared.leaves.items():
                 if spec.trainable:
-                    self.shared[name].tensor(leaf).requires_grad_(requires_grad)
+                    shared.tensor(leaf).requires_grad_(requires_grad)
+        config = self.peft_config[adapter_name]
+        if getattr(config, "bias", "none") != "none":
+            for slot in file_slots(self.model, adapter_name, config, save_embedding_layers=False).values():
+                if slot.base and slot.saved and slot.attribute == "bias":
+                    slot.tensor.requires_grad_(requires_grad)
 
     def enable_adapter_layers(self) -> None:
         """Let the active adapters act again."""
@@ -110,16 +151,35 @@ class Tuner(nn.Module):
         inject.enable(self.model, False)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off and free its tensors."""
-        inject.detach(self.model, adapter_name)
+        """Take an adapter off and free its tensors. If no other one acted, the first that is left does, and trains, with a warning.
+
+        Raises:
+            RouteError: if there is no adapter of that name.
+        """
+        check_known([adapter_name], list(self.peft_config))
+        before = self.active_adapters
+        self._train_outside(adapter_name, False)
+        left = inject.detach(self.model, adapter_name)
         if adapter_name in self.shared:
             drop(self, adapter_name, self.shared.pop(adapter_name))
         del self.peft_config[adapter_name]
+        if adapter_name in before and not set(left) <= set(before):
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.", PeftWarning, stacklevel=3
+            )
+            self.set_requires_grad(left, not self.peft_config[left[0]].inference_mode)
 
     # ---------------------------------------------------------------- merging
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> MergeReport:
-        """Merge these (or the active) adapters into the weights; `unmerge_adapter` undoes it bit for bit. Returns what rounding lost."""
+        """Merge these (or the active) adapters into the weights; `unmerge_adapter` undoes it bit for bit. Returns what rounding lost.
+
+        Args:
+            safe_merge: taken for PEFT's sake; a merge is checked as a whole before any weight changes, always.
+
+        Raises:
+            MergeError: if a layer cannot be merged or would hold values that are not finite; the model is as it was.
+        """
         return merge.merge(self.model, adapter_names, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:
@@ -127,7 +187,7 @@ class Tuner(nn.Module):
         merge.unmerge(self.model)
 
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None) -> nn.Module:
-        """Merge for good and return the user's model without wrappers."""
+        """Merge for good and return the user's model without wrappers. Arguments and errors as in `merge_adapter`."""
         return merge.merge_and_unload(self.model, adapter_names, safe_merge=safe_merge, progressbar=progressbar)
 
     def unload(self) -> nn.Module:
@@ -157,26 +217,34 @@ class Tuner(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model" or "model" not in self._modules:
+            if name == "model" or "model" not in self._modules:  # a copy being made has no modules yet
                 raise
             return getattr(self._modules["model"], name)
 
 
-@functools.cache
 def tuner_class(peft_type: str) -> type[Tuner]:
-    """The tuner class of a method under PEFT's name for it, such as `LoraModel`."""
-    key = str(getattr(peft_type, "value", peft_type))
-    config = config_class(key)
-    name = _CLASS_NAMES.get(key, config.__name__.removesuffix("Config") + "Model")
+    """The tuner class of a method under PEFT's name for it, such as `LoraModel`.
+
+    Raises:
+        ConfigError: if there is no such method; names the nearest.
+    """
+    config: Any = config_class(peft_type)  # Any: dataclasses are unhashable, their classes are not
+    return _class_for(config)
+
+
+@functools.cache
+def _class_for(config: Any) -> type[Tuner]:
     prefix = config.prefix if issubclass(config, Method) else ""
+    name = config.__name__.removesuffix("Config") + "Model"
     return type(name, (Tuner,), {"prefix": prefix, "__module__": __name__, "__doc__": f"The tuner of {config.__name__}."})
 
 
 def __getattr__(name: str) -> Any:
-    from .method import load_methods
+    """Tuner classes by name: `veneer.tuner.LoraModel`. Pickled models look for theirs here."""
+    if name.endswith("Model"):
+        from .method import load_methods
 
-    for peft_type in load_methods():
-        cls = tuner_class(peft_type)
-        if cls.__name__ == name:
-            return cls
+        for peft_type in load_methods():
+            if tuner_class(peft_type).__name__ == name:
+                return tuner_class(peft_type)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

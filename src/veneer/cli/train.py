@@ -132,7 +132,7 @@ def _watcher(record: dict[str, Any]) -> Any:
 
     import transformers
 
-    class Watcher(transformers.TrainerCallback):
+    class Watcher(transformers.TrainerCallback):  # type: ignore[misc]
         """Keeps the losses and moves the bar."""
 
         def __init__(self) -> None:
@@ -192,7 +192,9 @@ def _show(record: dict[str, Any], recipe: Any) -> None:
 
 def _report(record: dict[str, Any], recipe: Any) -> None:
     lines = [f"{name}: {value:.4g} -> {record['after'][name]:.4g}" for name, value in record["before"].items()]
-    lines.append(f"{record['seconds']:.1f} s, {record['tokens_per_second']:,.0f} tokens/s, peak memory {record['peak_memory'] / 2**20:,.0f} MiB")
+    lines.append(
+        f"{record['seconds']:.1f} s, {record['tokens_per_second']:,.0f} tokens/s, peak memory {record['peak_memory'] / 2**20:,.0f} MiB"
+    )
     lines.append(f"adapter, run.json and loss.png are in {recipe.out}")
     _console.print(Panel("\n".join(lines), title="done", border_style="green"))
     sys.stderr.flush()

@@ -351,7 +351,7 @@ def _stage_tokens(
     for path, (module, indices) in targets.items():
         share, wrap = stage(path, module, indices)
         out.append((share, wrap))
-        for other_path, other in tied_to(model, share.layer.get_base_layer()):
+        for other_path, _other in tied_to(model, share.layer.get_base_layer()):
             at = other_path.removesuffix(".token_adapter.base_layer")
             if at in targets:
                 continue

@@ -12,7 +12,7 @@ from .base import Start, Weight
 from .corda import CordaConfig, CordaEigens, corda, preprocess_corda
 from .default import default, orthogonal
 from .eva import EvaConfig, get_eva_state_dict, initialize_lora_eva_weights
-from .loftq import LoftQConfig, loftq
+from .loftq import LoftQConfig, loftq, replace_lora_weights_loftq
 from .lora_ga import LoraGAConfig, lora_ga, preprocess_loraga
 from .spectral import mica, olora, pissa
 
@@ -23,7 +23,7 @@ KINDS = (
     "eva",
     "olora",
     "pissa",
-    "pissa_niter_[number of iters]",
+    "pissa_niter_4",
     "corda",
     "loftq",
     "orthogonal",
@@ -46,10 +46,12 @@ SITES: dict[str, set[str]] = {
 
 def check_kind(kind: bool | str) -> None:
     """Raise ConfigError for an `init_lora_weights` that is none."""
-    names = [str(k) for k in KINDS]
     if kind is None or kind in KINDS or (isinstance(kind, str) and re.fullmatch(r"pissa_niter_\d+", kind)):
         return
-    raise ConfigError(f"Unknown initialization init_lora_weights={kind!r}. Known ones: {', '.join(names)}.{hint(str(kind), names)}")
+    names = [str(k) for k in KINDS]
+    raise ConfigError(
+        f"Unknown initialization init_lora_weights={kind!r}. Known ones: {', '.join(names)} (or other iterations).{hint(str(kind), names)}"
+    )
 
 
 def start(
@@ -61,7 +63,7 @@ def start(
     n_out: int,
     n_in: int,
     config: Any,
-    context: nn.Module,
+    context: nn.Module | None = None,
     embedding: bool = False,
 ) -> Start:
     """First values of A (r, n_in) and B (n_out, r).
@@ -72,6 +74,7 @@ def start(
         scaling: s of D = s B A.
         config: with `loftq_config`, `lora_ga_config`.
         context: the module itself, which carries what a preprocessing has found.
+        embedding: whether W is an embedding's table (n_out: its width, n_in: its rows), which begins with A zero.
 
     Raises:
         ConfigError: if the kind cannot begin here.
@@ -117,5 +120,6 @@ __all__ = [
     "initialize_lora_eva_weights",
     "preprocess_corda",
     "preprocess_loraga",
+    "replace_lora_weights_loftq",
     "start",
 ]

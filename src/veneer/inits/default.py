@@ -8,7 +8,7 @@ from .base import Start, kaiming
 
 
 def default(r: int, n_out: int, n_in: int, kind: bool | str, embedding: bool) -> Start:
-    """True: A Kaiming-uniform, B zero (an embedding's A zero, B normal). "gaussian": A normal with deviation 1 / r. False: nothing is zero."""
+    """True: A Kaiming-uniform, B zero (an embedding's A zero, B normal). "gaussian": A normal with deviation 1 / r. False: none is zero."""
     if embedding:
         a = torch.zeros(r, n_in) if kind is not False else torch.randn(r, n_in)
         return Start(a, torch.randn(n_out, r))

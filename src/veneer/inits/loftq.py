@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import ConfigError
-from .base import Start, wide
+from ..errors import ConfigError, LoadError, hint
+from .base import Start, singular, split, wide
 
 _BLOCK = 64
 # quantiles of a normal distribution, scaled to [-1, 1], zero included: the published NormalFloat4 levels
 _NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 
 
@@ -41,19 +47,19 @@ def loftq(w: Tensor, r: int, scaling: float, config: LoftQConfig) -> Start:
         raise ConfigError(
             f"LoftQ quantises to 4 or 8 bits, in 1 or more iterations; got loftq_bits={config.loftq_bits}, loftq_iter={config.loftq_iter}."
         )
-    quantise = _nf4 if config.loftq_bits == 4 else _int8
+    quantise = nf4 if config.loftq_bits == 4 else int8
     full = wide(w)
     low = torch.zeros_like(full)
     for _ in range(config.loftq_iter):
         base = quantise(full - low)
-        u, s, v = torch.linalg.svd(full - base, full_matrices=False)
-        root = s[:r].sqrt()
-        a, b = root.unsqueeze(1) * v[:r], u[:, :r] * root
-        low = b @ a
-    return Start(a / scaling, b, base=base)
+        u, s, v = singular(full - base, r)
+        low = (u * s) @ v
+    a, b = split(u, s, v, scaling)
+    return Start(a, b, base=base)
 
 
-def _nf4(w: Tensor) -> Tensor:
+def nf4(w: Tensor) -> Tensor:
+    """W in NormalFloat4: the nearest level, times the largest absolute value of 64 successive numbers. Dettmers 2023, arXiv:2305.14314."""
     levels = torch.tensor(_NF4, dtype=w.dtype, device=w.device)
     flat = w.flatten()
     padded = torch.nn.functional.pad(flat, (0, -len(flat) % _BLOCK)).view(-1, _BLOCK)
@@ -62,6 +68,89 @@ def _nf4(w: Tensor) -> Tensor:
     return (levels[torch.bucketize(padded / top, edges)] * top).flatten()[: len(flat)].view_as(w)
 
 
-def _int8(w: Tensor) -> Tensor:
+def int8(w: Tensor) -> Tensor:
+    """W rounded to 255 even steps between plus and minus the largest absolute value of each row."""
     top = w.abs().amax(1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
     return (w / top * 127).round() / 127 * top
+
+
+def replace_lora_weights_loftq(
+    peft_model: nn.Module,
+    model_path: str | None = None,
+    adapter_name: str = "default",
+    callback: Callable[[nn.Module, str], bool] | None = None,
+) -> None:
+    """Let an adapter on a quantised model start with the best rank-r answer to what quantising lost: s B A = the rank-r part of W - Q.
+
+    Args:
+        model_path: folder or safetensors file with the unquantised weights; where left out, the folder the model was loaded from, or its
+            files in the Hub's local cache. The network is not used.
+        callback: called with the model and a layer's name after each layer; False puts that layer back as it was.
+
+    Raises:
+        ConfigError: if no layer of this adapter has a quantised weight.
+        LoadError: if the unquantised weights are not found, or do not fit. No layer is changed then.
+    """
+    from ..engine.inject import adapted_layers
+
+    root: nn.Module = peft_model.get_base_model() if hasattr(peft_model, "get_base_model") else peft_model  # type: ignore[operator]
+    layers = {n: m for n, m in adapted_layers(root) if adapter_name in m.attached and m.site.kind == "linear" and not m.site.codec.plain}
+    if not layers:
+        raise ConfigError(
+            f"No layer with an adapter {adapter_name!r} has a quantised weight. Load the model quantised first, "
+            'or start on the full weights with LoraConfig(init_lora_weights="loftq", loftq_config=LoftQConfig(...)).'
+        )
+    with _weights(_files(root, model_path)) as stored:
+        keys = {n: _key(n, stored) for n in layers}
+        for name, layer in layers.items():
+            shape, wanted = tuple(stored[keys[name]].get_slice(keys[name]).get_shape()), (layer.site.n_out, layer.site.n_in)
+            if shape != wanted:
+                raise LoadError(
+                    f"{keys[name]!r} has the shape {shape}, and the layer {name!r} {wanted}. Give the model's own unquantised weights."
+                )
+        for name, layer in layers.items():
+            base = wide(layer.frozen_weight())
+            lost = stored[keys[name]].get_tensor(keys[name]).to(base) - base
+            before = {leaf: layer.leaf(adapter_name, leaf).detach().clone() for leaf in ("lora_A", "lora_B")}
+            a, b = split(*singular(lost, before["lora_A"].shape[0]), layer.scaling[adapter_name])
+            layer.replace_leaves(adapter_name, {"lora_A": a, "lora_B": b})
+            if callback is not None and not callback(peft_model, name):
+                layer.replace_leaves(adapter_name, before)
+
+
+def _files(model: nn.Module, given: str | None) -> list[Path]:
+    """The safetensors files of the unquantised model."""
+    origin = given or getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(model, "name_or_path", None)
+    if not origin:
+        raise LoadError("Nothing says where the unquantised weights are. Give model_path, a folder or file of safetensors.")
+    place = Path(origin)
+    if not place.exists() and given is None:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = [try_to_load_from_cache(origin, n) for n in ("model.safetensors", "model.safetensors.index.json")]
+        place = next((Path(f).parent for f in found if isinstance(f, str)), place)
+    files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    if not files:
+        raise LoadError(
+            f"There are no safetensors files in {str(place)!r}. Give model_path, a folder or file with the unquantised weights."
+        )
+    return files
+
+
+@contextmanager
+def _weights(files: list[Path]) -> Iterator[Mapping[str, Any]]:
+    """The open file that holds each tensor, by the tensor's name."""
+    from safetensors import safe_open
+
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(f, framework="pt")) for f in files]
+        yield {key: f for f in opened for key in f.keys()}  # noqa: SIM118  a file, no mapping
+
+
+def _key(name: str, stored: Mapping[str, Any]) -> str:
+    """The stored name of a layer's weight; files of the bare model lack the head's prefix, and the other way round."""
+    wanted = f"{name}.weight"
+    hits = [wanted] if wanted in stored else [k for k in stored if k.endswith(f".{wanted}") or wanted.endswith(f".{k}")]
+    if len(hits) != 1:
+        raise LoadError(f"The files have {len(hits) or 'no'} tensors that could be {wanted!r}.{hint(wanted, stored)}")
+    return hits[0]

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, hint
-from .base import Start, counted, wide
-from .corda import _read, _targets, _write
+from .base import Start, counted, sketched, wide
+from .calibration import check_reached, read, targets, write
 
 _DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")
 _SCALES = ("stable", "weight_svd", "gd_scale", "unit")
 _GRADIENT = "_peft_loraga_grad"
+_NITER = 4
 
 
 @dataclass
@@ -40,19 +41,30 @@ class LoraGAConfig:
             raise ConfigError(f"lora_ga_config: stable_gamma has to be positive, got {self.stable_gamma}.")
 
 
-def lora_ga(w: Tensor, r: int, scaling: float, config: LoraGAConfig, module: nn.Module) -> Start:
-    """A and B from singular vectors of the weight's averaged gradient. Wang et al. 2024, arXiv:2407.05000.
+@dataclass
+class Gradient:
+    """The first 2r left (n_out, 2r) and right (n_in, 2r) singular vectors of a weight's averaged gradient."""
+
+    u: Tensor
+    v: Tensor
+
+
+def lora_ga(w: Tensor, r: int, scaling: float, config: LoraGAConfig, module: nn.Module | None) -> Start:
+    """A and B from singular vectors of the weight's averaged gradient. Wang et al. 2024, arXiv:2407.05000, algorithm 1.
+
+    Both are unit vectors times one factor. (PEFT multiplies B by the gradient's singular values too, which makes it vanish against A.)
 
     Raises:
         ConfigError: if `preprocess_loraga` has not been run, or 2r is larger than a side of the weight.
     """
-    gradient: Tensor | None = getattr(module, _GRADIENT, None)
+    gradient: Gradient | None = getattr(module, _GRADIENT, None)
     if gradient is None:
         raise ConfigError("init_lora_weights='lora_ga' needs gradients. Call preprocess_loraga(model, lora_config, train_step) first.")
     if 2 * r > min(w.shape):
         raise ConfigError(f"LoRA-GA takes 2r = {2 * r} directions of a weight {tuple(w.shape)}. Lower r.")
-    grad = gradient.float()
-    u, _, v = torch.svd_lowrank(grad, q=min(4 * r, min(grad.shape)), niter=4)
+    u, v = gradient.u, gradient.v
+    if 2 * r > u.shape[1]:
+        raise ConfigError(f"preprocess_loraga has kept {u.shape[1]} directions, and 2r={2 * r}. Run it again with this rank.")
     if config.direction == "ArBr":
         b, a = u[:, 0 : 2 * r : 2], v[:, 1 : 2 * r : 2]
     elif config.direction == "A2rBr":
@@ -68,55 +80,64 @@ def lora_ga(w: Tensor, r: int, scaling: float, config: LoraGAConfig, module: nn.
     elif config.scale == "gd_scale":
         factor = 1 / scaling
     elif config.scale == "weight_svd":
-        _, s, _ = torch.svd_lowrank(wide(w).float(), q=min(4 * r, min(w.shape)), niter=4)
-        factor = float((s[:r] / abs(scaling)).sqrt().mean())
+        _, s, _ = sketched(wide(w), r, _NITER)
+        factor = float((s / abs(scaling)).sqrt().mean())
     return counted((a.T * factor).contiguous(), (b * factor).contiguous())
 
 
 def preprocess_loraga(model: nn.Module, lora_config: Any, train_step: Callable[[], None], cache_file: str | None = None) -> None:
     """Average the gradient of each target's weight over `train_step`, which runs forward and backward as often as it likes.
 
-    The model's own gradients and requires_grad flags are as before afterwards.
+    The model's own gradients and requires_grad flags are as before afterwards; of each gradient, only the directions that the start
+    needs are kept.
+
+    Args:
+        cache_file: the gradients are written there, or read from there if it exists.
 
     Raises:
-        ConfigError: if a target gets no gradient.
+        ConfigError: if a target gets no gradient, or has a quantised weight.
+        LoadError: if the file does not hold every target.
     """
-    targets = dict(_targets(model, lora_config))
-    cached = _read(cache_file)
+    modules = dict(targets(model, lora_config))
+    cached = read(cache_file, [f"{n}.{_GRADIENT}" for n in modules])
     if cached is None:
-        cached = _gradients(model, targets, train_step)
+        cached = {f"{n}.{_GRADIENT}": g for n, g in _gradients(model, modules, train_step).items()}
         if cache_file:
-            _write(cache_file, cached)
-    for name, module in targets.items():
-        setattr(module, _GRADIENT, cached[name])
+            write(cache_file, cached)
+    kept = {}
+    for name in modules:
+        u, _, v = sketched(wide(cached.pop(f"{name}.{_GRADIENT}")), 2 * lora_config.at(name).r, _NITER)
+        kept[name] = Gradient(u.clone(), v.T.contiguous())
+    for name, module in modules.items():
+        setattr(module, _GRADIENT, kept[name])
 
 
-def _gradients(model: nn.Module, targets: dict[str, nn.Module], train_step: Callable[[], None]) -> dict[str, Tensor]:
+def _gradients(model: nn.Module, modules: dict[str, nn.Module], train_step: Callable[[], None]) -> dict[str, Tensor]:
+    """The mean gradient (n_out, n_in) of each target's weight, in float32."""
     from ..sites import site_for
 
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    sums: dict[Tensor, Tensor] = {}
+    counts: dict[Tensor, int] = {}
+    weights: dict[str, Any] = {n: m.weight for n, m in modules.items()}
+    packed = [n for n, w in weights.items() if not w.is_floating_point()]
+    if packed:
+        raise ConfigError(f"The weight of {packed[0]!r} is quantised and gets no gradient. Run preprocess_loraga on the unquantised model.")
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     handles = []
 
-    def collect(name: str, module: nn.Module) -> Callable[[Tensor], None]:
-        def hook(p: Tensor) -> None:
-            assert p.grad is not None
-            grad = site_for(module).canonical(p.grad).detach().float()
-            sums[name] = sums[name] + grad if name in sums else grad.clone()
-            counts[name] = counts.get(name, 0) + 1
-            p.grad = None
-
-        return hook
+    def hook(p: Tensor) -> None:
+        assert p.grad is not None
+        sums[p] = sums[p] + p.grad if p in sums else p.grad.detach().float()
+        counts[p] = counts.get(p, 0) + 1
+        p.grad = None
 
     try:
         for p, _, _ in before:
             p.requires_grad_(False)
             p.grad = None
-        for name, module in targets.items():
-            weight: Any = module.weight
-            weight.requires_grad_(True)
-            handles.append(weight.register_post_accumulate_grad_hook(collect(name, module)))
+        for w in set(weights.values()):
+            w.requires_grad_(True)
+            handles.append(w.register_post_accumulate_grad_hook(hook))
         train_step()
     finally:
         for handle in handles:
@@ -124,9 +145,5 @@ def _gradients(model: nn.Module, targets: dict[str, nn.Module], train_step: Call
         for p, flag, grad in before:
             p.requires_grad_(flag)
             p.grad = grad
-    silent = [n for n in targets if n not in sums]
-    if silent:
-        raise ConfigError(
-            f"train_step gave no gradient to {silent[0]!r} (and {len(silent) - 1} more). It has to call backward() on a loss of this model."
-        )
-    return {n: sums[n] / counts[n] for n in targets}
+    check_reached(modules, {n for n, w in weights.items() if w in sums}, "train_step called no backward() that gave a gradient to")
+    return {n: site_for(modules[n]).canonical(sums[w] / counts[w]) for n, w in weights.items()}

@@ -5,18 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Start, counted, split, wide
+from .base import Start, counted, singular, sketched, split, wide
 
 
 def pissa(w: Tensor, r: int, scaling: float, niter: int | None) -> Start:
     """The r largest singular triples of W. `niter`: by a randomised method with so many iterations. Meng et al. 2024, arXiv:2404.02948."""
-    if niter is None:
-        u, s, v = torch.linalg.svd(wide(w), full_matrices=False)
-        u, s, v = u[:, :r], s[:r], v[:r]
-    else:
-        u, s, vt = torch.svd_lowrank(wide(w), q=r, niter=niter)
-        v = vt.T
-    a, b = split(u, s, v, scaling)
+    full = wide(w)
+    a, b = split(*(singular(full, r) if niter is None else sketched(full, r, niter)), scaling)
     return counted(a, b)
 
 
@@ -28,5 +23,5 @@ def olora(w: Tensor, r: int) -> Start:
 
 def mica(w: Tensor, r: int) -> Start:
     """B = the r last left singular vectors of W, frozen; A = 0. arXiv:2604.01694."""
-    u, _, _ = torch.linalg.svd(wide(w), full_matrices=False)
-    return Start(torch.zeros(r, w.shape[1]), u[:, -r:].contiguous())
+    u, _, _ = singular(wide(w), r, last=True)
+    return Start(u.new_zeros(r, w.shape[1]), u.contiguous())

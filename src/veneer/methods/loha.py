@@ -47,12 +47,15 @@ class LoHaConfig(Targeted, peft_type="LOHA"):
         if site.kind == "conv" and self.use_effective_conv2d and max(site.kernel) > 1:
             kernel = site.kernel if len(site.kernel) > 1 else (*site.kernel, 1)
             channels = site.channels // site.groups
-            one = lambda i: {  # noqa: E731
-                f"hada_t{i}": Leaf((r, r, *kernel), _narrow),
-                f"hada_w{i}_a": Leaf((r, site.n_out), start if i == 1 else nn.init.normal_),
-                f"hada_w{i}_b": Leaf((r, channels), _wide),
+            return {
+                key: leaf
+                for i in (1, 2)
+                for key, leaf in {
+                    f"hada_t{i}": Leaf((r, r, *kernel), _narrow),
+                    f"hada_w{i}_a": Leaf((r, site.n_out), start if i == 1 else nn.init.normal_),
+                    f"hada_w{i}_b": Leaf((r, channels), _wide),
+                }.items()
             }
-            return one(1) | one(2)
         return {
             "hada_w1_a": Leaf((site.n_out, r), start),
             "hada_w1_b": Leaf((r, site.n_in), _wide),

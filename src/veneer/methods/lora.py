@@ -165,9 +165,8 @@ class LoraConfig(Method, peft_type="LORA"):
         if site.kind in ("attention", "parameter"):
             for name in ("use_dora", "lora_dropout", "lora_bias"):
                 if getattr(self, name) and not (site.kind == "attention" and name == "lora_bias"):
-                    raise ConfigError(
-                        f"`{name}` cannot act on {site.name!r}, {'an nn.MultiheadAttention' if site.kind == 'attention' else 'a parameter'}: its module takes whole tensors."
-                    )
+                    what = "an nn.MultiheadAttention" if site.kind == "attention" else "a parameter"
+                    raise ConfigError(f"`{name}` cannot act on {site.name!r}, {what}: its module takes whole tensors.")
         kind = str(self.init_lora_weights).split("_niter")[0]
         if kind in inits.SITES and site.kind not in inits.SITES[kind]:
             raise ConfigError(
@@ -201,7 +200,9 @@ class LoraConfig(Method, peft_type="LORA"):
         return out
 
     def _counted(self, site: Any) -> bool:
-        return site.kind != "embedding" and isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(_COUNTED_FROM_START)
+        return (
+            site.kind != "embedding" and isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(_COUNTED_FROM_START)
+        )
 
     def start(self, site: Any, *, only_frozen: bool = False) -> Mapping[str, Tensor]:
         kind, embedding = self.init_lora_weights, site.kind == "embedding"

@@ -60,7 +60,7 @@ class LinearSite(Site):
             return self._around(module, changes, x, frozen)
         stored = frozen.get(self.weight_name)
         w = self.weight(module) if stored is None else self.canonical(stored)
-        b = bias(changes, frozen[self.bias_name] if self.bias_name in frozen else module.bias)  # type: ignore[arg-type]
+        b = bias(changes, frozen.get(self.bias_name, module.bias))  # type: ignore[arg-type]
         if b is not None and b.dtype != w.dtype:
             b = b.to(w.dtype)
         one = fused(changes)

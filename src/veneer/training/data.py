@@ -69,7 +69,9 @@ def _read(path: Path) -> list[Row]:
 
 def _from_hub(name: str) -> list[Row]:
     if "/" not in name or name.startswith((".", "/", "~")) or Path(name).suffix in _ENDINGS:
-        raise ConfigError(f"There is no file or folder {name!r}.{hint(name, [str(p) for p in Path(name).parent.glob('*')] if Path(name).parent.is_dir() else [])}")
+        raise ConfigError(
+            f"There is no file or folder {name!r}.{hint(name, [str(p) for p in Path(name).parent.glob('*')] if Path(name).parent.is_dir() else [])}"
+        )
     try:
         import datasets
     except ImportError as e:
@@ -133,7 +135,9 @@ def language_examples(rows: Sequence[Row], tokenizer: Any, source: str) -> list[
 
 def _chat(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> Example:
     if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError("The data are chat messages, and the model's tokenizer has no chat template. Give `prompt` and `completion`, or `text`.")
+        raise ConfigError(
+            "The data are chat messages, and the model's tokenizer has no chat template. Give `prompt` and `completion`, or `text`."
+        )
     ids: list[int] = []
     counts: list[bool] = []
     for i, turn in enumerate(messages):

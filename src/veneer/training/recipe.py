@@ -72,7 +72,9 @@ class Recipe:
         if Path(self.out).is_file():
             raise ConfigError(f"{self.out!r} is a file; --out names a folder.")
         if (Path(self.out) / "adapter_config.json").exists() and not self.resume:
-            raise ConfigError(f"{self.out!r} holds an adapter already, which is not overwritten. Give another --out, or --resume to go on with its run.")
+            raise ConfigError(
+                f"{self.out!r} holds an adapter already, which is not overwritten. Give another --out, or --resume to go on with its run."
+            )
 
     def config(self) -> PeftConfig:
         """The method's config.
@@ -86,7 +88,7 @@ class Recipe:
             raise ConfigError(f"Unknown method {self.method!r}. There are {', '.join(sorted(names))}.{hint(name, names)}")
         cls = config_class(names[name])
         known = {f.name: f for f in dataclasses.fields(cls) if f.init}
-        values = {"target_modules": "all-linear"} if "target_modules" in known else {}
+        values: dict[str, Any] = {"target_modules": "all-linear"} if "target_modules" in known else {}
         for key, value in self.method_fields.items():
             plain = key.replace("-", "_")
             if plain not in known:

@@ -54,7 +54,10 @@ def prepare(recipe: Recipe) -> Prepared:
         examples = language_examples(rows, tokenizer, recipe.data)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         if held:
-            train, held_out = pack(examples, recipe.length, pad), pack(language_examples(held, tokenizer, str(recipe.eval_data)), recipe.length, pad)
+            train, held_out = (
+                pack(examples, recipe.length, pad),
+                pack(language_examples(held, tokenizer, str(recipe.eval_data)), recipe.length, pad),
+            )
         else:
             train, held_out = _split(pack(examples, recipe.length, pad), recipe)
     else:
@@ -130,7 +133,9 @@ def _check_disk(out: str, model: nn.Module) -> None:
     need = 12 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) + 2**20
     free = shutil.disk_usage(folder).free
     if free < need:
-        raise ConfigError(f"There is no room on the disk for {out!r}: the run needs about {need / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free.")
+        raise ConfigError(
+            f"There is no room on the disk for {out!r}: the run needs about {need / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free."
+        )
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"{str(folder)!r} cannot be written to. Give another --out.")
 
@@ -168,7 +173,7 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
     headless = HeadlessLoss.of(prepared.model) if recipe.task == "causal-lm" else None
     pad = prepared.tokenizer.pad_token_id if prepared.tokenizer.pad_token_id is not None else prepared.tokenizer.eos_token_id or 0
 
-    class AdapterTrainer(transformers.Trainer):
+    class AdapterTrainer(transformers.Trainer):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
             if headless is None or return_outputs:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -210,7 +215,12 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
         log_level="error",
     )
     trainer = AdapterTrainer(
-        model=prepared.model, args=args, train_dataset=prepared.train, eval_dataset=prepared.held_out or None, data_collator=collate(pad), callbacks=list(callbacks)
+        model=prepared.model,
+        args=args,
+        train_dataset=prepared.train,
+        eval_dataset=prepared.held_out or None,
+        data_collator=collate(pad),
+        callbacks=list(callbacks),
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.headless = headless

@@ -1,0 +1,932 @@
+"""PeftModel, its task classes, AutoPeftModel, status and helpers: what a user sees of a model with adapters."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import pickle
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import veneer as V
+from veneer.helpers import (
+    cast_mixed_precision_params,
+    check_if_peft_model,
+    disable_input_dtype_casting,
+    rescale_adapter_scale,
+    update_forward_signature,
+    update_signature,
+)
+from veneer.tuner import Tuner, tuner_class
+
+transformers = pytest.importorskip("transformers")
+
+KEYS = {
+    f"base_model.model.{p}.{s}"
+    for p in ("up", "down")
+    for s in ("base_layer.weight", "base_layer.bias", "lora_A.default.weight", "lora_B.default.weight")
+}
+
+
+class MLP(nn.Module):
+    """A model without config, task or generate."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.down(self.act(self.up(x)))
+        return out
+
+
+def mlp(width: int = 12) -> MLP:
+    torch.manual_seed(0)
+    return MLP(width)
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def bert(kind: str = "BertForSequenceClassification") -> Any:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64
+    )
+    return getattr(transformers, kind)(config).eval()
+
+
+def t5() -> Any:
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0, pad_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+def small(**fields: Any) -> Any:
+    return V.LoraConfig(**{"r": 2, "target_modules": ["up", "down"], **fields})
+
+
+def attention(**fields: Any) -> Any:
+    return V.LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], **fields})
+
+
+def fill(model: nn.Module, name: str = "default") -> None:
+    """Give an adapter values that change the output, the same ones for the same name."""
+    torch.manual_seed(sum(map(ord, name)))
+    for n, p in model.named_parameters():
+        if "lora_" in n and f".{name}" in n:
+            p.data.normal_(std=0.3)
+
+
+def trains(model: nn.Module) -> set[str]:
+    return {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def two(build: Any = mlp, config: Any = small, second: str = "b") -> Any:
+    """A model with two adapters that both do something; `default` acts."""
+    model = V.get_peft_model(build(), config())
+    model.add_adapter(second, config())
+    fill(model)
+    fill(model, second)
+    return model
+
+
+X = torch.linspace(-1, 1, 24).view(3, 8)
+IDS = torch.arange(1, 9).view(2, 4)
+
+
+# ---------------------------------------------------------------- the tree
+
+
+def test_names_are_those_of_the_checkpoint_format() -> None:
+    model = V.get_peft_model(mlp(), small())
+    assert set(model.state_dict()) == KEYS
+    assert type(model) is V.PeftModel and type(model.base_model).__name__ == "LoraModel" and isinstance(model.base_model, Tuner)
+    assert model.base_model.prefix == "lora_" and type(model.base_model.model) is MLP and model.get_base_model() is model.base_model.model
+    assert trains(model) == {k for k in KEYS if "lora" in k}
+    assert (model.active_adapter, model.active_adapters, model.modules_to_save) == ("default", ["default"], None)
+
+
+def test_attributes_fall_through_to_the_users_model() -> None:
+    base = mlp()
+    base.note = "here"
+    model = V.get_peft_model(base, small())
+    assert model.note == "here" and model.base_model.note == "here" and model.act is base.act
+    with pytest.raises(AttributeError, match="'MLP' object has no attribute 'nothing'"):
+        _ = model.nothing
+    assert not hasattr(model, "config")
+
+
+def test_the_config_given_is_the_one_kept() -> None:
+    config = small()
+    model = V.get_peft_model(mlp(), config)
+    assert model.peft_config["default"] is config and model.active_peft_config is config
+    model.peft_config = {"default": config, "other": config}
+    assert model.base_model.peft_config["other"] is config
+
+
+@pytest.mark.parametrize("seal", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_is_a_model_of_its_own(seal: Any) -> None:
+    model = two()
+    other = seal(model)
+    assert type(other.base_model) is type(model.base_model) is tuner_class("LORA")
+    assert torch.equal(other(X), model(X))
+    other.set_adapter("b")
+    other.delete_adapter("default")
+    assert model.active_adapter == "default" and set(model.peft_config) == {"default", "b"}
+    assert not torch.equal(other(X), model(X))
+
+
+def test_the_printed_line_counts_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    model = V.get_peft_model(mlp(), small())
+    model.print_trainable_parameters()
+    lora = 2 * (8 + 12) + 2 * (12 + 4)
+    total = lora + 8 * 12 + 12 + 12 * 4 + 4
+    assert capsys.readouterr().out == f"trainable params: {lora:,} || all params: {total:,} || trainable%: {100 * lora / total:.4f}\n"
+    assert model.get_nb_trainable_parameters() == (lora, total)
+
+
+def test_the_base_models_name_comes_from_the_model_or_its_config() -> None:
+    base = mlp()
+    base.config = {"model_type": "mine", "_name_or_path": "some/name"}
+    config = small()
+    V.get_peft_model(base, config)
+    assert config.base_model_name_or_path == "some/name"
+    named = llama()
+    named.name_or_path = "other/name"
+    with pytest.warns(V.PeftWarning, match=r"base_model_name_or_path.*'some/name'.*'other/name'"):
+        V.get_peft_model(named, config := attention(base_model_name_or_path="some/name"))
+    assert config.base_model_name_or_path == "other/name"
+    V.get_peft_model(llama(), config := attention(), revision="abc")
+    assert (config.base_model_name_or_path, config.revision) == (None, "abc")
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_a_failed_wrap_leaves_the_model_as_it_was() -> None:
+    base = mlp()
+    before = list(base.state_dict())
+    with pytest.raises(V.NoMatchingPeftModuleError):
+        V.get_peft_model(base, small(target_modules=["up", "dawn"]))
+    assert list(base.state_dict()) == before and all(p.requires_grad for p in base.parameters())
+    model = V.get_peft_model(base, small())
+    with pytest.raises(V.NoMatchingPeftModuleError):
+        model.add_adapter("b", small(target_modules=["up", "dawn"]))
+    assert set(model.peft_config) == {"default"} and set(model.state_dict()) == KEYS
+
+
+def test_wrapping_twice_names_the_right_call() -> None:
+    base = mlp()
+    model = V.get_peft_model(base, small())
+    for again in (model, base, model.base_model):
+        with pytest.raises(V.PeftError, match="add_adapter"):
+            V.get_peft_model(again, small())
+    with pytest.raises(V.PeftError, match="add_adapter"):
+        V.inject_adapter_in_model(small(), model)
+    assert set(model.state_dict()) == KEYS
+    again = V.get_peft_model(model.unload(), small())
+    assert set(again.state_dict()) == KEYS
+
+
+def test_not_a_config_and_unknown_methods() -> None:
+    for wrong in ({"peft_type": "LORA"}, None):
+        with pytest.raises(V.ConfigError, match="LoraConfig"):
+            V.get_peft_model(mlp(), wrong)
+    with pytest.raises(V.ConfigError, match="SOFTER_PROMPTS"):
+        V.get_peft_model(mlp(), V.PromptLearningConfig(peft_type="SOFTER_PROMPTS", num_virtual_tokens=3))
+    with pytest.raises(V.ConfigError, match="peft_type"):
+        V.get_peft_config({"r": 3})
+    with pytest.raises(V.ConfigError, match="'LORA'"):
+        V.get_peft_config({"peft_type": "LORAX"})
+    assert V.get_peft_config({"peft_type": "LORA", "r": 3}) == V.LoraConfig(r=3)
+
+
+def test_adapter_names_are_checked() -> None:
+    model = two()
+    for call in (
+        model.set_adapter,
+        model.delete_adapter,
+        model.set_requires_grad,
+        model.base_model.set_adapter,
+        model.base_model.delete_adapter,
+    ):
+        with pytest.raises(ValueError, match=r"'default'.*Did you mean 'default'"):
+            call("defualt")
+    with pytest.raises(ValueError, match="Adapter with name 'b' already exists"):
+        model.add_adapter("b", small())
+    from veneer.methods.ia3 import IA3Config
+
+    with pytest.raises(ValueError, match=r"Cannot combine adapters with different peft types. Found LORA and IA3"):
+        model.add_adapter("c", IA3Config(target_modules=["up"], feedforward_modules=[]))
+    assert set(model.peft_config) == {"default", "b"} and model.active_adapters == ["default"]
+
+
+# ---------------------------------------------------------------- several adapters
+
+
+def test_only_the_chosen_adapters_act_and_train() -> None:
+    model = two()
+    named = lambda *names: {n for n in model.state_dict() if any(f".{a}.weight" in n for a in names)}
+    assert trains(model) == named("default")
+    a = model(X)
+    model.set_adapter("b")
+    b = model(X)
+    assert trains(model) == named("b") and not torch.allclose(a, b)
+    model.set_adapter(["default", "b"])
+    assert trains(model) == named("default", "b") and model.active_adapter == ["default", "b"]
+    with model.disable_adapter():
+        base = model.up(X)
+    with model.using("b"):
+        only_b = model.up(X)
+    with model.using("default"):
+        only_a = model.up(X)
+    torch.testing.assert_close(model.up(X), only_a + only_b - base)
+    model.set_adapter("b", inference_mode=True)
+    assert trains(model) == set() and torch.equal(model(X), b)
+    model.set_requires_grad(["b", "default"])
+    assert trains(model) == named("default", "b")
+
+
+def test_deleting_the_active_adapter_hands_over_with_a_warning() -> None:
+    model = two()
+    model.add_adapter("c", small())
+    fill(model, "c")
+    model.set_adapter(["b", "c"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.delete_adapter("b")  # c acts on
+    assert model.active_adapters == ["c"] and set(model.peft_config) == {"default", "c"}
+    with model.using("default"):
+        expected = model(X)
+    with pytest.warns(V.PeftWarning, match="Setting active adapter to default"):
+        model.delete_adapter("c")
+    assert model.active_adapter == "default" and torch.equal(model(X), expected)
+    assert trains(model) == {k for k in KEYS if "lora" in k}  # no trace of the others
+    model.delete_adapter("default")
+    assert model.peft_config == {} and model.active_adapters == [] and not model.has_active_enabled_adapter
+    torch.testing.assert_close(model(X), mlp()(X), rtol=0, atol=0)
+
+
+def test_an_inference_adapter_that_takes_over_stays_frozen() -> None:
+    model = V.get_peft_model(mlp(), small(inference_mode=True))
+    assert trains(model) == set()
+    model.add_adapter("b", small())
+    model.set_adapter("b")
+    with pytest.warns(V.PeftWarning):
+        model.delete_adapter("b")
+    assert model.active_adapter == "default" and trains(model) == set()
+
+
+def test_biases_train_with_their_adapter_only(tmp_path: Path) -> None:
+    model = V.get_peft_model(mlp(), small(bias="all"))
+    biases = {"base_model.model.up.base_layer.bias", "base_model.model.down.base_layer.bias"}
+    assert biases < trains(model)
+    with pytest.raises(ValueError, match="only 1 adapter with bias"):
+        model.add_adapter("b", small(bias="lora_only"))
+    model.add_adapter("b", small())
+    model.set_adapter("b")
+    assert not biases & trains(model)
+    model.set_adapter("default")
+    assert biases < trains(model)
+    model.set_requires_grad("default", False)
+    assert trains(model) == set()
+    model.up.base_layer.bias.data.add_(1)
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    again = V.PeftModel.from_pretrained(mlp(), tmp_path)
+    assert trains(again) == set() and torch.equal(again.up.base_layer.bias, model.up.base_layer.bias)
+    late = V.get_peft_model(mlp(), small())
+    late.add_adapter("b", small(bias="all"))
+    assert not biases & trains(late)
+    late.set_adapter("b")
+    assert biases < trains(late)
+    with pytest.warns(V.PeftWarning):
+        late.delete_adapter("b")
+    assert trains(late) == {k for k in KEYS if "lora" in k}
+
+
+# ---------------------------------------------------------------- honest state
+
+
+def test_disabling_changes_nothing_but_the_output() -> None:
+    model = two()
+    base = mlp()(X)
+    model.set_requires_grad("default", False)
+    model.merge_adapter()
+    merged = model.up.base_layer.weight.clone()
+    with pytest.raises(KeyError), model.disable_adapter():
+        torch.testing.assert_close(model(X), base, rtol=0, atol=0)
+        assert not model.has_active_enabled_adapter and model.active_adapters == ["default"]
+        assert torch.equal(model.up.base_layer.weight, merged)
+        raise KeyError
+    assert model.has_active_enabled_adapter and trains(model) == set()
+    model.unmerge_adapter()
+    model.base_model.disable_adapter_layers()
+    assert torch.equal(model(X), base) and model.get_model_status().enabled is False and not model.has_active_enabled_adapter
+    model.base_model.enable_adapter_layers()
+    assert not torch.allclose(model(X), base)
+
+
+def test_switching_a_merged_model_restores_the_weights_bit_for_bit() -> None:
+    model = two()
+    frozen = {n: p.clone() for n, p in model.named_parameters() if "base_layer" in n}
+    model.set_adapter("b")
+    expected = model(X)
+    model.set_adapter("default")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="Cannot delete adapter"):
+        model.delete_adapter("default")
+    with pytest.warns(V.PeftWarning, match="Unmerging the model first"):
+        model.set_adapter("b")
+    assert torch.equal(model(X), expected)
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+
+
+def test_merging_one_of_two_active_adapters_keeps_the_other() -> None:
+    model = two()
+    model.set_adapter(["default", "b"])
+    both = model(X)
+    model.merge_adapter(["default"])
+    torch.testing.assert_close(model(X), both)
+    assert model.get_model_status().merged_adapters == ["default"]
+    merged = model.merge_and_unload()
+    assert type(merged.up) is nn.Linear
+    torch.testing.assert_close(merged(X), both)
+
+
+def test_threads_never_see_each_others_adapter() -> None:
+    model = two()
+    expected = {}
+    for name in ("default", "b"):
+        model.set_adapter(name)
+        expected[name] = model(X).detach()
+    wrong: list[str] = []
+
+    def run(name: str) -> None:
+        for _ in range(100):
+            model.set_adapter(name)
+            if not torch.equal(model(X), expected[name]):
+                wrong.append(name)
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in expected]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert wrong == []
+
+
+# ---------------------------------------------------------------- one adapter per row
+
+
+def test_rows_of_a_batch_take_their_own_adapters_and_train_only_those() -> None:
+    model = two()
+    rows = {}
+    for name in ("default", "b"):
+        with model.using(name):
+            rows[name] = model(X)
+    model.train()
+    out = model(X, adapter_names=["b", "__base__", "default"])
+    torch.testing.assert_close(out, torch.stack([rows["b"][0], mlp()(X)[1], rows["default"][2]]))
+    model.set_adapter(["default", "b"])
+    model(X, adapter_names=["b", "__base__", "b"]).sum().backward()
+    assert model.up.lora_B["b"].weight.grad.abs().sum() > 0 and model.up.lora_B["default"].weight.grad is None
+
+
+def test_wrong_rows_are_an_error_before_anything_runs() -> None:
+    model = two()
+    ran: list[int] = []
+    model.up.register_forward_pre_hook(lambda *_: ran.append(1))
+    with pytest.raises(V.RouteError, match="'default'"):
+        model(X, adapter_names=["b", "b", "defualt"])
+    with pytest.raises(V.RouteError, match="got 2 and 3"):
+        model(X, adapter_names=["b", "b"])
+    with pytest.raises(V.RouteError, match="using"):
+        model(X, adapter_names="b")
+    assert not ran
+    model(X)
+    assert ran  # nothing stayed behind
+
+
+@pytest.fixture(scope="module")
+def talkers() -> dict[str, Any]:
+    return {
+        "llama": two(llama, lambda: attention(task_type="CAUSAL_LM")).eval(),
+        "t5": two(t5, lambda: V.LoraConfig(r=4, target_modules=["q", "k", "v", "o"], task_type="SEQ_2_SEQ_LM")).eval(),
+    }
+
+
+@pytest.mark.parametrize("beams", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=["greedy", "beams", "several"])
+@pytest.mark.parametrize("which", ["llama", "t5"])
+def test_generate_takes_one_name_per_prompt(talkers: dict[str, Any], which: str, beams: dict[str, int]) -> None:
+    model = talkers[which]
+    options = {"input_ids": IDS, "max_new_tokens": 4, "do_sample": False, **beams}
+    n = beams.get("num_return_sequences", 1)
+    mixed = model.generate(**options, adapter_names=["b", "__base__"])
+    with model.using("b"):
+        first = model.generate(**options)[:n]
+    with model.disable_adapter():
+        second = model.generate(**options)[n:]
+    assert torch.equal(mixed, torch.cat([first, second])) and not torch.equal(first, second)
+    assert torch.equal(model.generate(**options), model.generate(**options))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with pytest.raises(V.RouteError):
+        model.generate(**options, adapter_names=["b"])
+
+
+def test_beams_of_an_encoder_do_not_disturb_other_threads(talkers: dict[str, Any]) -> None:
+    model = talkers["t5"]
+    options = {"input_ids": IDS, "max_new_tokens": 3, "do_sample": False, "num_beams": 3}
+    names = {"one": ["b", "__base__"], "other": ["default", "b"], "plain": None}
+    expected = {k: model.generate(**options, adapter_names=v) for k, v in names.items()}
+    wrong: list[str] = []
+
+    def run(key: str) -> None:
+        for _ in range(5):
+            if not torch.equal(model.generate(**options, adapter_names=names[key]), expected[key]):
+                wrong.append(key)
+
+    threads = [threading.Thread(target=run, args=(k,)) for k in names]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert wrong == []
+
+
+# ---------------------------------------------------------------- tasks
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "heads"),
+    [
+        ("SEQ_CLS", "BertForSequenceClassification", ["classifier", "score"]),
+        ("TOKEN_CLS", "BertForTokenClassification", ["classifier", "score"]),
+        ("QUESTION_ANS", "BertForQuestionAnswering", ["qa_outputs"]),
+        ("FEATURE_EXTRACTION", "BertModel", None),
+    ],
+)
+def test_the_task_gives_class_and_trained_head(task: str, kind: str, heads: list[str] | None, tmp_path: Path) -> None:
+    config = V.LoraConfig(r=2, target_modules=["query"], task_type=task)
+    model = V.get_peft_model(bert(kind), config)
+    cls = V.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task]
+    assert type(model) is cls and cls.__name__ == f"PeftModelFor{kind.removeprefix('BertFor').replace('BertModel', 'FeatureExtraction')}"
+    assert config.modules_to_save == heads and model.modules_to_save == (set(heads) if heads else None)
+    head = {n for n in trains(model) if "lora" not in n}
+    assert {n.split(".")[2] for n in head} == (set() if heads is None else {heads[0]})
+    assert all(".modules_to_save.default." in n for n in head)
+    ids = torch.ones(2, 4, dtype=torch.long)
+    model.eval()
+    a, b = model(ids, ids)[0], model.get_base_model()(input_ids=ids, attention_mask=ids)[0]  # by position: this class's own order
+    assert torch.equal(a, b)
+    model.save_pretrained(tmp_path)
+    again = V.PeftModel.from_pretrained(bert(kind), tmp_path)
+    assert type(again) is cls and torch.equal(again(ids, ids)[0], a)
+
+
+def test_each_adapter_has_its_own_head() -> None:
+    config = lambda: V.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    model = V.get_peft_model(bert(), config())
+    model.add_adapter("b", config())
+    assert model.peft_config["b"].modules_to_save == ["classifier", "score"]
+    model.eval()
+    original = model(IDS).logits
+    model.classifier.modules_to_save["b"].weight.data.add_(torch.randn(2, 16))
+    assert torch.equal(model(IDS).logits, original)
+    model.set_adapter("b")
+    other = model(IDS).logits
+    assert not torch.allclose(other, original) and {n for n in trains(model) if "classifier" in n} == {
+        f"base_model.model.classifier.modules_to_save.b.{n}" for n in ("weight", "bias")
+    }
+    rows = model(IDS, adapter_names=["default", "b"]).logits
+    torch.testing.assert_close(rows, torch.stack([original[0], other[1]]))
+    base = model.unload()
+    assert type(base.classifier) is nn.Linear and torch.equal(base(IDS).logits, original)
+
+
+def test_task_classes_stand_side_by_side() -> None:
+    assert not issubclass(V.PeftModelForTokenClassification, V.PeftModelForSequenceClassification)
+    shared = ["self", "input_ids", "attention_mask", "inputs_embeds", "labels", "output_attentions", "output_hidden_states", "return_dict"]
+    for cls in (V.PeftModelForCausalLM, V.PeftModelForSequenceClassification, V.PeftModelForTokenClassification):
+        assert list(inspect.signature(cls.forward).parameters) == [*shared, "task_ids", "kwargs"]
+    assert list(inspect.signature(V.PeftModelForQuestionAnswering.forward).parameters)[5:8] == [
+        "inputs_embeds", "start_positions", "end_positions",
+    ]  # fmt: skip
+    model = V.get_peft_model(mlp(), small(task_type="CAUSAL_LM"))  # a model that is none of transformers'
+    assert type(model) is V.PeftModelForCausalLM
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    model = two()
+    model.save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors", "b"}
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["auto_mapping"] == {"base_model_class": "MLP", "parent_library": __name__} and written["inference_mode"] is True
+    assert model.peft_config["default"].auto_mapping is None and model.peft_config["default"].inference_mode is False
+    again = V.PeftModel.from_pretrained(mlp(), tmp_path)
+    assert torch.equal(again(X), model(X))
+    assert not again.training and trains(again) == set() and again.peft_config["default"].inference_mode is True
+    report = again.load_adapter(tmp_path / "b", "b")
+    assert (report.missing_keys, report.unexpected_keys) == ([], []) and again.active_adapters == ["default"] and trains(again) == set()
+    again.set_adapter("b")
+    model.set_adapter("b")
+    assert torch.equal(again(X), model(X))
+    named = V.PeftModel.from_pretrained(mlp(), tmp_path, adapter_name="mine")
+    assert named.active_adapter == "mine" and "base_model.model.up.lora_A.mine.weight" in named.state_dict()
+
+
+def test_loading_to_train_on(tmp_path: Path) -> None:
+    two().save_pretrained(tmp_path)
+    model = V.PeftModel.from_pretrained(mlp(), tmp_path, is_trainable=True)
+    assert model.training and trains(model) == {k for k in KEYS if "lora" in k}
+    model.load_adapter(tmp_path / "b", "b", is_trainable=True)
+    assert model.training and len(trains(model)) == 8  # an optimizer made now has both
+    model.up.lora_B["default"].weight.data.zero_()
+    model.load_adapter(tmp_path, "default")  # as a trainer does at its end
+    assert len(trains(model)) == 8 and not model.training and model.up.lora_B["default"].weight.abs().sum() > 0
+
+
+def test_a_file_that_does_not_fit_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    two().save_pretrained(tmp_path)
+    base = mlp(13)
+    before = {n: p.clone() for n, p in base.state_dict().items()}
+    with pytest.raises(V.LoadError, match="13"):
+        V.PeftModel.from_pretrained(base, tmp_path)
+    assert list(base.state_dict()) == list(before) and all(torch.equal(p, before[n]) for n, p in base.state_dict().items())
+    assert all(p.requires_grad for p in base.parameters()) and base.training
+    model = V.get_peft_model(base, small())
+    with pytest.raises(V.LoadError, match="13"):
+        model.load_adapter(tmp_path, "b")
+    assert set(model.peft_config) == {"default"} and set(model.state_dict()) == KEYS and trains(model) == {k for k in KEYS if "lora" in k}
+    with pytest.raises(V.PeftError, match="load_adapter"):
+        V.PeftModel.from_pretrained(model, tmp_path)
+    with pytest.raises(ValueError, match="must be a PeftConfig"):
+        V.PeftModel.from_pretrained(mlp(), tmp_path, config={"r": 2})
+
+
+def test_saving_some_or_on_other_processes(tmp_path: Path) -> None:
+    model = two()
+    model.save_pretrained(tmp_path / "some", selected_adapters=["b"])
+    assert {p.name for p in (tmp_path / "some").iterdir()} == {"README.md", "b"}
+    model.save_pretrained(tmp_path / "none", is_main_process=False)
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ValueError, match=r"\['default', 'b'\] - got \['c'\]"):
+        model.save_pretrained(tmp_path, selected_adapters=["c"])
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="should be a directory"):
+        model.save_pretrained(tmp_path / "file")
+    with pytest.warns(V.PeftWarning, match="push_to_hub"):
+        model.save_pretrained(tmp_path / "all", push_to_hub=True, save_function=torch.save)
+    with pytest.warns(V.PeftWarning, match="torch_dtype"):
+        V.PeftModel.from_pretrained(mlp(), tmp_path / "all", torch_dtype=torch.float16)
+
+
+def test_the_model_card_names_method_library_and_task(tmp_path: Path) -> None:
+    base = llama()
+    base.name_or_path = "some/base"
+    V.get_peft_model(base, attention(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    head = (tmp_path / "README.md").read_text().split("---")[1].splitlines()
+    assert {"base_model: some/base", "library_name: peft", "pipeline_tag: text-generation", "- lora", "- transformers"} <= set(head)
+
+
+def test_low_cpu_mem_usage_leaves_room_for_the_file(tmp_path: Path) -> None:
+    model = V.get_peft_model(mlp(), small(), low_cpu_mem_usage=True)
+    assert all(p.is_meta == ("lora" in n) for n, p in model.named_parameters())
+    two().save_pretrained(tmp_path)
+    again = V.PeftModel.from_pretrained(mlp(), tmp_path, low_cpu_mem_usage=True)
+    again.load_adapter(tmp_path / "b", "b", low_cpu_mem_usage=True)
+    assert not any(p.is_meta for p in again.parameters()) and torch.equal(again(X), two()(X))
+
+
+@pytest.mark.parametrize(("rslora", "alpha"), [(False, 8), (True, 4 * 2**0.5)])
+def test_an_adapter_counted_from_its_start_becomes_a_plain_lora(rslora: bool, alpha: float, tmp_path: Path) -> None:
+    model = V.get_peft_model(mlp(), small(init_lora_weights="pissa", lora_alpha=4, use_rslora=rslora))
+    torch.testing.assert_close(model(X), mlp()(X))
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.add_(0.1 * torch.randn_like(p))
+    model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion="start")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["init_lora_weights"]) == (4, True) and config["lora_alpha"] == pytest.approx(alpha)
+    plain = V.PeftModel.from_pretrained(mlp(), tmp_path)
+    torch.testing.assert_close(plain(X), model(X))
+    assert model.peft_config["default"].r == 2
+
+
+def test_what_cannot_become_a_plain_lora_says_so(tmp_path: Path) -> None:
+    from veneer.methods.ia3 import IA3Config
+
+    with pytest.raises(V.ConfigError, match="nothing to convert"):
+        two().save_pretrained(tmp_path / "a", path_initial_model_for_weight_conversion="start")
+    other = V.get_peft_model(mlp(), IA3Config(target_modules=["up"], feedforward_modules=[]))
+    with pytest.raises(V.ConfigError, match="LoRA adapters only; 'default' is a IA3"):
+        other.save_pretrained(tmp_path / "a", path_initial_model_for_weight_conversion="start")
+    assert not (tmp_path / "a").exists()
+
+
+def test_push_to_hub_saves_before_it_makes_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    calls: list[tuple[str, Any]] = []
+
+    class Api:
+        def __init__(self, token: Any = None) -> None:
+            calls.append(("token", token))
+
+        def create_repo(self, repo_id: str, **kwargs: Any) -> Any:
+            calls.append(("create", kwargs["private"]))
+            return type("Url", (), {"repo_id": f"me/{repo_id}"})()
+
+        def upload_folder(self, *, repo_id: str, folder_path: str, **kwargs: Any) -> str:
+            calls.append(("upload", (repo_id, sorted(p.name for p in Path(folder_path).iterdir()), kwargs["commit_message"])))
+            return "address"
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    model = two()
+    assert model.push_to_hub("name", token="t", private=True, selected_adapters=["b"], commit_message="hello") == "address"
+    assert calls == [("token", "t"), ("create", True), ("upload", ("me/name", ["README.md", "b"], "hello"))]
+    model.up.lora_A["b"].weight.data.fill_(float("nan"))
+    with pytest.raises(V.SaveError):
+        model.push_to_hub("name")
+    assert [c[0] for c in calls[3:]] == ["token"]
+
+
+# ---------------------------------------------------------------- AutoPeftModel
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base: a language model; task, plain: adapters of it with and without a task type."""
+    root = tmp_path_factory.mktemp("auto")
+    llama().save_pretrained(root / "base")
+    for name, task in (("task", "CAUSAL_LM"), ("plain", None)):
+        base = transformers.LlamaForCausalLM.from_pretrained(root / "base")
+        model = V.get_peft_model(base, attention(task_type=task))
+        fill(model)
+        model.save_pretrained(root / name)
+    return root
+
+
+def _edited(source: Path, target: Path, **fields: Any) -> Path:
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    config = json.loads((target / "adapter_config.json").read_text())
+    (target / "adapter_config.json").write_text(json.dumps({**config, **fields}))
+    return target
+
+
+def test_auto_model_builds_base_and_adapter(folders: Path) -> None:
+    expected = two(llama, attention).eval()(IDS).logits
+    for cls, folder, kind in (
+        (V.AutoPeftModelForCausalLM, "task", V.PeftModelForCausalLM),
+        (V.AutoPeftModelForCausalLM, "plain", V.PeftModelForCausalLM),
+        (V.AutoPeftModel, "task", V.PeftModelForCausalLM),
+        (V.AutoPeftModel, "plain", V.PeftModel),
+    ):
+        model = cls.from_pretrained(folders / folder)
+        assert type(model) is kind and type(model.get_base_model()).__name__ == "LlamaForCausalLM"
+        torch.testing.assert_close(model(input_ids=IDS).logits, expected)
+    model = V.AutoPeftModelForCausalLM.from_pretrained(folders / "task", "mine", is_trainable=True, dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and all(".mine." in n for n in trains(model)) and trains(model)
+
+
+def test_auto_model_refuses_what_it_cannot_know(folders: Path, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="from_pretrained"):
+        V.AutoPeftModel()
+    with pytest.raises(ValueError, match="AutoPeftModelForCausalLM"):
+        V.AutoPeftModelForSequenceClassification.from_pretrained(folders / "task")
+    odd = {"base_model_class": "Path", "parent_library": "pathlib"}
+    foreign = _edited(folders / "plain", tmp_path / "foreign", auto_mapping=odd)
+    with pytest.raises(V.ConfigError, match=r"import_allowlist=\['pathlib'\]"):
+        V.AutoPeftModel.from_pretrained(foreign)
+    with pytest.raises(AttributeError, match="from_pretrained"):  # allowed, and then it is no model
+        V.AutoPeftModel.from_pretrained(foreign, import_allowlist=["pathlib"])
+    with pytest.raises(V.ConfigError, match="neither a task_type nor an auto_mapping"):
+        V.AutoPeftModel.from_pretrained(_edited(folders / "plain", tmp_path / "bare", auto_mapping=None))
+    with pytest.raises(V.ConfigError, match="which base model"):
+        V.AutoPeftModel.from_pretrained(_edited(folders / "plain", tmp_path / "lost", base_model_name_or_path=None))
+
+
+def test_auto_model_resizes_to_the_folders_tokenizer(folders: Path, tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(43)}, unk_token="w0")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words)).save_pretrained(tmp_path)
+    base = transformers.LlamaForCausalLM.from_pretrained(folders / "base")
+    base.resize_token_embeddings(43)
+    model = V.get_peft_model(base, attention(task_type="CAUSAL_LM"))
+    fill(model)
+    model.save_pretrained(tmp_path)
+    again = V.AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.tensor([[1, 42, 41]])
+    assert again.get_input_embeddings().weight.shape == (43, 16)
+    torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits)
+
+
+# ---------------------------------------------------------------- status
+
+
+def test_layer_and_model_status() -> None:
+    model = V.get_peft_model(llama(), attention(modules_to_save=["lm_head"], task_type="CAUSAL_LM"))
+    model.add_adapter("b", attention(target_modules=["q_proj", "o_proj"]))
+    layers = {s.name: s for s in model.get_layer_status()}
+    q = layers["model.model.layers.0.self_attn.q_proj"]
+    assert (q.module_type, q.enabled, q.active_adapters, q.merged_adapters) == ("lora.Linear", True, ["default"], [])
+    assert q.requires_grad == {"default": True, "b": False} and q.available_adapters == ["b", "default"]
+    assert q.devices == {"default": ["cpu"], "b": ["cpu"]} and q.quantization_backend is None
+    assert layers["model.model.layers.1.self_attn.o_proj"].available_adapters == ["b"]
+    assert layers["model.lm_head"].module_type == "ModulesToSaveWrapper"
+    status = V.get_model_status(model)
+    assert (status.base_model_type, status.adapter_model_type) == ("LlamaForCausalLM", "LoraModel")
+    assert status.peft_types == {"default": "LORA", "b": "LORA"} and status.num_adapter_layers == len(layers) == 7
+    assert (status.trainable_params, status.total_params) == model.get_nb_trainable_parameters()
+    assert status.requires_grad == {"default": True, "b": False} and status.active_adapters == ["default"] and status.merged_adapters == []
+    assert [s.name for s in V.get_layer_status(model.base_model)] == list(layers)
+
+
+def test_what_differs_from_layer_to_layer_is_irregular() -> None:
+    model = two()
+    model.up.enable_adapters(False)
+    assert model.get_model_status().enabled == "irregular"
+    model.up.enable_adapters(True)
+    model.up.set_adapter("b")
+    status = model.get_model_status()
+    assert status.active_adapters == "irregular" and status.requires_grad == {"default": "irregular", "b": "irregular"}
+    model.set_adapter("default")
+    assert model.get_model_status().active_adapters == ["default"]
+    model.up.merge()
+    assert model.get_model_status().merged_adapters == "irregular"
+    model.unmerge_adapter()
+    model.up.lora_A["default"].weight.requires_grad_(False)
+    assert model.get_layer_status()[0].requires_grad["default"] == "irregular"
+
+
+def test_status_without_a_peft_model() -> None:
+    with pytest.raises(ValueError, match="No adapter layers found"):
+        V.get_layer_status(mlp())
+    with pytest.raises(ValueError, match="No adapter layers found"):
+        V.get_model_status(V.get_peft_model(mlp(), small()).unload())
+    model = V.inject_adapter_in_model(small(), mlp())
+    assert [s.name for s in V.get_layer_status(model)] == ["up", "down"]
+    status = V.get_model_status(model)
+    assert (status.adapter_model_type, status.peft_types) == ("None", {"default": "LORA"})
+
+
+# ---------------------------------------------------------------- injection
+
+
+def test_injected_adapters_act_at_once() -> None:
+    base = mlp()
+    assert V.inject_adapter_in_model(small(), base) is base and "up.lora_A.default.weight" in base.state_dict()
+    fill(base)
+    a = base(X)
+    V.inject_adapter_in_model(small(), base, "b")
+    assert set(base.peft_config) == {"default", "b"} and torch.equal(base(X), mlp()(X))  # b acts, and is zero still
+    assert all(".b." in n for n in trains(base)) and trains(base)
+    base.up.set_adapter("default")
+    base.down.set_adapter("default")
+    assert torch.equal(base(X), a)
+    with pytest.raises(V.ConfigError, match="already an adapter 'b'"):
+        V.inject_adapter_in_model(small(), base, "b")
+    with pytest.raises(V.ConfigError, match="PromptLearningConfig"):
+        V.inject_adapter_in_model(V.PromptLearningConfig(num_virtual_tokens=2), base)
+    frozen = V.inject_adapter_in_model(small(inference_mode=True), mlp())
+    assert trains(frozen) == set()
+
+
+def test_injection_by_the_keys_of_a_state_dict() -> None:
+    keys = {"up.lora_A.weight": torch.zeros(2, 8), "up.lora_B.weight": torch.zeros(12, 2)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base = V.inject_adapter_in_model(small(), mlp(), state_dict=keys)
+    assert {n for n in base.state_dict() if "lora" in n} == {"up.lora_A.default.weight", "up.lora_B.default.weight"}
+
+
+# ---------------------------------------------------------------- training aids
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_gradient_checkpointing_reaches_every_adapter(reentrant: bool, when: str) -> None:
+    def grads(checkpointed: bool) -> dict[str, torch.Tensor]:
+        base = llama()
+        options = {"use_reentrant": reentrant}
+        enable = "activation_checkpointing_enable" if hasattr(base, "activation_checkpointing_enable") else "gradient_checkpointing_enable"
+        name = enable.replace("enable", "kwargs")
+        if checkpointed and when == "before":
+            getattr(base, enable)(**{name: options})
+        model = V.get_peft_model(base, attention(task_type="CAUSAL_LM")).train()
+        fill(model)
+        if checkpointed and when == "after":
+            getattr(model, enable)(**{name: options})
+        model(IDS, labels=IDS).loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    plain, checkpointed = grads(False), grads(True)
+    assert set(plain) == set(checkpointed) and all("lora" in n for n in plain) and len(plain) == 8
+    for n, g in plain.items():
+        assert g.abs().sum() > 0
+        torch.testing.assert_close(checkpointed[n], g)
+
+
+def test_gradient_checkpointing_of_a_plain_module() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.body = nn.Embedding(10, 8), mlp()
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.table
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = torch.utils.checkpoint.checkpoint(self.body, self.table(ids), use_reentrant=True)
+            return out
+
+    base = Plain()
+    model = V.get_peft_model(base, small())
+    model.prepare_model_for_gradient_checkpointing(base)
+    assert len(base.table._forward_hooks) == 1
+    model(IDS).sum().backward()
+    assert model.body.up.lora_B["default"].weight.grad.abs().sum() > 0
+    with torch.inference_mode():
+        assert not base.table(IDS).requires_grad
+
+
+def test_signatures_can_be_shown() -> None:
+    model = V.get_peft_model(llama(), attention())
+    wanted = inspect.signature(model.get_base_model().forward)
+    update_signature(model)
+    assert inspect.signature(model.forward) == wanted and "generation_config" in inspect.signature(model.generate).parameters
+    other = copy.deepcopy(model)
+    other.get_base_model().lm_head.weight.data.zero_()
+    assert other(input_ids=IDS).logits.abs().sum() == 0 and model(input_ids=IDS).logits.abs().sum() > 0
+    tasked = V.get_peft_model(llama(), attention(task_type="CAUSAL_LM"))
+    before = inspect.signature(tasked.forward)
+    update_forward_signature(tasked)  # it tells its arguments already
+    assert inspect.signature(tasked.forward) == before
+    with pytest.raises(ValueError, match="method backward is not supported"):
+        update_signature(model, "backward")
+
+
+def test_rescaling_ends_with_the_block() -> None:
+    model = two()
+    a, base = model.up(X), mlp().up(X)
+    with pytest.raises(KeyError), rescale_adapter_scale(model, 3):
+        torch.testing.assert_close(model.up(X), base + 3 * (a - base))
+        raise KeyError
+    assert torch.equal(model.up(X), a)
+    with pytest.raises(TypeError, match="should be of type float"), rescale_adapter_scale(model, "3"):  # type: ignore[arg-type]
+        pass
+    from veneer.methods.ia3 import IA3Config
+
+    other = V.get_peft_model(mlp(), IA3Config(target_modules=["up"], feedforward_modules=[]))
+    for none in (mlp(), other):
+        with pytest.raises(ValueError, match="scaling is only supported"), rescale_adapter_scale(none, 3):
+            pass
+    with disable_input_dtype_casting(model):
+        assert torch.equal(model.up(X), a)
+
+
+def test_a_folder_is_an_adapter_or_not(tmp_path: Path) -> None:
+    assert not check_if_peft_model(str(tmp_path))
+    V.get_peft_model(mlp(), small()).save_pretrained(tmp_path)
+    assert check_if_peft_model(str(tmp_path))
+
+
+def test_adapters_of_a_half_model_are_float32_unless_told_otherwise() -> None:
+    model = V.get_peft_model(mlp().to(torch.bfloat16), small())
+    assert all(p.dtype == (torch.float32 if "lora" in n else torch.bfloat16) for n, p in model.named_parameters())
+    assert model(X.bfloat16()).dtype == torch.bfloat16
+    low = V.get_peft_model(mlp().to(torch.bfloat16), small(), autocast_adapter_dtype=False)
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+    cast_mixed_precision_params(low, torch.float16)
+    assert all(p.dtype == (torch.float32 if "lora" in n else torch.float16) for n, p in low.named_parameters())
+
+
+def test_the_tuner_can_be_made_by_itself() -> None:
+    from veneer.tuner import LoraModel  # type: ignore[attr-defined]
+
+    assert LoraModel is tuner_class("LORA") is type(V.get_peft_model(mlp(), small()).base_model)
+    tuner = LoraModel(mlp(), {"one": small(), "two": small(r=3)}, "ignored")
+    assert set(tuner.peft_config) == {"one", "two"} and tuner.active_adapters == ["one"]
+    tuner.set_adapter(["one", "two"])
+    assert tuner(X).shape == (3, 4) and tuner.active_adapter == ["one", "two"]
+    with pytest.raises(ImportError, match="NoSuchModel"):
+        from veneer.tuner import NoSuchModel  # type: ignore[attr-defined]  # noqa: F401
