@@ -33,6 +33,7 @@ class KeyedTensors(nn.ParameterDict):
 
     def __delitem__(self, key: str) -> None:
         self._keys.pop(key, None)
+        self._buffers.pop(key, None)
         self._parameters.pop(key, None)  # a tied table has taken it out already
 
 
@@ -115,15 +116,19 @@ def hold(owner: nn.Module, adapter: str, attached: Attached, tensors: Mapping[st
             owner._modules[container]._modules[adapter] = TiedHolder(attached, name)  # type: ignore[union-attr]
             continue
         value: Any = tensors[name]
-        store = "_buffers" if leaf.saved == "start" else "_parameters"
+        store = "_buffers" if leaf.saved == "start" or (leaf.saved is False and not leaf.trainable) else "_parameters"
         if store == "_parameters" and not isinstance(value, nn.Parameter):
             value = nn.Parameter(value, requires_grad=leaf.trainable)
         if leaf.attr is None:
             if container not in owner._modules:
                 owner._modules[container] = KeyedTensors()
             table: Any = owner._modules[container]
-            table[adapter] = value
-            attached.source[name] = (table._parameters, adapter)
+            if store == "_buffers":
+                table._buffers[adapter] = value
+                table._non_persistent_buffers_set.add(adapter)
+            else:
+                table[adapter] = value
+            attached.source[name] = (getattr(table, store), adapter)
             continue
         if container not in owner._modules:
             owner._modules[container] = Keyed()
@@ -145,7 +150,7 @@ def drop(owner: nn.Module, adapter: str, attached: Attached) -> None:
             del container[adapter]
         else:
             container._modules.pop(adapter, None)
-        if not len(container._modules) and not len(container._parameters):
+        if not (container._modules or container._parameters or container._buffers):
             del owner._modules[name]
 
 

@@ -163,13 +163,13 @@ class AdaptedLayer(nn.Module):
         return [n for n in choice.names if n in self.attached]
 
     def _run(self, names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        if names == self.merged_adapters:  # with nothing merged: no adapter acts
+        if names == self.merged_adapters and not (self.site.mutates and not names):  # with nothing merged: no adapter acts
             return self.base_layer(*args, **kwargs)
         frozen: dict[str, Any] = self._originals()
         inner = getattr(self.base_layer, "out_proj", None) if self.site.kind == "attention" else None
         if isinstance(inner, AdaptedLayer):
             frozen |= {f"out_proj.base_layer.{k}": v for k, v in inner.effective(names).items()}
-        if not names:
+        if not names and not self.site.mutates:
             return call_with(self.base_layer, frozen, args, kwargs)
         return self.site.apply(self.base_layer, self.changes(names), args, kwargs, frozen)
 

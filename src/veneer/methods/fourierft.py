@@ -36,16 +36,22 @@ class FourierFTConfig(Targeted, peft_type="FOURIERFT"):
         return self
 
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
-        return {"fourierft_spectrum": Leaf((self.n_frequency,), nn.init.zeros_ if self.init_weights else nn.init.normal_)}
+        return {
+            "fourierft_spectrum": Leaf((self.n_frequency,), nn.init.zeros_ if self.init_weights else nn.init.normal_),
+            "fourierft_places": seeded_places(site.n_out * site.n_in, self.n_frequency, self.random_loc_seed),
+        }
 
     def change(self, p: Any, site: Any) -> Change:
-        at = places(site.n_out, site.n_in, self.n_frequency, self.random_loc_seed, p.fourierft_spectrum.device)
         values: Tensor = p.fourierft_spectrum
-        spectrum = values.new_zeros(site.n_out * site.n_in).index_put((at,), values).view(site.n_out, site.n_in)
+        spectrum = values.new_zeros(site.n_out * site.n_in).index_put((p.fourierft_places,), values).view(site.n_out, site.n_in)
         return Change(add=Dense(torch.fft.ifft2(spectrum.float()).real.to(values.dtype) * self.scaling))
 
 
-def places(n_out: int, n_in: int, count: int, seed: int | None, device: torch.device) -> Tensor:
+def seeded_places(entries: int, count: int, seed: int | None) -> Leaf:
     """Which entries of the flattened matrix are trained: a seeded choice that no file stores."""
-    generator = torch.Generator().manual_seed(seed) if seed is not None else None
-    return torch.randperm(n_out * n_in, generator=generator)[:count].to(device)
+
+    def choose(t: Tensor) -> None:
+        generator = torch.Generator().manual_seed(seed) if seed is not None else None
+        t.copy_(torch.randperm(entries, generator=generator)[:count])
+
+    return Leaf((count,), choose, trainable=False, dtype=torch.int64, saved=False)

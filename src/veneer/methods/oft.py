@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -56,8 +57,9 @@ class OFTConfig(Targeted, peft_type="OFT"):
         return {name: Leaf(shape, nn.init.zeros_ if self.init_weights else nn.init.normal_, attr="weight")}
 
     def change(self, p: Any, site: Any) -> Change:
-        count, b = self._blocks(site)
         flat = p.oft_embedding_R if site.kind == "embedding" else p.oft_R
+        b = (1 + math.isqrt(1 + 8 * flat.shape[1])) // 2
+        count = (site.n_out if site.kind == "embedding" else site.n_in) // b
         q = skew(flat, b)
         if self.coft:
             norm = torch.linalg.matrix_norm(q, keepdim=True)

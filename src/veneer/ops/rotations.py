@@ -47,11 +47,12 @@ class Reflections(Op):
     u: Tensor
 
     def _t(self) -> Tensor:
-        gram = self.u.mT @ self.u
-        eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-        inverse = gram.triu(1) + 0.5 * eye
-        t: Tensor = torch.linalg.solve_triangular(inverse, eye, upper=True)
-        return t
+        with torch.autocast(self.u.device.type, enabled=False):  # r x r, and no solver works in half precision
+            u = self.u.float() if self.u.dtype in (torch.bfloat16, torch.float16) else self.u
+            gram = u.mT @ u
+            eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+            t: Tensor = torch.linalg.solve_triangular(gram.triu(1) + 0.5 * eye, eye, upper=True)
+        return t.to(self.u.dtype)
 
     def dense(self) -> Tensor:
         return torch.eye(self.u.shape[0], dtype=self.u.dtype, device=self.u.device) - self.u @ self._t() @ self.u.mT

@@ -36,6 +36,7 @@ class Site(ABC):
 
     def __init__(self, module: nn.Module) -> None:
         self.codec: Codec = codec_for(module)
+        self.mutates = False  # the module's forward writes into its own weight
         self.own_forward = False  # the module computes something of its own: run it whole with W' in place of W
 
     n_out: int

@@ -59,6 +59,7 @@ class EmbeddingSite(Site):
         super().__init__(module)
         assert isinstance(module, nn.Embedding)
         self.n_in, self.n_out = module.num_embeddings, module.embedding_dim
+        self.mutates = module.max_norm is not None
         self.own_forward = type(module).forward is not nn.Embedding.forward
 
     @staticmethod
@@ -79,6 +80,8 @@ class EmbeddingSite(Site):
     ) -> Any:
         assert isinstance(module, nn.Embedding)
         if len(args) != 1 or kwargs:
+            if not changes:
+                return call_with(module, frozen, args, kwargs)
             return self.run_whole(module, changes, args, kwargs, frozen)
         geo = Lookup(module, self.own_forward)
         limit = module.max_norm
@@ -91,7 +94,7 @@ class EmbeddingSite(Site):
                 out = call_with(module, frozen, (tokens,), {}) if frozen else module(tokens)
             return out
 
-        y = rows(changes, base, args[0], geo)
+        y = rows(changes, base, args[0], geo) if changes else base(args[0])
         if limit is not None:
             norm = torch.linalg.vector_norm(y, module.norm_type, dim=-1, keepdim=True)
             y = torch.where(norm > limit, y * (limit / (norm + 1e-7)), y)
