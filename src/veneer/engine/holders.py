@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..change import Change
 from ..method import Leaf, Method
+from ..ops import LowRank
 
 if TYPE_CHECKING:
     from .layer import Place
@@ -66,6 +68,10 @@ class Attached:
     place: Place | None
     source: dict[str, tuple[dict[str, Any], str]] = field(default_factory=dict)
     derived: dict[str, tuple[Attached, str, bool]] = field(default_factory=dict)
+    kept: Kept | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": None}
 
     def tensor(self, leaf: str) -> Tensor:
         """The tensor of a leaf as it is now."""
@@ -75,6 +81,29 @@ class Attached:
         store, key = self.source[leaf]
         t: Tensor = store[key]
         return t
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A change made of the leaves themselves and nothing computed: it stays true however their numbers are written."""
+
+    change: Change
+    scaling: float
+    tensors: tuple[tuple[dict[str, Any], str, Tensor], ...]
+
+    def holds(self, scaling: float) -> bool:
+        """Whether the leaves are still the very tensors it was made of."""
+        return self.scaling == scaling and all(store.get(key) is t for store, key, t in self.tensors)
+
+    @staticmethod
+    def of(change: Change, attached: Attached, scaling: float) -> Kept | None:
+        """The change, kept, if it is made of nothing but leaves."""
+        add = change.add
+        if type(add) is not LowRank or add.dropout or attached.derived or not change.additive or change.shift is not None:
+            return None
+        tensors = tuple((store, key, store[key]) for store, key in attached.source.values())
+        mine = {id(t) for _, _, t in tensors}
+        return Kept(change, scaling, tensors) if {id(add.up), id(add.down)} <= mine else None
 
 
 class Tensors:

@@ -13,7 +13,7 @@ from ..change import Change, Stacking
 from ..errors import RouteError
 from ..method import Method
 from ..sites import Site
-from .holders import Attached, Keyed, Tensors, drop, get_slot, hold, set_slot, slots
+from .holders import Attached, Kept, Keyed, Tensors, drop, get_slot, hold, set_slot, slots
 from .route import BASE, Choice, Switch
 from .substitute import call_with
 
@@ -111,7 +111,14 @@ class AdaptedLayer(nn.Module):
         """What the adapter does to the frozen weight, from its present tensors."""
         a = self.attached[adapter]
         assert a.place is not None
-        return a.config.change(Tensors(a), a.place)
+        if self.training or torch.compiler.is_compiling():
+            return a.config.change(Tensors(a), a.place)
+        scaling = a.place.scaling
+        if a.kept is None or not a.kept.holds(scaling):
+            change = a.config.change(Tensors(a), a.place)
+            a.kept = Kept.of(change, a, scaling)
+            return change
+        return a.kept.change
 
     def changes(self, names: Sequence[str]) -> list[tuple[Change, Stacking]]:
         return [(self.change(n), self.attached[n].config.stacking) for n in names]
@@ -163,15 +170,16 @@ class AdaptedLayer(nn.Module):
         return [n for n in choice.names if n in self.attached]
 
     def _run(self, names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        base: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]
         if names == self.merged_adapters and not (self.site.mutates and not names):  # with nothing merged: no adapter acts
-            return self.base_layer(*args, **kwargs)
-        frozen: dict[str, Any] = self._originals()
-        inner = getattr(self.base_layer, "out_proj", None) if self.site.kind == "attention" else None
+            return base(*args, **kwargs)
+        frozen: dict[str, Any] = self._originals() if self.originals else {}
+        inner = getattr(base, "out_proj", None) if self.site.kind == "attention" else None
         if isinstance(inner, AdaptedLayer):
             frozen |= {f"out_proj.base_layer.{k}": v for k, v in inner.effective(names).items()}
         if not names and not self.site.mutates:
-            return call_with(self.base_layer, frozen, args, kwargs)
-        return self.site.apply(self.base_layer, self.changes(names), args, kwargs, frozen)
+            return call_with(base, frozen, args, kwargs)
+        return self.site.apply(base, self.changes(names), args, kwargs, frozen)
 
     def effective(self, names: Sequence[str]) -> dict[str, Any]:
         """The base layer's tensors as these adapters change them, by name."""
