@@ -15,6 +15,7 @@ from veneer.methods.ia3 import IA3Config
 from veneer.methods.loha import LoHaConfig
 from veneer.methods.lora import LoraConfig
 from veneer.methods.oft import OFTConfig
+from veneer.methods.osf import OSFConfig
 from veneer.methods.road import RoadConfig
 from veneer.methods.shira import ShiraConfig
 from veneer.methods.vera import VeraConfig
@@ -43,6 +44,7 @@ OPTIONS = [
     (FourierFTConfig(n_frequency=20, init_weights=True), LINEAR, BOTH[:1]),
     (C3AConfig(block_size=4, init_weights=True), LINEAR, BOTH[:1]),
     (DeloraConfig(r=4), LINEAR, BOTH[:1]),
+    (OSFConfig(effective_rank=3), LINEAR, BOTH),
     (ShiraConfig(r=2, random_seed=1), LINEAR, BOTH[:1]),
     (RoadConfig(group_size=4), LINEAR, BOTH[:1]),
     (VeraConfig(r=8), LINEAR, BOTH[:1]),

@@ -35,6 +35,7 @@ _HOME: dict[str, str] = {
         "methods.loha": "LoHaConfig",
         "methods.lora": "LoraConfig LoraRuntimeConfig",
         "methods.oft": "OFTConfig",
+        "methods.osf": "OSFConfig",
         "methods.road": "RoadConfig",
         "methods.shira": "ShiraConfig",
         "methods.trainable_tokens": "TrainableTokensConfig",
@@ -43,7 +44,7 @@ _HOME: dict[str, str] = {
         "status": "get_layer_status get_model_status",
         "tasks": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification",
-        "tuner": "BeftModel C3AModel DeloraModel FourierFTModel HRAModel HiraModel IA3Model LoHaModel LoraModel OFTModel RoadModel ShiraModel "
+        "tuner": "BeftModel C3AModel DeloraModel FourierFTModel HRAModel HiraModel IA3Model LoHaModel LoraModel OFTModel OSFModel RoadModel ShiraModel "
         "TrainableTokensModel VeraModel",
         "types": "PeftType TaskType",
     }.items()

@@ -188,17 +188,13 @@ def _tensors(config: Method, leaves: Mapping[str, Leaf], place: Place, options: 
     device = torch.device("meta") if options.meta else like.device
     out: dict[str, Tensor] = {}
     with torch.no_grad():
-        given = (
-            {}
-            if shared or (device.type == "meta" and not options.empty)
-            else config.start(place, only_frozen=options.empty or options.meta)
-        )
+        given = {} if shared or like.is_meta else config.start(place, only_frozen=options.empty or options.meta)
         for name, leaf in leaves.items():
             if name in given:
                 value = given[name]
                 if tuple(value.shape) != tuple(leaf.shape):
                     value = value.reshape(leaf.shape)
-                where = like.device if leaf.saved == "start" else device
+                where = device if leaf.saved is True else like.device
                 out[name] = value.detach().to(device=where, dtype=leaf.dtype or dtype).contiguous().clone()
                 continue
             made = leaf.saved is False or not (options.empty or options.meta)  # what no file brings is made whatever happens

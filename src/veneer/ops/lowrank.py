@@ -24,6 +24,12 @@ class LowRank(Op):
     def dense(self) -> Tensor:
         return (self.up @ self.down) * self.scale
 
+    def left(self, w: Tensor) -> Tensor:
+        return self.up.to(w.dtype) @ (self.down.to(w.dtype) @ w) * self.scale
+
+    def right(self, w: Tensor) -> Tensor:
+        return (w @ self.up.to(w.dtype)) @ self.down.to(w.dtype) * self.scale
+
     def rows(self, x: Tensor, geo: Geometry) -> Tensor:
         if self.dropout > 0:
             x = geo.drop(x, self.dropout)
