@@ -9,6 +9,7 @@ from veneer.methods.beft import BeftConfig
 from veneer.methods.c3a import C3AConfig
 from veneer.methods.delora import DeloraConfig
 from veneer.methods.fourierft import FourierFTConfig
+from veneer.methods.glora import GloraConfig
 from veneer.methods.hira import HiraConfig
 from veneer.methods.hra import HRAConfig
 from veneer.methods.ia3 import IA3Config
@@ -16,6 +17,7 @@ from veneer.methods.loha import LoHaConfig
 from veneer.methods.lora import LoraConfig
 from veneer.methods.oft import OFTConfig
 from veneer.methods.osf import OSFConfig
+from veneer.methods.peanut import PeanutConfig
 from veneer.methods.road import RoadConfig
 from veneer.methods.shira import ShiraConfig
 from veneer.methods.vera import VeraConfig
@@ -45,6 +47,11 @@ OPTIONS = [
     (C3AConfig(block_size=4, init_weights=True), LINEAR, BOTH[:1]),
     (DeloraConfig(r=4), LINEAR, BOTH[:1]),
     (OSFConfig(effective_rank=3), LINEAR, BOTH),
+    (GloraConfig(r=3), ["linear", "linear_subclass", "linear_hooked"], BOTH),
+    (GloraConfig(config_A_B="vector", config_C="vector", config_D_E="vector"), ["linear"], BOTH[:1]),
+    (GloraConfig(config_A_B="constant", config_C="none", config_D_E="none"), LINEAR, BOTH[:1]),
+    (PeanutConfig(r=4, depth=2, act_fn="tanh"), LINEAR, BOTH),
+    (PeanutConfig(r=4, act_fn="gelu_new"), ["linear"], BOTH[:1]),
     (ShiraConfig(r=2, random_seed=1), LINEAR, BOTH[:1]),
     (RoadConfig(group_size=4), LINEAR, BOTH[:1]),
     (VeraConfig(r=8), LINEAR, BOTH[:1]),

@@ -29,6 +29,7 @@ _HOME: dict[str, str] = {
         "methods.c3a": "C3AConfig",
         "methods.delora": "DeloraConfig",
         "methods.fourierft": "FourierFTConfig",
+        "methods.glora": "GloraConfig",
         "methods.hira": "HiraConfig",
         "methods.hra": "HRAConfig",
         "methods.ia3": "IA3Config",
@@ -36,6 +37,7 @@ _HOME: dict[str, str] = {
         "methods.lora": "LoraConfig LoraRuntimeConfig",
         "methods.oft": "OFTConfig",
         "methods.osf": "OSFConfig",
+        "methods.peanut": "PeanutConfig",
         "methods.road": "RoadConfig",
         "methods.shira": "ShiraConfig",
         "methods.trainable_tokens": "TrainableTokensConfig",
@@ -44,8 +46,8 @@ _HOME: dict[str, str] = {
         "status": "get_layer_status get_model_status",
         "tasks": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification",
-        "tuner": "BeftModel C3AModel DeloraModel FourierFTModel HRAModel HiraModel IA3Model LoHaModel LoraModel OFTModel OSFModel RoadModel ShiraModel "
-        "TrainableTokensModel VeraModel",
+        "tuner": "BeftModel C3AModel DeloraModel FourierFTModel GloraModel HRAModel HiraModel IA3Model LoHaModel LoraModel OFTModel "
+        "OSFModel PeanutModel RoadModel ShiraModel TrainableTokensModel VeraModel",
         "types": "PeftType TaskType",
     }.items()
     for name in names.split()

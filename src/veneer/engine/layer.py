@@ -39,6 +39,11 @@ class Place:
         """The frozen W (n_out, n_in), also while adapters are merged into the layer."""
         return self.layer.frozen_weight()
 
+    def bias(self) -> Tensor | None:
+        """The frozen bias (n_out,), also while adapters are merged into the layer."""
+        site = self.layer.site
+        return self.layer._originals().get(site.bias_name, site.bias(self.layer.base_layer))
+
     @property
     def scaling(self) -> float:
         return self.layer.scaling[self.adapter] * self.layer.factor
