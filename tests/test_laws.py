@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from veneer.methods.adalora import AdaLoraConfig
 from veneer.methods.beft import BeftConfig
 from veneer.methods.c3a import C3AConfig
 from veneer.methods.delora import DeloraConfig
@@ -34,6 +35,7 @@ OPTIONS = [
     (LoraConfig(r=4, lora_alpha=8, use_dora=True, init_lora_weights="pissa"), ["linear"], BOTH[:1]),
     *[(LoraConfig(r=4, lora_alpha=8, init_lora_weights=k), ["linear", "embedding", "parameter_2d"], BOTH[:1]) for k in ("pissa", "olora", "orthogonal")],
     *[(LoraConfig(r=4, lora_alpha=8, init_lora_weights=k), ["linear", "conv1d_transformers"], BOTH[:1]) for k in ("gaussian", "mica", False)],
+    (AdaLoraConfig(init_r=4, total_step=10), [*LINEAR, "conv1d", "conv2d"], BOTH),
     (IA3Config(), [*LINEAR, "conv2d", "conv2d_groups"], BOTH),
     (IA3Config(feedforward_modules=["site"]), [*LINEAR, "conv2d", "conv2d_groups"], BOTH[:1]),
     (OFTConfig(oft_block_size=4), [*LINEAR, "embedding", "conv2d", "conv2d_1x1"], BOTH[:1]),

@@ -24,13 +24,14 @@ _HOME: dict[str, str] = {
         "inits": "CordaConfig EvaConfig LoftQConfig LoraGAConfig get_eva_state_dict initialize_lora_eva_weights preprocess_corda preprocess_loraga",
         "mapping": "get_peft_config get_peft_model inject_adapter_in_model",
         "method": "Leaf Method",
+        "methods.adalora": "AdaLoraConfig",
         "methods.lora": "LoraConfig LoraRuntimeConfig",
         "methods.trainable_tokens": "TrainableTokensConfig",
         "model": "PeftModel",
         "status": "get_layer_status get_model_status",
         "tasks": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification",
-        "tuner": "LoraModel",
+        "tuner": "AdaLoraModel LoraModel",
         "types": "PeftType TaskType",
     }.items()
     for name in names.split()
