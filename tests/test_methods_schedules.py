@@ -148,14 +148,16 @@ def test_schedules_without_room_are_refused() -> None:
 
 
 class Counter(TorchDispatchMode):
-    """Counts what aten runs: products' operations, and numbers written."""
+    """Counts what aten runs, views aside."""
+
+    VIEWS = ("transpose", "view", "detach", "_local_scalar_dense", "split_with_sizes", "unbind", "expand", "unsqueeze")
 
     def __init__(self) -> None:
         super().__init__()
         self.calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += 1
+        self.calls += func._opname not in self.VIEWS
         return func(*args, **(kwargs or {}))
 
 
@@ -166,15 +168,15 @@ def test_a_step_costs_what_loras_costs() -> None:
     def cost(config: Any, layers: int) -> tuple[int, int]:
         model = V.get_peft_model(nn.Sequential(*[nn.Linear(256, 256) for _ in range(layers)]), config)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)
-        x = torch.randn(128, 256)
-        with FlopCounterMode(display=False) as flops:
-            model(x).square().sum().backward()
-            with Counter() as counter:
-                optimizer.step()
+        for _ in range(2):  # the first step makes what is remembered
+            with FlopCounterMode(display=False) as flops:
+                model(torch.randn(128, 256)).square().sum().backward()
+                with Counter() as counter:
+                    optimizer.step()
         return flops.get_total_flops(), counter.calls
 
     ada = V.AdaLoraConfig(target_modules=r"\d+", init_r=8, target_r=4, total_step=10)
     lora = V.LoraConfig(target_modules=r"\d+", r=8)
     assert cost(ada, 4)[0] <= 1.05 * cost(lora, 4)[0]
     extra = [cost(ada, n)[1] - cost(lora, n)[1] for n in (2, 8)]
-    assert extra[1] - extra[0] <= 6 * 12  # splitting and flattening, views all
+    assert extra[0] == extra[1] < 40
