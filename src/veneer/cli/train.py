@@ -90,6 +90,8 @@ def run(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     recipe = read_recipe(path, given)
+    recipe.check()
+    checkpoint = _checkpoint(recipe) if recipe.resume else None
     prepared = room.prepare(recipe)
     record = room.new_record(prepared, recipe)
     watcher = _watcher(record)
@@ -98,7 +100,6 @@ def run(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
     if first:
         _show(record, recipe)
     record["before"] = room.evaluate(trainer, recipe)
-    checkpoint = _checkpoint(recipe) if recipe.resume else None
     started = time.perf_counter()
     with watcher.shown(first):
         try:

@@ -209,6 +209,7 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
         save_steps=recipe.save_every or 500,
         save_total_limit=2,
         report_to=[],
+        dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         label_names=["labels"],
         disable_tqdm=True,

@@ -1,0 +1,1 @@
+"""What veneer costs, side by side with PEFT and with the frozen model: `python -m benchmarks`."""

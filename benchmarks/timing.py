@@ -1,0 +1,37 @@
+"""Ratios that survive a noisy machine: the candidates take turns, and each turn is held against the floor's of the same round."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The median of a candidate's time over the floor's, round by round, with the quartiles; `ms`: its own median time."""
+
+    median: float
+    low: float
+    high: float
+    ms: float
+
+
+def interleaved(candidates: Mapping[str, Callable[[], object]], floor: str, rounds: int = 15, warmup: int = 3) -> dict[str, Ratio]:
+    """Run all candidates in turn, `rounds` times, the order turning with every round."""
+    names = list(candidates)
+    times: dict[str, list[float]] = {n: [] for n in names}
+    for i in range(-warmup, rounds):
+        turn = i % len(names)
+        for name in names[turn:] + names[:turn]:
+            started = time.perf_counter()
+            candidates[name]()
+            if i >= 0:
+                times[name].append(time.perf_counter() - started)
+    out = {}
+    for name in names:
+        ratios = sorted(t / f for t, f in zip(times[name], times[floor], strict=True))
+        quarter = len(ratios) // 4
+        out[name] = Ratio(statistics.median(ratios), ratios[quarter], ratios[-1 - quarter], 1000 * statistics.median(times[name]))
+    return out

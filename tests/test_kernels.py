@@ -1,0 +1,145 @@
+"""The fused functions: every gradient against finite differences, and what they keep for the backward against a budget."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import veneer
+from veneer.kernels import reference
+from veneer.kernels.lowrank import lowrank_linear
+from veneer.kernels.norms import row_norm_sq
+
+
+def _tensors(dtype: torch.dtype, rows: int = 5, n_in: int = 7, n_out: int = 6, r: int = 3) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    shapes = {"x": (2, rows, n_in), "w": (n_out, n_in), "b": (n_out,), "a": (r, n_in), "up": (n_out, r), "gain": (n_out,)}
+    return {k: torch.randn(s, dtype=dtype) for k, s in shapes.items()}
+
+
+@pytest.mark.parametrize("gained", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradients_are_those_of_finite_differences(gained: bool, biased: bool, dropout: float) -> None:
+    t = _tensors(torch.float64)
+    names = ["x", "a", "up"] + (["b"] if biased else []) + (["gain"] if gained else [])
+
+    def run(*values: Tensor) -> Tensor:
+        v = dict(zip(names, values, strict=True))
+        return lowrank_linear(
+            v["x"], t["w"], v.get("b"), v["a"], v["up"], 1.7, dropout=dropout, gain=v.get("gain"), seed=3 if dropout else None
+        )
+
+    assert torch.autograd.gradcheck(run, [t[n].requires_grad_() for n in names])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 64)])
+def test_odd_sizes_equal_the_reference(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    rows, n_in = shape
+    t = {k: v.to(dtype) for k, v in _tensors(torch.float32, rows, n_in, n_out=3, r=1).items()}
+    a, up = t["a"].float(), t["up"].float()  # master weights in float32, whatever the input's dtype
+    for gain in (None, t["gain"]):
+        got = lowrank_linear(t["x"], t["w"], t["b"], a, up, 0.5, gain=gain)
+        want = reference.lowrank_linear(t["x"], t["w"], t["b"], a, up, 0.5, gain=gain)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got, want, atol=5e-2 if dtype == torch.bfloat16 else 1e-5, rtol=2e-2)
+
+
+def test_dropout_is_that_of_a_mask_and_keeps_the_mean() -> None:
+    t = _tensors(torch.float32)
+    one = lowrank_linear(t["x"], t["w"], None, t["a"], t["up"], 1.0, dropout=0.5, seed=1)
+    again = lowrank_linear(t["x"], t["w"], None, t["a"], t["up"], 1.0, dropout=0.5, seed=1)
+    other = lowrank_linear(t["x"], t["w"], None, t["a"], t["up"], 1.0, dropout=0.5, seed=2)
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    many = torch.stack([lowrank_linear(t["x"], t["w"], None, t["a"], t["up"], 1.0, dropout=0.5, seed=i) for i in range(2000)]).mean(0)
+    whole = lowrank_linear(t["x"], t["w"], None, t["a"], t["up"], 1.0)
+    assert (many - whole).abs().max() < 0.15 * whole.abs().max()
+
+
+def test_dropout_follows_the_global_seed() -> None:
+    t = _tensors(torch.float32)
+    torch.manual_seed(5)
+    one = lowrank_linear(t["x"], t["w"], None, t["a"], t["up"], 1.0, dropout=0.5)
+    torch.manual_seed(5)
+    assert torch.equal(one, lowrank_linear(t["x"], t["w"], None, t["a"], t["up"], 1.0, dropout=0.5))
+    assert not torch.equal(one, lowrank_linear(t["x"], t["w"], None, t["a"], t["up"], 1.0, dropout=0.5))
+
+
+def _saved_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes of distinct storages that autograd keeps for the backward, parameters of the model aside."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(x)
+    return sum(kept.values())
+
+
+class _Three(nn.Module):
+    """Three projections that read the same x."""
+
+    def __init__(self, n: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(n, n, bias=False, dtype=dtype) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.q(x) + self.k(x) + self.v(x)
+        return y
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_lora_layer_keeps_its_input_once_and_the_thin_product(dtype: torch.dtype, dropout: float) -> None:
+    """The budget: x, shared by all that read it, and h = x Aᵀ of each. Full fine-tuning keeps x too; PEFT a float32 copy per layer."""
+    n, rows, r = 256, 64, 8
+    config = veneer.LoraConfig(r=r, lora_dropout=dropout, target_modules=["q", "k", "v"])
+    model = veneer.get_peft_model(_Three(n, dtype), config).train()
+    x = torch.randn(rows, n, dtype=dtype, requires_grad=True)
+    width = x.element_size()
+    assert _saved_bytes(model, x) == rows * n * width + 3 * rows * r * width
+
+
+def test_dora_keeps_one_output_more_for_its_magnitude() -> None:
+    n, rows, r = 256, 64, 8
+    config = veneer.LoraConfig(r=r, use_dora=True, target_modules=["q", "k", "v"])
+    model = veneer.get_peft_model(_Three(n, torch.float32), config).train()
+    x = torch.randn(rows, n, requires_grad=True)
+    small = 3 * 4 * (n * 8)  # the magnitude's own small terms
+    assert _saved_bytes(model, x) <= 4 * (rows * n + 3 * rows * r + 3 * rows * n) + small
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_row_norms_without_forming_the_product(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    w, a, up = torch.randn(40, 30, dtype=dtype), torch.randn(4, 30), torch.randn(40, 4)
+    torch.testing.assert_close(row_norm_sq(w, a, up, 0.3), reference.row_norm_sq(w, a, up, 0.3), rtol=2e-5, atol=1e-5)
+
+
+def test_no_weight_sized_tensor_is_made_in_a_step() -> None:
+    """Neither forward nor backward of a LoRA layer allocates anything of the weight's size."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Sizes(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and not func.is_view:
+                self.largest = max(self.largest, out.numel())
+            return out
+
+    model = veneer.get_peft_model(nn.Sequential(nn.Linear(512, 512)), veneer.LoraConfig(r=4, target_modules=["0"])).train()
+    x = torch.randn(16, 512)
+    with Sizes() as sizes:
+        model(x).sum().backward()
+    assert sizes.largest == 16 * 512

@@ -1,0 +1,240 @@
+"""Merging: rounded once, told, undone bit for bit; tied and shared weights stay what they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import veneer
+from veneer.engine.inject import adapted_layers
+from veneer.errors import MergeError
+
+
+def _bf16(size: float) -> Any:
+    """A bf16 layer of 256 x 256 and a change whose norm is `size` times the weight's."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(256, 256, bias=False, dtype=torch.bfloat16))
+    nn.init.normal_(base[0].weight, std=0.02)
+    model = veneer.get_peft_model(base, veneer.LoraConfig(r=8, lora_alpha=8, target_modules=["0"]))
+    ((_, layer),) = adapted_layers(model)
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_()
+        delta = layer.get_delta_weight("default").float()
+        layer.lora_B["default"].weight.mul_(size * layer.weight.float().norm() / delta.norm())
+    return model, layer
+
+
+@pytest.mark.parametrize(("size", "verdict"), [(5e-2, "good"), (5e-4, "lossy")])
+def test_the_report_tells_what_rounding_lost(size: float, verdict: str) -> None:
+    model, layer = _bf16(size)
+    frozen = layer.weight.detach().clone()
+    delta = layer.lora_B["default"].weight.detach() @ layer.lora_A["default"].weight.detach()
+    report = model.merge_adapter()
+    # brute force
+    exact = frozen.float() + delta
+    rounded = exact.to(torch.bfloat16)
+    assert torch.equal(layer.weight, rounded)
+    got = rounded.float() - frozen.float()
+    (entry,) = report.layers.values()
+    assert entry.error == pytest.approx(float((got - delta).norm() / delta.norm()), rel=1e-3)
+    assert entry.lost == pytest.approx(float(((got == 0) & (delta != 0)).float().mean()), rel=1e-3)
+    assert entry.size == pytest.approx(size, rel=1e-2)
+    assert entry.verdict == verdict
+    assert verdict in str(report)
+
+
+def test_two_adapters_are_rounded_once() -> None:
+    model, layer = _bf16(1e-2)
+    model.add_adapter("other", veneer.LoraConfig(r=4, target_modules=["0"]))
+    nn.init.normal_(layer.lora_B["other"].weight, std=1e-3)
+    model.base_model.set_adapter(["default", "other"])
+    total = sum(layer.scaling[n] * layer.lora_B[n].weight @ layer.lora_A[n].weight for n in ("default", "other"))
+    want = (layer.weight.float() + total).to(torch.bfloat16)
+    frozen = layer.weight.detach().clone()
+    model.merge_adapter()
+    assert torch.equal(layer.weight, want)
+    model.unmerge_adapter()
+    assert torch.equal(layer.weight, frozen)
+    model.merge_adapter(["default"])
+    model.merge_adapter(["other"])  # one after another gives the same as both at once
+    assert torch.equal(layer.weight, want)
+
+
+def test_a_broken_adapter_merges_nowhere() -> None:
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model = veneer.get_peft_model(base, veneer.LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False))
+    ((_, _), (_, second)) = adapted_layers(model)
+    with torch.no_grad():
+        second.lora_A["default"].weight[0, 0] = float("nan")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(MergeError, match=r"1: NaNs detected in the merged weights.*default"):
+        model.merge_adapter()
+    assert all(torch.equal(v, before[k]) or v.isnan().any() for k, v in model.state_dict().items())
+    assert not any(layer.merged for _, layer in adapted_layers(model))
+
+
+def test_merged_weights_move_with_the_model() -> None:
+    model, layer = _bf16(1e-2)
+    frozen = layer.weight.detach().clone()
+    model.merge_adapter()
+    model.float()
+    model.unmerge_adapter()
+    assert torch.equal(layer.weight, frozen.float())
+
+
+class Tied(nn.Module):
+    """A language model in small, its head tied to its table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.mix = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 20, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.tanh(self.mix(self.embed(tokens))))
+        return out
+
+
+def _trained(model: Any) -> Any:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("targets", [["head"], ["embed"], ["embed", "head"], ["head", "mix"]])
+def test_merging_into_a_tied_weight_changes_what_was_adapted_only(targets: list[str], tmp_path: Path) -> None:
+    """PEFT's merge of a tied head changes the table as well."""
+    torch.manual_seed(0)
+    base, tokens = Tied(), torch.randint(0, 20, (2, 5))
+    model = _trained(veneer.get_peft_model(base, veneer.LoraConfig(r=2, target_modules=targets)))
+    y = model(tokens)
+    table = base.embed.weight if "embed" not in targets else base.embed.base_layer.weight  # type: ignore[union-attr]
+    before = table.detach().clone()
+    model.merge_adapter()
+    torch.testing.assert_close(model(tokens), y, atol=1e-5, rtol=0)
+    model.unmerge_adapter()
+    assert torch.equal(table, before)
+    assert torch.equal(model(tokens), y)
+    holders = [m for m in model.modules() if m._parameters.get("weight") is table]
+    assert len(holders) == 2  # tied again
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(tokens), y, atol=1e-5, rtol=0)
+
+
+def test_ensured_tying_trains_and_merges_one_pair_of_factors() -> None:
+    torch.manual_seed(0)
+    base, tokens = Tied(), torch.randint(0, 20, (2, 5))
+    config = veneer.LoraConfig(r=2, target_modules=["embed"], ensure_weight_tying=True)
+    model = _trained(veneer.get_peft_model(base, config))
+    layers = {path.rpartition(".")[2]: layer for path, layer in adapted_layers(model)}
+    assert set(layers) == {"embed", "head"}
+    torch.testing.assert_close(layers["embed"].get_delta_weight("default"), layers["head"].get_delta_weight("default"))
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert len(names) == 2  # A and B, once
+    y = model(tokens)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(tokens), y, atol=1e-5, rtol=0)
+    torch.testing.assert_close(merged.embed.weight, merged.head.weight)  # type: ignore[union-attr]
+
+
+def test_a_module_used_at_two_places_is_adapted_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+            self.b = self.a
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.b(torch.tanh(self.a(x)))
+            return out
+
+    torch.manual_seed(0)
+    model = _trained(veneer.get_peft_model(Twice(), veneer.LoraConfig(r=2, target_modules=["a"])))
+    root: Any = model.get_base_model()
+    assert root.a is root.b
+    assert len([n for n, p in model.named_parameters() if p.requires_grad]) == 2
+    x = torch.randn(3, 4)
+    y = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), y, atol=1e-6, rtol=0)
+
+
+def test_one_set_of_layer_weights_used_twelve_times() -> None:
+    """ALBERT: the factors are trained once and act in every pass."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AlbertConfig(
+        vocab_size=40, embedding_size=8, hidden_size=16, num_hidden_layers=12, num_attention_heads=2, intermediate_size=24
+    )
+    torch.manual_seed(0)
+    base = transformers.AlbertModel(config).eval()
+    ids = torch.arange(10).unsqueeze(0)
+    model = _trained(veneer.get_peft_model(base, veneer.LoraConfig(r=2, target_modules=["query", "value", "ffn"])))
+    assert sum(1 for _ in adapted_layers(model)) == 3
+    y = model(input_ids=ids).last_hidden_state
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+    torch.testing.assert_close(model.merge_and_unload()(input_ids=ids).last_hidden_state, y, atol=1e-5, rtol=0)
+
+
+def test_experts_change_without_the_sum_being_formed() -> None:
+    """A 3-D parameter under LoRA: forward and backward make no second tensor of E x n_out x n_in beside the changed weight itself."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(8, 32, 16) / 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([nn.functional.linear(x, w) for w in self.w]).sum(0)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = Experts()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.experts(x)
+            return out
+
+    torch.manual_seed(0)
+    model = _trained(veneer.get_peft_model(Model(), veneer.LoraConfig(r=2, target_modules=[], target_parameters=["experts.w"])))
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Large(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.made: list[str] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and not func.is_view and out.numel() >= 8 * 32 * 16:
+                self.made.append(str(func))
+            return out
+
+    x = torch.randn(4, 16, requires_grad=True)
+    with Large() as large:
+        model(x).sum().backward()
+    assert large.made == []
+
+
+def test_deleting_an_adapter_frees_its_tensors() -> None:
+    import gc
+    import weakref
+
+    model = veneer.get_peft_model(nn.Sequential(nn.Linear(8, 8)), veneer.LoraConfig(r=2, target_modules=["0"]))
+    model.add_adapter("other", veneer.LoraConfig(r=2, target_modules=["0"]))
+    held = [weakref.ref(p) for n, p in model.named_parameters() if ".other" in n]
+    assert len(held) == 2
+    model(torch.randn(2, 8)).sum().backward()
+    model.delete_adapter("other")
+    gc.collect()
+    assert all(r() is None for r in held)
+    assert not any("other" in n for n in model.state_dict())

@@ -1,0 +1,311 @@
+"""`veneer train`: data, loss, a run with its record, exact resuming, and what bad input gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("typer")
+
+from veneer.cli.train import method_fields, run  # noqa: E402
+from veneer.errors import ConfigError  # noqa: E402
+from veneer.training.data import (  # noqa: E402
+    Example,
+    check_columns,
+    collate,
+    language_examples,
+    pack,
+    read_rows,
+)
+from veneer.training.loss import HeadlessLoss, chunked_cross_entropy  # noqa: E402
+
+SENTENCE = "the cat dog sat ran on a mat rug yes no hello you how are fine"
+WORDS = ["<pad>", "<eos>", "<unk>", "<user>", "<bot>", *SENTENCE.split()]
+TEMPLATE = (
+    "{% for m in messages %}{{ '<user> ' if m['role'] == 'user' else '<bot> ' }}{{ m['content'] }}{{ ' <eos> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<bot> ' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    config = transformers.LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        pad_token_id=0, eos_token_id=1, bos_token_id=None, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    lines = ["the cat sat on the mat", "the dog ran on a rug", "hello how are you", "fine the cat ran"] * 12
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in lines), encoding="utf-8")
+    return path
+
+
+def _given(model_folder: Path, data: Path, out: Path, **more: Any) -> dict[str, Any]:
+    base = {"model": str(model_folder), "data": str(data), "out": str(out), "steps": 6, "batch_size": 2, "length": 8, "learning_rate": 1e-2}
+    return {**base, "method_fields": {"r": 4, "lora_dropout": 0.1}, "dtype": "float32", **more}
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
+    rows = [{"text": "a b", "label": "x"}, {"text": "c, d", "label": "y"}]
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(rows)
+    frame.to_csv(tmp_path / "d.csv", index=False)
+    frame.to_parquet(tmp_path / "d.parquet")
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps(r) for r in rows) + "\n\n", encoding="utf-8")
+    (tmp_path / "d.json").write_text(json.dumps(rows), encoding="utf-8")
+    for ending in ("csv", "parquet", "jsonl", "json"):
+        assert read_rows(str(tmp_path / f"d.{ending}")) == rows
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "one.txt").write_text("plain text", encoding="utf-8")
+    assert read_rows(str(tmp_path / "sub")) == [{"text": "plain text"}]
+    assert len(read_rows(str(tmp_path))) == 9  # a folder is all of its files
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.jsonl", "", "is empty"),
+        ("broken.jsonl", '{"text": "a"}\n{"text": \n', "line 2"),
+        ("latin.txt", b"\xff\xfe\xfa", "cannot be read"),
+        ("empty.csv", "", "is empty"),
+    ],
+)
+def test_data_that_cannot_be_read_say_why(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=message):
+        read_rows(str(tmp_path / name))
+
+
+def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}', encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"train\.jsonl"):
+        read_rows(str(tmp_path / "trian.jsonl"))
+
+
+def test_columns_are_checked_before_anything_else() -> None:
+    with pytest.raises(ConfigError, match="'txt'"):
+        check_columns([{"txt": "a"}], [["text"]], "data")
+    with pytest.raises(ConfigError, match="row 2 has nothing in the column 'text'"):
+        check_columns([{"text": "a"}, {"text": None}], [["text"]], "data")
+
+
+def test_packing_loses_no_token() -> None:
+    examples = [Example([1, 2, 3], [True, True, True]), Example([4, 5], [False, True]), Example([6, 7, 8, 9], [True] * 4)]
+    blocks = pack(examples, 4, pad=0)
+    assert [b["input_ids"] for b in blocks] == [[1, 2, 3, 4], [5, 6, 7, 8]]  # the last, lone token predicts nothing
+    assert [b["labels"] for b in blocks] == [[1, 2, 3, -100], [5, 6, 7, 8]]
+    (block,) = pack(examples[:1], 5, pad=0)
+    assert block == {"input_ids": [1, 2, 3, 0, 0], "labels": [1, 2, 3, -100, -100], "attention_mask": [1, 1, 1, 0, 0]}
+
+
+def test_only_what_the_assistant_says_counts(tokenizer: Any) -> None:
+    tokenizer.chat_template = TEMPLATE
+    try:
+        chat = [
+            {"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes you"},
+            {"role": "user", "content": "how are you"}, {"role": "assistant", "content": "fine"},
+        ]  # fmt: skip
+        (example,) = language_examples([{"messages": chat}], tokenizer, "data")
+        said = [WORDS[i] for i, c in zip(example.ids, example.counts, strict=True) if c]
+        assert said == ["yes", "you", "<eos>", "fine", "<eos>"]
+        (pair,) = language_examples([{"prompt": "hello", "completion": "yes"}], tokenizer, "data")
+        assert [WORDS[i] for i, c in zip(pair.ids, pair.counts, strict=True) if c] == ["yes", "<eos>"]
+    finally:
+        tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="no chat template"):
+        language_examples([{"messages": chat}], tokenizer, "data")
+    (pair,) = language_examples([{"prompt": "hello how", "completion": "yes"}], tokenizer, "data")
+    assert pair.counts == [False, False, True, True]
+
+
+def test_batches_are_padded_where_they_have_to_be() -> None:
+    batch = collate(9)([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4], "labels": [4]}])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert batch["labels"].tolist() == [[1, 2, 3], [4, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+# ---------------------------------------------------------------- loss
+
+
+@pytest.mark.parametrize("rows", [1, 128, 300])
+def test_the_loss_in_chunks_is_the_loss(rows: int) -> None:
+    torch.manual_seed(0)
+    w, b = torch.randn(50, 16), torch.randn(50)
+    labels = torch.randint(0, 50, (rows,))
+    labels[::7] = -100
+    grads: list[Tensor] = []
+    for chunked in (True, False):
+        h = torch.randn(rows, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        if chunked:
+            total, count = chunked_cross_entropy(h, w, b, labels)
+            assert count == int((labels != -100).sum())
+        else:
+            reference = nn.functional.cross_entropy(h @ w.T + b, labels, reduction="sum", ignore_index=-100)
+            torch.testing.assert_close(total, reference)
+            total = reference
+        (total * 0.5).backward()
+        assert h.grad is not None
+        grads.append(h.grad)
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-5, rtol=1e-5)
+
+
+def test_the_headless_loss_is_the_models_own_or_is_not_used(model_folder: Path) -> None:
+    import veneer
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    model = veneer.get_peft_model(base, veneer.LoraConfig(r=2, target_modules="all-linear"))
+    headless = HeadlessLoss.of(model)
+    assert headless is not None
+    ids = torch.randint(0, len(WORDS), (2, 7))
+    total, count = headless(model, {"input_ids": ids, "labels": ids})
+    torch.testing.assert_close(total / count, model(input_ids=ids, labels=ids).loss)
+    model(input_ids=ids)  # the head is back in its place
+    trained = veneer.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(model_folder), veneer.LoraConfig(r=2, target_modules=["lm_head"])
+    )
+    assert HeadlessLoss.of(trained) is None  # a head that trains has to be run
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_a_run_learns_and_leaves_everything_behind(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    import veneer
+
+    out = tmp_path / "out"
+    record = run(None, _given(model_folder, data, out, steps=60))
+    assert record["after"]["perplexity"] < 0.8 * record["before"]["perplexity"]
+    assert json.loads((out / "run.json").read_text()) == json.loads(json.dumps(record))
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len(record["losses"]) == 60
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    model = veneer.PeftModel.from_pretrained(base, out)
+    ids = torch.tensor([[5, 6, 8, 10, 5, 12]])
+    tuned = model(input_ids=ids, labels=ids).loss
+    with model.disable_adapter():
+        assert tuned < model(input_ids=ids, labels=ids).loss
+    with pytest.raises(ConfigError, match="holds an adapter already"):
+        run(None, _given(model_folder, data, out))
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    full = run(None, _given(model_folder, data, whole, steps=6, save_every=3))
+    run(None, _given(model_folder, data, cut, steps=6, save_every=3))
+    for folder in (cut / "checkpoints").glob("checkpoint-6"):
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json", "run.json"):
+        (cut / name).unlink()
+    resumed = run(None, _given(model_folder, data, cut, steps=6, save_every=3, resume=True))
+    assert [x["loss"] for x in resumed["losses"]] == [x["loss"] for x in full["losses"]][3:]
+    a, b = load_file(whole / "adapter_model.safetensors"), load_file(cut / "adapter_model.safetensors")
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def test_classification_trains_a_head_that_is_saved(tokenizer: Any, tmp_path: Path) -> None:
+    folder, data = tmp_path / "bert", tmp_path / "data.csv"
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=16
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    rows = "".join(f"the {a} {b},{a}\n" for b in ("sat", "ran", "yes", "no", "fine") * 4 for a in ("cat", "dog"))
+    data.write_text("text,label\n" + rows, encoding="utf-8")
+    out = tmp_path / "out"
+    record = run(
+        None,
+        _given(folder, data, out, task="sequence-classification", eval_data=str(data), steps=80, batch_size=8, method_fields={"r": 4}),
+    )
+    assert record["after"]["accuracy"] == 1.0
+    from safetensors import safe_open
+
+    with safe_open(out / "adapter_model.safetensors", "pt") as f:
+        assert any("classifier" in k for k in f.keys())  # noqa: SIM118  no mapping
+
+
+def test_the_recipe_file_and_the_command_line_together(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {model_folder}\ndata: {data}\nsteps: 2\nbatch_size: 2\nlength: 8\nmethod: ia3\n", encoding="utf-8")
+    record = run(str(recipe), {"out": str(tmp_path / "out"), "steps": 3})
+    assert record["recipe"]["method"] == "ia3"
+    assert record["recipe"]["steps"] == 3  # the command line wins
+    recipe.write_text("modle: x\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"modle.*model"):
+        run(str(recipe), {})
+
+
+def test_fields_of_the_method_come_as_options() -> None:
+    words = ["--r", "16", "--use-dora", "--target-modules", "q_proj,v_proj", "--lora-alpha=32", "--init-lora-weights", "pissa"]
+    assert method_fields(words) == {
+        "r": 16, "use_dora": True, "target_modules": "q_proj,v_proj", "lora_alpha": 32, "init_lora_weights": "pissa",
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="stray"):
+        method_fields(["stray"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": ""}, "--model is missing"),
+        ({"model": "./nowhere"}, "no model folder './nowhere'"),
+        ({"task": "causal-ml"}, "causal-lm"),
+        ({"method": "lorra"}, "lora"),
+        ({"method_fields": {"rank": 3}}, "has no field 'rank'"),
+        ({"method_fields": {"target_modules": ["q_prj"]}}, "q_prj"),
+        ({"batch_size": 0}, "batch_size has to be positive"),
+        ({"eval_fraction": 1.5}, "eval_fraction"),
+        ({"dtype": "float8"}, "float8"),
+        ({"resume": True}, "no checkpoint"),
+    ],
+)
+def test_bad_input_is_one_error_and_writes_nothing(
+    model_folder: Path, data: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=message):
+        run(None, _given(model_folder, data, out, **change))
+    assert not out.exists()
+
+
+def test_the_command_exits_with_two_and_says_why(data: Path, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "veneer", "train", "--model", str(tmp_path), "--data", str(data), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "config.json" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (tmp_path / "out").exists()
