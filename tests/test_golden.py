@@ -22,7 +22,7 @@ WRONG = "do not take this merge as the reference"  # PEFT's own merge differs fr
 METHODS = {
     "ADALORA", "BEFT", "C3A", "DELORA", "FOURIERFT", "HIRA", "HRA", "IA3", "LOHA", "LORA", "OFT", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "VERA",
 }  # fmt: skip
-VARIANTS = ("lora_alora", "lora_arrow", "lora_bdlora", "lora_kasa", "lora_monteclora", "lora_velora")
+VARIANTS = ("lora_alora", "lora_arrow")
 NAMES = [n for n, c in INDEX.items() if c["peft_type"] in METHODS and n not in VARIANTS and n != "lora_corda"]
 
 

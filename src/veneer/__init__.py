@@ -47,6 +47,7 @@ _HOME: dict[str, str] = {
         "tuner": "AdaLoraModel BeftModel C3AModel DeloraModel FourierFTModel HRAModel HiraModel IA3Model LoHaModel LoraModel OFTModel RoadModel ShiraModel "
         "TrainableTokensModel VeraModel",
         "types": "PeftType TaskType",
+        "variants": "BdLoraConfig KasaConfig MontecloraConfig VeloraConfig",
     }.items()
     for name in names.split()
 }

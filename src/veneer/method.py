@@ -41,6 +41,7 @@ class Leaf:
         on_disk: what follows the layer's path in the file; `<container>[.<attr>]` if not given.
         trainable: whether it is a parameter that gets gradients; otherwise a frozen tensor.
         dtype: its dtype where that is not the adapter's, such as for indices.
+        running: whether it changes by itself in training, as a running mean does: then it is a buffer.
         saved: True: in the adapter file; "start": in the sidecar of start values; False: never (it can be rebuilt).
     """
 
@@ -50,6 +51,7 @@ class Leaf:
     attr: str | None = None
     on_disk: str | None = None
     trainable: bool = True
+    running: bool = False
     saved: bool | Literal["start"] = True
     dtype: torch.dtype | None = None
 
