@@ -67,7 +67,9 @@ ALLOWED = {
     "kernels": set(),
     "change": {"ops", "errors"},
     "bases": set(),
-    "methods": {"change", "ops", "method", "config", "types", "errors", "inits", "kernels", "variants"},
+    "methods": {"change", "ops", "method", "config", "types", "errors", "inits", "kernels", "schedules", "variants"},
+    "schedules": set(),
+    "variants": {"change", "ops", "method", "types", "errors", "inits", "kernels", "schedules"},
 }
 
 

@@ -25,6 +25,7 @@ _HOME: dict[str, str] = {
         "replace_lora_weights_loftq",
         "mapping": "get_peft_config get_peft_model inject_adapter_in_model",
         "method": "Leaf Method",
+        "methods.adalora": "AdaLoraConfig",
         "methods.beft": "BeftConfig",
         "methods.c3a": "C3AConfig",
         "methods.delora": "DeloraConfig",
@@ -46,11 +47,16 @@ _HOME: dict[str, str] = {
         "status": "get_layer_status get_model_status",
         "tasks": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification",
-        "tuner": "BeftModel C3AModel DeloraModel FourierFTModel GloraModel HRAModel HiraModel IA3Model LoHaModel LoraModel OFTModel "
-        "OSFModel PeanutModel RoadModel ShiraModel TrainableTokensModel VeraModel",
         "types": "PeftType TaskType",
+        "variants": "BdLoraConfig KasaConfig MontecloraConfig VeloraConfig",
     }.items()
     for name in names.split()
+}
+# a method's tuner class: LoraModel of LoraConfig
+_HOME |= {
+    name[:-6] + "Model": "tuner"
+    for name, home in _HOME.items()
+    if home.startswith("methods.") and name.endswith("Config") and "Runtime" not in name
 }
 
 __all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604  names, all strings

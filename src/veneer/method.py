@@ -41,6 +41,7 @@ class Leaf:
         on_disk: what follows the layer's path in the file; `<container>[.<attr>]` if not given.
         trainable: whether it is a parameter that gets gradients; otherwise a frozen tensor.
         dtype: its dtype where that is not the adapter's, such as for indices.
+        running: whether it changes by itself in training, as a running mean does: then it is a buffer.
         saved: True: in the adapter file; "start": in the sidecar of start values; False: never (it can be rebuilt).
     """
 
@@ -50,6 +51,7 @@ class Leaf:
     attr: str | None = None
     on_disk: str | None = None
     trainable: bool = True
+    running: bool = False
     saved: bool | Literal["start"] = True
     dtype: torch.dtype | None = None
 
@@ -73,11 +75,13 @@ class Method(PeftConfig):
         kinds: the kinds of site it adapts: `linear`, `embedding`, `conv`, `attention`, `parameter`.
         stacking: how several active adapters act together: `"sum"` adds their differences to the frozen weight, `"chain"` applies one
             after another.
+        offers: names of methods `(sites, *args)` that `model.base_model` has too, such as a schedule's step for loops that drive it themselves.
     """
 
     prefix: ClassVar[str] = ""
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     stacking: ClassVar[Literal["sum", "chain"]] = "chain"
+    offers: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, peft_type: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -122,8 +126,13 @@ class Method(PeftConfig):
         """A term whose gradient is added to that of the loss, per adapted layer."""
         return None
 
-    def check_saving(self, step: int) -> None:
-        """Raise SaveError if what would be saved is not what the method promises, such as a schedule that never advanced."""
+    def acts(self) -> bool:
+        """Whether there is anything to do when an optimizer steps: without it, the hooks above are not called."""
+        return any(getattr(type(self), n) is not getattr(Method, n) for n in ("before_step", "after_step", "penalty"))
+
+    def check_saving(self, sites: Sequence[Place], step: int) -> None:
+        """For methods that act at steps: put into the config what the file has to say of them, or raise SaveError if what would be saved
+        is not what the method promises, such as a schedule that never advanced. `step`: how many steps were made."""
 
     def scale(self) -> float:
         """The nominal scaling of the change; `site.scaling` is its present value."""

@@ -14,7 +14,8 @@ from .config import PeftConfig
 from .engine import inject, merge
 from .engine.holders import Attached, drop, slots
 from .engine.merge import MergeReport
-from .engine.route import check_known
+from .engine.route import check_known, the_switch
+from .engine.steps import ask
 from .errors import PeftWarning
 from .method import Method, config_class
 
@@ -236,7 +237,16 @@ def tuner_class(peft_type: str) -> type[Tuner]:
 def _class_for(config: Any) -> type[Tuner]:
     prefix = config.prefix if issubclass(config, Method) else ""
     name = config.__name__.removesuffix("Config") + "Model"
-    return type(name, (Tuner,), {"prefix": prefix, "__module__": __name__, "__doc__": f"The tuner of {config.__name__}."})
+    offered = {n: _offered(n) for n in getattr(config, "offers", ())}
+    return type(name, (Tuner,), {"prefix": prefix, "__module__": __name__, "__doc__": f"The tuner of {config.__name__}.", **offered})
+
+
+def _offered(name: str) -> Any:
+    def call(self: Tuner, *args: Any) -> None:
+        ask(the_switch(self.model), name, *args)
+
+    call.__name__, call.__doc__ = name, f"Call `{name}` of every adapter that trains; see its config."
+    return call
 
 
 def __getattr__(name: str) -> Any:

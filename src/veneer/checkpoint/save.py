@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..engine.route import find_switch
+from ..engine.steps import check_saving
 from ..errors import LoadError, SaveError, hint
 from .base import BASE_KEY, SCALING_KEY, START_KEY, fingerprint, scaling_text
 from .keys import Slot, adapter_names, base_root, slots, walk
@@ -49,6 +51,7 @@ def get_peft_model_state_dict(
         RouteError: if there is no such adapter.
     """
     config = config_of(model, adapter_name)
+    check_saving(find_switch(model), adapter_name)
     found = slots(model, adapter_name, config, prefix="", save_embedding_layers=save_embedding_layers)
     return _encoded(config, _collect(model, found, adapter_name, state_dict, save_embedding_layers is True))
 
@@ -83,6 +86,7 @@ def save_adapter(
     Raises:
         SaveError: if a tensor is missing, empty, on the meta device, not finite or of another shape, or the disk refuses.
     """
+    check_saving(find_switch(model), adapter_name)
     found = slots(model, adapter_name, config, save_embedding_layers=save_embedding_layers)
     tensors = _encoded(config, _collect(model, found, adapter_name, state_dict, save_embedding_layers is True))
     start = {k: s.tensor.detach() for k, s in slots(model, adapter_name, config, start=True).items()}

@@ -31,7 +31,7 @@ class KeyedTensors(nn.ParameterDict):
         self._parameters[key] = value
 
     def __getitem__(self, key: str) -> Any:
-        return self._parameters[key]
+        return self._parameters[key] if key in self._parameters else self._buffers[key]
 
     def __delitem__(self, key: str) -> None:
         self._keys.pop(key, None)
@@ -145,7 +145,7 @@ def hold(owner: nn.Module, adapter: str, attached: Attached, tensors: Mapping[st
             owner._modules[container]._modules[adapter] = TiedHolder(attached, name)  # type: ignore[union-attr]
             continue
         value: Any = tensors[name]
-        store = "_buffers" if leaf.saved == "start" or (leaf.saved is False and not leaf.trainable) else "_parameters"
+        store = "_buffers" if leaf.running or leaf.saved == "start" or (leaf.saved is False and not leaf.trainable) else "_parameters"
         if store == "_parameters" and not isinstance(value, nn.Parameter):
             value = nn.Parameter(value, requires_grad=leaf.trainable)
         if leaf.attr is None:
@@ -154,7 +154,8 @@ def hold(owner: nn.Module, adapter: str, attached: Attached, tensors: Mapping[st
             table: Any = owner._modules[container]
             if store == "_buffers":
                 table._buffers[adapter] = value
-                table._non_persistent_buffers_set.add(adapter)
+                if leaf.saved is not True:
+                    table._non_persistent_buffers_set.add(adapter)
             else:
                 table[adapter] = value
             attached.source[name] = (getattr(table, store), adapter)
@@ -166,7 +167,7 @@ def hold(owner: nn.Module, adapter: str, attached: Attached, tensors: Mapping[st
         if holder is None:
             holders[adapter] = holder = Holder()
         getattr(holder, store)[leaf.attr] = value
-        if store == "_buffers":
+        if store == "_buffers" and leaf.saved is not True:
             holder._non_persistent_buffers_set.add(leaf.attr)
         attached.source[name] = (getattr(holder, store), leaf.attr)
 

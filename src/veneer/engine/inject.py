@@ -128,7 +128,7 @@ def attach(
         plan.tokens.append(s.path.removesuffix(".token_adapter"))
     if selection.resolved_targets is not None and hasattr(config, "target_modules"):
         config.target_modules = selection.resolved_targets
-    watch(switch, adapter_name, [s.attached for s in staged] + ([shared[0]] if shared is not None else []))
+    watch(switch, adapter_name, config, [s.attached for s in staged] + ([shared[0]] if shared is not None else []))
     acting = switch.chosen().names or ()
     for _, module in adapter_modules(model):
         module.set_requires_grad(adapter_name, adapter_name in acting and not config.inference_mode)
@@ -491,6 +491,7 @@ def detach(model: nn.Module, adapter_name: str) -> list[str]:
     """
     check_known([adapter_name], adapter_names(model))
     switch = the_switch(model)
+    switch.watched.pop(adapter_name, None)
     for _, module in list(adapter_modules(model)):
         module.delete_adapter(adapter_name)
     left = adapter_names(model)

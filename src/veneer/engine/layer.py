@@ -28,6 +28,7 @@ class Place:
         self.kernel, self.groups, self.experts = site.kernel, site.groups, site.experts
         self.channels = site.channels
         self.index, self.count = 0, 1  # which of the adapter's layers this is, and how many there are
+        self.memory: dict[str, Any] = {}  # what a method that acts at optimizer steps remembers here; never saved
         self.new_base: Tensor | None = None  # a start that is defined by another base (LoftQ) leaves it here; W (n_out, n_in)
 
     @property
@@ -43,6 +44,10 @@ class Place:
         """The frozen bias (n_out,), also while adapters are merged into the layer."""
         site = self.layer.site
         return self.layer._originals().get(site.bias_name, site.bias(self.layer.base_layer))
+
+    def tensor(self, leaf: str) -> Tensor:
+        """One of the adapter's tensors here, with its gradient: for what acts at optimizer steps."""
+        return self.layer.leaf(self.adapter, leaf)
 
     @property
     def scaling(self) -> float:

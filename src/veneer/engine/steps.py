@@ -13,33 +13,60 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 from .holders import Attached, Tensors
 
 if TYPE_CHECKING:
+    from ..method import Method
+    from .layer import Place
     from .route import Switch
 
 
 @dataclass(eq=False)
 class Watched:
-    """One adapter whose method acts at every step of an optimizer that trains it."""
+    """One adapter whose method acts at every step of an optimizer that trains it.
 
+    Attributes:
+        config: the adapter's own, which is saved; a layer's may be a copy with other values.
+        step: how many steps have been made.
+    """
+
+    config: Method
     attached: list[Attached]
     step: int = 0
 
+    @property
+    def places(self) -> list[Place]:
+        return [a.place for a in self.attached if a.place is not None]
+
     def parameters(self) -> set[int]:
-        return {id(a.tensor(n)) for a in self.attached for n, leaf in a.leaves.items() if leaf.trainable and n not in a.derived}
+        return {id(a.tensor(n)) for a in self.attached for n in a.leaves if n not in a.derived and a.tensor(n).requires_grad}
 
 
 _switches: weakref.WeakSet[Switch] = weakref.WeakSet()
 _installed = False
 
 
-def watch(switch: Switch, adapter: str, attached: Sequence[Attached]) -> None:
+def watch(switch: Switch, adapter: str, config: Method, attached: Sequence[Attached]) -> None:
     """Let the method of these attached adapters act at each optimizer step, if it has something to do there."""
-    from ..method import Method
+    if attached and config.acts():
+        switch.watched[adapter] = Watched(config, list(attached))
+        enlist(switch)
 
-    cls = type(attached[0].config) if attached else Method
-    if all(getattr(cls, name) is getattr(Method, name) for name in ("before_step", "after_step", "penalty")):
-        return
-    switch.watched[adapter] = Watched(list(attached))
-    enlist(switch)
+
+def ask(switch: Switch, name: str, *args: Any) -> None:
+    """Call a method of the config of every adapter that trains, with its places: what a schedule offers to a loop of the user's own."""
+    with torch.no_grad():
+        for w in switch.watched.values():
+            if hasattr(w.config, name) and w.parameters():
+                getattr(w.config, name)(w.places, *args)
+
+
+def check_saving(switch: Switch | None, adapter: str) -> None:
+    """Let a method that acts at steps bring its config up to date, and refuse, before it is saved.
+
+    Raises:
+        SaveError: if what would be saved is not what the method promises.
+    """
+    w = switch.watched.get(adapter) if switch is not None else None
+    if w is not None:
+        w.config.check_saving(w.places, w.step)
 
 
 def enlist(switch: Switch) -> None:
@@ -59,17 +86,23 @@ def _trained_by(optimizer: Optimizer) -> list[tuple[Switch, Watched]]:
 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for _, w in _trained_by(optimizer):
-        places = [a.place for a in w.attached if a.place is not None]
         _penalise(w)
         with torch.no_grad():
-            w.attached[0].config.before_step(places, w.step)
+            w.config.before_step(w.places, w.step)
 
 
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for _, w in _trained_by(optimizer):
-        w.step += 1
+        w.step = (w.step or _made_before(optimizer, w)) + 1
         with torch.no_grad():
-            w.attached[0].config.after_step([a.place for a in w.attached if a.place is not None], w.step)
+            w.config.after_step(w.places, w.step)
+
+
+def _made_before(optimizer: Optimizer, w: Watched) -> int:
+    """How many steps an optimizer that goes on from a checkpoint had made before this one."""
+    ids = w.parameters()
+    states = (optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"] if id(p) in ids)
+    return max((int(s["step"]) - 1 for s in states if "step" in s), default=0)
 
 
 def _penalise(w: Watched) -> None:

@@ -1,0 +1,46 @@
+"""Starts as the tensors of a LoRA layer, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import start
+
+_COUNTED = ("pissa", "olora", "corda", "lora_ga")
+
+
+def is_counted(config: Any, site: Any) -> bool:
+    """Whether the change is counted from a frozen start: D = s (B A - B0 A0)."""
+    kind = config.init_lora_weights
+    return site.kind != "embedding" and isinstance(kind, str) and kind.startswith(_COUNTED)
+
+
+def starting_leaves(config: Any, site: Any, *, only_frozen: bool) -> dict[str, Tensor]:
+    """The values that a LoRA layer starts from, where they are not just its tensors' own: A, B, and A0, B0 where the start is counted.
+
+    A start that is defined on another base leaves that in `site.new_base`.
+    """
+    kind, embedding, count = config.init_lora_weights, site.kind == "embedding", is_counted(config, site)
+    if only_frozen and kind == "corda" and not hasattr(site.module, "eigens"):
+        return {}  # only the adapter's own file can bring them; without it loading is an error
+    if only_frozen and kind == "lora_ga" and not hasattr(site.module, "_peft_loraga_grad"):
+        # files of PEFT hold no start, and PEFT itself counts them from zero
+        return {"lora_A0": torch.zeros(config.r, site.n_in), "lora_B0": torch.zeros(site.n_out, config.r)}
+    if kind is True or (only_frozen and not count and kind != "loftq"):
+        return {}  # the leaves' own start
+    s = start(
+        kind, site.weight, config.r * max(site.experts, 1), site.scaling,
+        n_out=site.n_out, n_in=site.n_in * site.groups, config=config, context=site.module, embedding=embedding,
+    )  # fmt: skip
+    if s.base is not None:
+        site.new_base = s.base
+    out: dict[str, Tensor] = {}
+    if s.A0 is not None and s.B0 is not None:
+        out = {"lora_A0": s.A0, "lora_B0": s.B0}
+    if not only_frozen:
+        a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+        out |= {a: s.A, b: s.B if site.groups == 1 else s.B[:, : config.r // site.groups]}
+    return out

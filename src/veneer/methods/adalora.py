@@ -1,0 +1,199 @@
+"""AdaLoRA: a low-rank change in the form of a singular value decomposition, whose rank is shared out between the layers in training."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..change import Change
+from ..errors import ConfigError, PeftWarning, SaveError
+from ..method import Leaf, Targeted
+from ..ops import LowRank
+from ..schedules import Importance, add_gradient, cut, row_means, widen
+
+_IDLE = ("alpha_pattern", "use_rslora", "loftq_config", "lora_bias", "layer_replication")  # LoRA's, without effect here
+
+
+@dataclass
+class AdaLoraConfig(Targeted, peft_type="ADALORA"):
+    """W' = W + s · B diag(E) A,  s = alpha / init_r.
+
+    A (r, n_in) and B (n_out, r) start normal(0, 0.02), E (r, 1) zero; all are trained, with `orth_reg_weight` · the mean of ‖A Aᵀ - I‖ and ‖Bᵀ B - I‖ over
+    all layers added to the loss. From step `tinit` to `total_step - tfinal`, every `deltaT` steps, the entries of E that matter least are put to
+    zero, so that the number of live ones falls as a cubic from `init_r` to `target_r` a layer on average; which ones is decided over all layers by
+    |p · ∂loss/∂p|, smoothed (`beta1`) times its deviation (`beta2`): that of the entry, plus the means over its row of A and its column of B.
+    Zhang et al. 2023, arXiv:2303.10512.
+
+    All this happens by itself when an optimizer steps. `model.base_model.update_and_allocate(step)` after a step takes the schedule over instead.
+    `rank_pattern` (layer -> which entries live) is what training leaves; files hold live entries only, and a config that has it makes layers of
+    that size.
+    """
+
+    r: int = 8
+    lora_alpha: int = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, list[bool]] | None = None
+    alpha_pattern: dict[str, int] | None = field(default_factory=dict)
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: dict[str, Any] = field(default_factory=dict)
+    use_dora: bool = False
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    layer_replication: list[tuple[int, int]] | None = None
+    lora_bias: bool = False
+    ensure_weight_tying: bool = False
+    target_r: int = 8
+    init_r: int = 12
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1  # noqa: N815  PEFT's name
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    total_step: int | None = None
+
+    prefix: ClassVar[str] = "lora_"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
+    stacking: ClassVar[Any] = "sum"
+    offers: ClassVar[tuple[str, ...]] = ("update_and_allocate",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._rows: dict[str, int] = {}  # the rank of each layer as it was made
+        if not self.total_step or self.total_step <= 0:
+            raise ConfigError("AdaLoRA does not work when `total_step` is None, supply a value > 0: the number of optimizer steps.")
+        if self.tinit >= self.total_step - self.tfinal:
+            raise ConfigError(
+                "The supplied schedule values don't allow for a budgeting phase. Decrease `tfinal`/`tinit` or increase `total_step`."
+            )
+        if self.init_r < 1 or self.target_r < 0 or self.deltaT < 1:
+            raise ConfigError(
+                f"init_r and deltaT must be positive and target_r not negative, got {self.init_r}, {self.deltaT}, {self.target_r}."
+            )
+        if self.use_dora or self.use_qalora or self.megatron_config:
+            raise ConfigError("ADALORA does not support DoRA, QALoRA or Megatron layers. Use LoraConfig for these.")
+        if idle := [n for n in _IDLE if getattr(self, n)] + ["init_lora_weights"] * isinstance(self.init_lora_weights, str):
+            warnings.warn(f"{', '.join(f'`{n}`' for n in idle)} has no effect in AdaLoRA.", PeftWarning, stacklevel=4)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in super().to_dict().items() if k != "init_weights"}  # this method's is init_lora_weights
+
+    def scale(self) -> float:
+        return (self.lora_alpha if self.lora_alpha > 0 else self.init_r) / (self.init_r + 1e-5)
+
+    def dropout(self) -> float:
+        return self.lora_dropout
+
+    def check(self, site: Any) -> None:
+        if site.groups > 1:
+            raise ConfigError(f"AdaLoRA does not take convolutions with groups ({site.name!r} has {site.groups}); LoRA does.")
+
+    def leaves(self, site: Any) -> Mapping[str, Leaf]:
+        r = self._rows[site.name] = sum((self.rank_pattern or {}).get(f"{site.name}.lora_E", [True] * self.init_r))
+        std, zero = (0.02, nn.init.zeros_) if self.init_lora_weights else (1.0, nn.init.normal_)
+        a, b = (Leaf(shape, lambda t: nn.init.normal_(t, std=std)) for shape in ((r, site.n_in), (site.n_out, r)))
+        return {"lora_A": a, "lora_B": b, "lora_E": Leaf((r, 1), zero)}
+
+    def change(self, p: Any, site: Any) -> Change:
+        return Change(add=LowRank(p.lora_B, p.lora_A * p.lora_E, site.scaling, site.dropout))
+
+    # ---------------------------------------------------------------- the schedule
+
+    def before_step(self, sites: Sequence[Any], step: int) -> None:
+        """Add the gradient of the orthogonality term."""
+        pairs = [(s.tensor("lora_A"), s.tensor("lora_B")) for s in sites]
+        pairs = [(a, b) for a, b in pairs if a.grad is not None and b.grad is not None]
+        each = [q for a, b in pairs for q in ((a, a.grad), (b.mT, b.grad.mT))]  # type: ignore[union-attr]
+        add_gradient(each, self.orth_reg_weight / (2 * len(sites)))  # type: ignore[arg-type]
+
+    def after_step(self, sites: Sequence[Any], step: int) -> None:
+        """Measure, and allocate unless the training loop does."""
+        own = sites[0].memory
+        if step <= self._end:
+            self._measure(sites)
+        if "asked" not in own:
+            own["before"] = torch.cat(_flat(sites, "lora_E")), own.get("keep")
+            self._allocate(sites, step)
+            if step == self._end:
+                self.rank_pattern = self._pattern(sites)
+
+    def update_and_allocate(self, sites: Sequence[Any], global_step: int) -> None:
+        """One step of the schedule, called between `optimizer.step()` and `zero_grad()`. From the first call on it does not run by itself."""
+        own = sites[0].memory
+        if "asked" not in own and "before" in own:  # what this very step has done by itself is taken back
+            e, own["keep"] = own.pop("before")
+            torch._foreach_copy_(_flat(sites, "lora_E"), list(e.split(_ranks(sites))))
+        own["asked"] = True
+        if not own.pop("measured", False) and global_step <= self._end:
+            self._measure(sites)
+            own.pop("measured", None)
+        self._allocate(sites, global_step)
+        self.rank_pattern = self._pattern(sites)
+
+    def check_saving(self, sites: Sequence[Any], step: int) -> None:
+        moved = any(s.tensor("lora_E").grad is not None and bool(s.tensor("lora_E").any()) for s in sites)  # if by no torch optimizer
+        if not getattr(sites[0].memory.get("importance"), "mean", None) and (0 < step <= self._end or (not step and moved)):
+            raise SaveError(
+                f"AdaLoRA has been trained for {step or 'some'} steps, and its schedule (total_step={self.total_step}) never advanced: no torch "
+                "optimizer was seen to step, so every layer still has its first rank. Call model.base_model.update_and_allocate(step) after each step."
+            )
+        self.rank_pattern = self._pattern(sites)
+
+    @property
+    def _end(self) -> int:
+        return (self.total_step or 0) - self.tfinal
+
+    def _measure(self, sites: Sequence[Any]) -> None:
+        own = sites[0].memory
+        importance = own.setdefault("importance", Importance(self.beta1, self.beta2))
+        own["measured"] = importance.update([s.tensor(n) for n in ("lora_A", "lora_B", "lora_E") for s in sites])
+
+    def _allocate(self, sites: Sequence[Any], step: int) -> None:
+        """Put to zero what the schedule wants gone at this step."""
+        own, ranks, es = sites[0].memory, _ranks(sites), _flat(sites, "lora_E")
+        live, target = sum(ranks), self.target_r * len(sites)
+        left = max(1 - (step - self.tinit) / (self._end - self.tinit), 0)
+        budget = int((live - target) * left**3 + target)
+        measured = own["importance"].mean if "importance" in own else []
+        if self.tinit < step <= self._end and (step % self.deltaT == 0 or step == self._end) and budget < live and measured:
+            scores = own["importance"].scores()
+            n, device = len(sites), es[0].device
+            of_e = torch.cat([e.flatten().to(device) for e in scores[2 * n :]])
+            score = of_e + row_means(scores[:n], device) + row_means([b.mT for b in scores[n : 2 * n]], device)
+            own["keep"] = (score > score.kthvalue(live - budget).values).to(es[0].dtype)
+        elif step <= self._end:
+            return
+        if own.get("keep") is not None:
+            torch._foreach_mul_(es, [k.to(e.device) for k, e in zip(own["keep"].split(ranks), es, strict=True)])
+
+    def _pattern(self, sites: Sequence[Any]) -> dict[str, list[bool]] | None:
+        if (keep := sites[0].memory.get("keep")) is None:
+            return self.rank_pattern
+        live = keep.bool().cpu().split(_ranks(sites))
+        return {f"{s.name}.lora_E": k.tolist() for s, k in zip(sites, live, strict=True)}
+
+    def to_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return cut(tensors, _AXES, self.rank_pattern or {}, "lora_E")
+
+    def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return widen(tensors, _AXES, self.rank_pattern or {}, "lora_E", self._rows)
+
+
+_AXES = {"lora_A": 0, "lora_B": 1, "lora_E": 0}
+
+
+def _flat(sites: Sequence[Any], leaf: str) -> list[Tensor]:
+    return [s.tensor(leaf).detach().flatten() for s in sites]
+
+
+def _ranks(sites: Sequence[Any]) -> list[int]:
+    return [s.tensor("lora_E").shape[0] for s in sites]

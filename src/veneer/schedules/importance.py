@@ -1,0 +1,56 @@
+"""How much each trained number matters: |p · ∂loss/∂p|, smoothed, times how much it varies. Zhang et al. 2023, arXiv:2303.10512, eq. 8-10."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Importance:
+    """The running importance of the numbers of some tensors, in the order in which they are given at every update.
+
+    Args:
+        beta1, beta2: smoothing of the sensitivity, and of its deviation from the smoothed one.
+    """
+
+    def __init__(self, beta1: float, beta2: float) -> None:
+        self.beta1, self.beta2 = beta1, beta2
+        self.mean: list[Tensor] = []
+        self.spread: list[Tensor] = []
+
+    def update(self, tensors: Sequence[Tensor]) -> bool:
+        """Take in the gradients of one step; those without a gradient stay as they were. Returns whether there were any."""
+        at = [i for i, t in enumerate(tensors) if t.grad is not None and t.numel()]
+        if not at:
+            return False
+        if not self.mean:
+            self.mean, self.spread = [torch.zeros_like(t) for t in tensors], [torch.zeros_like(t) for t in tensors]
+        now = torch._foreach_mul([tensors[i] for i in at], [g for i in at if (g := tensors[i].grad) is not None])
+        torch._foreach_abs_(now)
+        mean, spread = [self.mean[i] for i in at], [self.spread[i] for i in at]
+        torch._foreach_lerp_(mean, now, 1 - self.beta1)
+        torch._foreach_sub_(now, mean)
+        torch._foreach_abs_(now)
+        torch._foreach_lerp_(spread, now, 1 - self.beta2)
+        return True
+
+    def scores(self) -> Sequence[Tensor]:
+        """The importance of every number, of each tensor; empty before the first update."""
+        return torch._foreach_mul(self.mean, self.spread) if self.mean else []
+
+
+def row_means(matrices: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The mean of every row of several matrices, one after another; matrices of one width go in one reduction."""
+    alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for i, t in enumerate(matrices):
+        alike[t.shape[1], t.device].append(i)
+    out: list[Tensor] = [*matrices]
+    for at in alike.values():
+        means = torch.cat([matrices[i] for i in at]).mean(1).split([matrices[i].shape[0] for i in at])
+        for i, m in zip(at, means, strict=True):
+            out[i] = m.to(device)
+    return torch.cat(out)
