@@ -20,7 +20,8 @@ WRONG = "do not take this merge as the reference"  # PEFT's own merge differs fr
 
 # methods that are there; the rest of the golden set waits for theirs
 METHODS = {
-    "BEFT", "C3A", "DELORA", "FOURIERFT", "HIRA", "HRA", "IA3", "LOHA", "LORA", "OFT", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "VERA",
+    "BEFT", "C3A", "CARTRIDGE", "CPT", "DELORA", "FOURIERFT", "HIRA", "HRA", "IA3", "LOHA", "LORA", "MULTITASK_PROMPT_TUNING",
+    "OFT", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "VERA",
 }  # fmt: skip
 VARIANTS = ("lora_alora", "lora_arrow", "lora_bdlora", "lora_kasa", "lora_monteclora", "lora_velora")
 NAMES = [n for n, c in INDEX.items() if c["peft_type"] in METHODS and n not in VARIANTS and n != "lora_corda"]
