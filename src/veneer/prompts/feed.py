@@ -50,9 +50,9 @@ class Drawn:
 
 
 def named(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name; those that are None are left out."""
+    """All arguments of a call by name."""
     by_place = inspect.signature(function).bind_partial(*args).arguments if args else {}
-    return {k: v for k, v in {**by_place, **kwargs}.items() if v is not None}
+    return {**by_place, **kwargs}
 
 
 def seen(kw: Mapping[str, Any]) -> int:

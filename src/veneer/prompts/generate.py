@@ -98,9 +98,9 @@ def _attended(model: Any, ids: Tensor, kw: dict[str, Any]) -> Tensor:
     config = kw.get("generation_config") or model.generation_config
 
     def asked(name: str) -> Any:
-        return next(
-            (v for v in (kw.get(name), getattr(config, name, None), getattr(model.generation_config, name, None)) if v is not None), None
-        )
+        if name in kw:
+            return kw[name]
+        return next((v for c in (config, model.generation_config) if (v := getattr(c, name, None)) is not None), None)
 
     pad, eos = asked("pad_token_id"), asked("eos_token_id")
     ends = [eos] if isinstance(eos, int) else list(eos or ())

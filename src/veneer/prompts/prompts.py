@@ -19,6 +19,8 @@ from .feed import Drawn, as_cache, as_tokens, continued, in_decoder, key_values,
 from .generate import for_generate
 from .shape import embedding_table, is_encoder_decoder
 
+_INPUTS = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "past_key_values", "generation_config")
+
 
 class Prompts(Keyed):
     """The prompts by adapter's name, one of which acts at a time (or one per row of the batch). The base model stays as it is.
@@ -175,7 +177,7 @@ class Prompts(Keyed):
         extra = {name: kwargs.pop(name, None) for name in ("task_ids", "input_type_mask")}
         if not choice.enabled or not any(n != BASE for n in (choice.rows or choice.names or ())):
             return model(*args, **kwargs)
-        kw = named(model.forward, args, kwargs)
+        kw = {k: v for k, v in named(model.forward, args, kwargs).items() if v is not None}
         drawn, config = self.draw(choice, _batch(kw), extra["task_ids"])
         check_checkpointing(model, config, model.training)
         both = is_encoder_decoder(model)
@@ -219,7 +221,8 @@ class Prompts(Keyed):
         task_ids = kwargs.pop("task_ids", None)
         if not choice.enabled or not any(n != BASE for n in (choice.rows or choice.names or ())):
             return args, kwargs
-        kw = named(model.generate, args, kwargs)
+        # None may be an answer here, such as for eos_token_id
+        kw = {k: v for k, v in named(model.generate, args, kwargs).items() if v is not None or k not in _INPUTS}
         if "inputs" in kw:
             kw["input_ids"] = kw.pop("inputs")
         drawn, config = self.draw(choice, _batch(kw), task_ids)
