@@ -44,6 +44,13 @@ _HOME: dict[str, str] = {
         "methods.trainable_tokens": "TrainableTokensConfig",
         "methods.vera": "VeraConfig",
         "model": "PeftModel",
+        "prompts.cartridge": "CartridgeConfig CartridgeEncoder compose_cartridge_adapters initialize_kv_prefix_from_past_key_values "
+        "initialize_kv_prefix_from_text",
+        "prompts.cpt": "CPTConfig CPTEmbedding",
+        "prompts.multitask": "MultitaskPromptTuningConfig MultitaskPromptTuningInit",
+        "prompts.p_tuning": "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType",
+        "prompts.prefix": "PrefixEncoder PrefixTuningConfig",
+        "prompts.prompt_tuning": "PromptEmbedding PromptTuningConfig PromptTuningInit",
         "status": "get_layer_status get_model_status",
         "tasks": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification",

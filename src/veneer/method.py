@@ -63,7 +63,7 @@ def _made(t: Tensor) -> Tensor:
     return t
 
 
-METHODS: dict[str, type[Method]] = {}
+METHODS: dict[str, type[PeftConfig]] = {}  # weight methods and prompts
 
 
 @dataclass
@@ -181,12 +181,13 @@ def config_class(peft_type: str) -> type[PeftConfig]:
     return METHODS[name]
 
 
-def load_methods() -> Mapping[str, type[Method]]:
-    """Import every file of `veneer.methods`; returns the registry."""
-    from . import methods
+def load_methods() -> Mapping[str, type[PeftConfig]]:
+    """Import every file of `veneer.methods` and `veneer.prompts`; returns the registry."""
+    from . import methods, prompts
 
-    for info in pkgutil.iter_modules(methods.__path__):
-        importlib.import_module(f"{methods.__name__}.{info.name}")
+    for room in (methods, prompts):
+        for info in pkgutil.iter_modules(room.__path__):
+            importlib.import_module(f"{room.__name__}.{info.name}")
     return METHODS
 
 

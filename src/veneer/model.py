@@ -19,6 +19,9 @@ from .config import PeftConfig
 from .engine import inject
 from .engine.route import disabled, find_switch, mixed, using
 from .errors import ConfigError, PeftError, PeftWarning, RouteError, hint
+from .prompts.base import Prompt
+from .prompts.prompts import Prompts
+from .prompts.shape import embedding_table
 from .tuner import Tuner, tuner_class
 
 if TYPE_CHECKING:
@@ -39,14 +42,15 @@ class PeftModel(nn.Module):
         empty: do not compute start values, since a file is about to fill all of them.
 
     Attributes:
-        base_model: the tuner, whose `model` is the user's model.
+        base_model: the tuner, whose `model` is the user's model; with prompts, as in PEFT, the user's model itself.
+        prompt_encoder: the prompts by adapter, where there are any.
 
     Raises:
         ConfigError, NoMatchingPeftModuleError: if the config does not fit the model, which is then as it was.
         PeftError: if the model has adapters already.
     """
 
-    base_model: Tuner
+    base_model: Any  # Any: a Tuner or the user's model
     heads: ClassVar[tuple[str, ...]] = ()  # of the task: always trained whole
 
     def __init__(
@@ -61,11 +65,15 @@ class PeftModel(nn.Module):
     ) -> None:
         super().__init__()
         _refuse_wrapped(model)
-        tuner = tuner_class(_type_name(peft_config))
         self._prepare(model, peft_config)
-        self.base_model = tuner(
-            model, peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype, empty=empty
-        )
+        if isinstance(peft_config, Prompt):
+            prompts = Prompts(model, peft_config, adapter_name, empty=empty)
+            self.base_model, self.prompt_encoder = model, prompts
+        else:
+            tuner = tuner_class(_type_name(peft_config))
+            self.base_model = tuner(
+                model, peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype, empty=empty
+            )
         self.peft_type = peft_config.peft_type
         self.training = model.training
         if not empty:
@@ -88,19 +96,30 @@ class PeftModel(nn.Module):
         if hasattr(getattr(model, "config", None), "pretraining_tp"):
             model.config.pretraining_tp = 1  # split projections would read the weights past the adapters
 
+    @property
+    def _prompts(self) -> Prompts | None:
+        found = self._modules.get("prompt_encoder")
+        return found if isinstance(found, Prompts) else None
+
+    @property
+    def _tuner(self) -> Tuner | Prompts:
+        """What holds the adapters: a Tuner, or the prompts."""
+        tuner: Tuner = self.base_model
+        return tuner if self._prompts is None else self._prompts
+
     # ---------------------------------------------------------------- what is there
 
     @property
     def peft_config(self) -> dict[str, Any]:
-        return self.base_model.peft_config
+        return self._tuner.peft_config
 
     @peft_config.setter
     def peft_config(self, value: dict[str, Any]) -> None:
-        self.base_model.peft_config = value
+        self._tuner.peft_config = value
 
     @property
     def active_adapters(self) -> list[str]:
-        return self.base_model.active_adapters
+        return self._tuner.active_adapters
 
     @property
     def active_adapter(self) -> str | list[str]:
@@ -118,7 +137,7 @@ class PeftModel(nn.Module):
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        switch = find_switch(self.get_base_model())
+        switch = find_switch(self)
         return switch is not None and switch.chosen().enabled and bool(self.active_adapters)
 
     @property
@@ -127,7 +146,8 @@ class PeftModel(nn.Module):
 
     def get_base_model(self) -> nn.Module:
         """The user's model, with the adapters in it."""
-        return self.base_model.model
+        model: nn.Module = self.base_model.model if self._prompts is None else self.base_model
+        return model
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(numbers that train, all numbers); packed weights count as the numbers they hold."""
@@ -154,7 +174,40 @@ class PeftModel(nn.Module):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter can be turned into a LoRA."""
-        return self.base_model.supports_lora_conversion(adapter_name)
+        return self._tuner.supports_lora_conversion(adapter_name)
+
+    # ---------------------------------------------------------------- prompts
+
+    @property
+    def prompt_tokens(self) -> dict[str, Tensor]:
+        """By adapter, the numbers of its prompt's rows."""
+        return {name: torch.arange(c.rows) for name, c in self.peft_config.items() if isinstance(c, Prompt)}
+
+    @property
+    def word_embeddings(self) -> nn.Module | None:
+        """The module that turns token ids into embeddings."""
+        return embedding_table(self.get_base_model())
+
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
+        """The prompt that acts: embeddings (batch, rows, width), or a cache with its keys and values.
+
+        Args:
+            task_ids: (batch,), for multitask prompt tuning.
+            max_cache_len: taken for PEFT's sake; the cache grows.
+
+        Raises:
+            PeftError: if the adapters are no prompts.
+        """
+        return self._known_prompts().get_prompt(batch_size, task_ids)
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """What an adapter's file has as `prompt_embeddings`, on the CPU."""
+        return self._known_prompts().to_save(adapter_name)
+
+    def _known_prompts(self) -> Prompts:
+        if self._prompts is None:
+            raise PeftError(f"{_type_name(self)} adapters are no prompts.")
+        return self._prompts
 
     # ---------------------------------------------------------------- running
 
@@ -165,14 +218,19 @@ class PeftModel(nn.Module):
             RouteError: before anything runs, for an unknown name or a wrong number of names.
         """
         rows = self._rows(args, kwargs)
-        with nullcontext() if rows is None else mixed(self.get_base_model(), rows):
+        with nullcontext() if rows is None else mixed(self, rows):
+            if self._prompts is not None:
+                return self._prompts.run(self.get_base_model(), args, kwargs)
             return self.get_base_model()(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The user's model's generate; `adapter_names` as in `forward`, one per prompt, whatever the number of beams."""
         model: Any = self.get_base_model()
-        rows = self._rows(args, kwargs)
-        with nullcontext() if rows is None else _expanded(model, rows, _copies(model, kwargs)):
+        rows, copies = self._rows(args, kwargs), _copies(model, kwargs)
+        if self._prompts is not None:
+            with nullcontext() if rows is None else mixed(self, rows), torch.no_grad():
+                args, kwargs = self._prompts.for_generate(model, args, kwargs, copies)
+        with nullcontext() if rows is None else _expanded(self, model, rows, copies):
             return model.generate(*args, **kwargs)
 
     @staticmethod
@@ -199,12 +257,12 @@ class PeftModel(nn.Module):
         Raises:
             RouteError: for a name that is not there.
         """
-        return using(self.get_base_model(), names)
+        return using(self, names)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Let no adapter act for the code inside, in this thread only. What trains, and what is merged, stays so."""
-        with disabled(self.get_base_model()):
+        with disabled(self):
             yield
 
     # ---------------------------------------------------------------- changing adapters
@@ -221,7 +279,7 @@ class PeftModel(nn.Module):
         """
         for name in (adapter_name,) if isinstance(adapter_name, str) else adapter_name:
             self._known(name)
-        self.base_model.set_adapter(adapter_name, inference_mode)
+        self._tuner.set_adapter(adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let these adapters' tensors get gradients, or not.
@@ -231,7 +289,7 @@ class PeftModel(nn.Module):
         """
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
             self._known(name)
-        self.base_model.set_requires_grad(adapter_names, requires_grad)
+        self._tuner.set_requires_grad(adapter_names, requires_grad)
 
     def add_adapter(
         self,
@@ -254,7 +312,7 @@ class PeftModel(nn.Module):
             )
         self._check_new_adapter_config(peft_config)
         self._prepare(self.get_base_model(), peft_config)
-        self.base_model.inject(peft_config, adapter_name, low_cpu_mem_usage, None, autocast_adapter_dtype, empty)
+        self._tuner.inject(peft_config, adapter_name, low_cpu_mem_usage, None, autocast_adapter_dtype, empty)
 
     def _check_new_adapter_config(self, peft_config: PeftConfig, is_trainable: bool = True) -> None:
         if _type_name(peft_config) != _type_name(self):
@@ -262,7 +320,7 @@ class PeftModel(nn.Module):
         biased = [n for n, c in self.peft_config.items() if getattr(c, "bias", "none") != "none"]
         if biased and getattr(peft_config, "bias", "none") != "none":
             raise ValueError(
-                f"{type(self.base_model).__name__} supports only 1 adapter with bias. {biased[0]!r} trains biases; set bias to 'none'."
+                f"{type(self._tuner).__name__} supports only 1 adapter with bias. {biased[0]!r} trains biases; set bias to 'none'."
             )
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -274,7 +332,7 @@ class PeftModel(nn.Module):
         self._known(adapter_name)
         if any(adapter_name in layer.merged_adapters for _, layer in inject.adapted_layers(self.get_base_model())):
             raise ValueError(f"Cannot delete adapter(s) [{adapter_name!r}] while they are merged. Call unmerge_adapter() first.")
-        self.base_model.delete_adapter(adapter_name)
+        self._tuner.delete_adapter(adapter_name)
 
     # ---------------------------------------------------------------- files
 
@@ -329,7 +387,7 @@ class PeftModel(nn.Module):
         try:
             load_into(out, adapter_name, file, config, upcast=is_trainable and autocast_adapter_dtype)
         except BaseException:
-            inject.unload(model)
+            inject.unload(model) if out._prompts is None else out._prompts.take_off()
             raise
         out._settle()
         return out if is_trainable else out.eval()
@@ -364,7 +422,7 @@ class PeftModel(nn.Module):
             report = load_into(self, adapter_name, file, upcast=is_trainable and autocast_adapter_dtype)
         except BaseException:
             if new:
-                self.base_model.delete_adapter(adapter_name)
+                self._tuner.delete_adapter(adapter_name)
             raise
         if not is_trainable:
             self.eval()
@@ -540,7 +598,7 @@ def _copies(model: Any, kwargs: Mapping[str, Any]) -> int:
 
 
 @contextmanager
-def _expanded(model: Any, rows: list[str], copies: int) -> Iterator[None]:
+def _expanded(root: nn.Module, model: Any, rows: list[str], copies: int) -> Iterator[None]:
     """Each prompt stands in `copies` rows one after another; in an encoder, in one."""
     with ExitStack() as stack:
         if copies > 1 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -548,7 +606,7 @@ def _expanded(model: Any, rows: list[str], copies: int) -> Iterator[None]:
 
             def enter(*_: Any) -> None:
                 if threading.get_ident() == thread:
-                    inside.enter_context(mixed(model, rows))
+                    inside.enter_context(mixed(root, rows))
 
             def leave(*_: Any) -> None:
                 if threading.get_ident() == thread:
@@ -557,7 +615,7 @@ def _expanded(model: Any, rows: list[str], copies: int) -> Iterator[None]:
             encoder = model.get_encoder()
             stack.callback(encoder.register_forward_pre_hook(enter).remove)
             stack.callback(encoder.register_forward_hook(leave, always_call=True).remove)
-        stack.enter_context(mixed(model, [r for r in rows for _ in range(copies)]))
+        stack.enter_context(mixed(root, [r for r in rows for _ in range(copies)]))
         yield
 
 
@@ -575,8 +633,11 @@ def _refuse_wrapped(model: nn.Module) -> None:
 
 def _for_loading(config: PeftConfig, is_trainable: bool, ephemeral_gpu_offload: bool) -> None:
     """Set in a config how its adapter is to be loaded."""
-    if config.is_prompt_learning and is_trainable:
-        raise ValueError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
+    if isinstance(config, Prompt) and is_trainable and not config.resumable:
+        raise ValueError(
+            "Cannot set a prompt learning adapter to trainable when loading pretrained adapter: the file holds what its network gave, "
+            "not the network."
+        )
     config.inference_mode = not is_trainable
     if ephemeral_gpu_offload and hasattr(config, "runtime_config"):
         config.runtime_config.ephemeral_gpu_offload = True

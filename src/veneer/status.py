@@ -91,6 +91,8 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     Raises:
         ValueError: if the model has no adapted layers.
     """
+    if "prompt_encoder" in model._modules:
+        raise TypeError("A prompt changes no layer, so there is no status of layers. See model.active_adapters and model.peft_config.")
     out = [_layer(path, m) for path, m in adapter_modules(_tuner(model) or model)]
     if not out:
         raise ValueError(

@@ -103,9 +103,7 @@ def attach(
     # from here on nothing can fail
     plan = Plan(skipped=dict(selection.skipped), coverage=dict(selection.coverage))
     if first:
-        for name, p in model.named_parameters():
-            switch.frozen_before[name] = p.requires_grad
-            p.requires_grad_(False)
+        _freeze(model, switch)
     _train_biases(model, config, selection)
     if shared is not None and home is not None:
         hold(home, adapter_name, *shared)
@@ -116,11 +114,7 @@ def attach(
             _put(model, places, s.layer.base_layer, s.layer, s.path)
         s.layer.attach(adapter_name, s.attached, s.tensors)
         plan.modules[s.path] = sum(t.numel() for t in s.tensors.values())
-    for path, wrapper, new, tie in saved:
-        if new:
-            _put(model, places, wrapper.original_module, wrapper, path)
-        wrapper.attach(adapter_name, tie.modules_to_save[adapter_name] if tie is not None else None)
-        plan.saved.append(path)
+    _put_saved(model, places, saved, adapter_name, plan)
     for s, wrap in tokens:
         if wrap is not None:
             _put(model, places, s.layer.base_layer, wrap, s.path.removesuffix(".token_adapter"))
@@ -133,6 +127,42 @@ def attach(
     for _, module in adapter_modules(model):
         module.set_requires_grad(adapter_name, adapter_name in acting and not config.inference_mode)
     return plan
+
+
+def attach_saved(model: nn.Module, config: Any, adapter_name: str, switch: Switch) -> Plan:
+    """Freeze the model, and make the trained copies of an adapter that adapts no layers (a prompt).
+
+    Raises:
+        ConfigError, NoMatchingPeftModuleError: if `modules_to_save` does not fit the model, which is then as it was.
+    """
+    selection = select(model, config, supports=lambda m: False)
+    saved = _stage_saved(model, selection, config, adapter_name, switch)
+    plan = Plan()
+    if not switch.frozen_before:
+        _freeze(model, switch)
+    _put_saved(model, _places(model), saved, adapter_name, plan)
+    return plan
+
+
+def _freeze(model: nn.Module, switch: Switch) -> None:
+    for name, p in model.named_parameters():
+        switch.frozen_before[name] = p.requires_grad
+        p.requires_grad_(False)
+
+
+def thaw(model: nn.Module, switch: Switch) -> None:
+    """Let train what trained before the first adapter."""
+    for name, p in model.named_parameters():
+        if name in switch.frozen_before:
+            p.requires_grad_(switch.frozen_before[name])
+
+
+def _put_saved(model: nn.Module, places: dict[int, list[tuple[nn.Module, str]]], saved: Sequence[Any], adapter: str, plan: Plan) -> None:
+    for path, wrapper, new, tie in saved:
+        if new:
+            _put(model, places, wrapper.original_module, wrapper, path)
+        wrapper.attach(adapter, tie.modules_to_save[adapter] if tie is not None else None)
+        plan.saved.append(path)
 
 
 @dataclass(frozen=True)
@@ -298,7 +328,7 @@ def _tie_targets(model: nn.Module, config: Method, staged: list[_Staged], adapte
     return more
 
 
-def _stage_saved(model: nn.Module, selection: Selection, config: Method, adapter: str, switch: Switch) -> list[tuple[str, Any, bool, Any]]:
+def _stage_saved(model: nn.Module, selection: Selection, config: Any, adapter: str, switch: Switch) -> list[tuple[str, Any, bool, Any]]:
     """Wrappers of modules_to_save: (path, wrapper, whether new, the wrapper it is tied to)."""
     from ..blocks.saved import ModulesToSaveWrapper
 
@@ -461,6 +491,11 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bo
 
         warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning, stacklevel=2)
         unmerge(model)
+    choose(model, switch, names, inference_mode)
+
+
+def choose(model: nn.Module, switch: Switch, names: Sequence[str], inference_mode: bool = False) -> None:
+    """Let these adapters act on every layer and module of the model, and train (none in inference mode)."""
     switch.set(names)
     for _, module in adapter_modules(model):
         module.own = None
@@ -536,7 +571,5 @@ def unwrap(model: nn.Module, inner: Any) -> nn.Module:
                         if isinstance(c, wrappers):
                             m._modules[n] = bare(c)
     if switch is not None:
-        for name, p in top.named_parameters():
-            if name in switch.frozen_before:
-                p.requires_grad_(switch.frozen_before[name])
+        thaw(top, switch)
     return top

@@ -242,6 +242,8 @@ def select(
     if getattr(config, "target_modules", None) == DUMMY_TARGET_MODULES:
         search.result.resolved_targets = DUMMY_TARGET_MODULES
         return search.result
+    if config.is_prompt_learning:  # adapts no layers
+        return search.result
     if state_dict is None:
         search.take_targets()
     else:
