@@ -19,6 +19,7 @@ from veneer.methods.lora import LoraConfig
 from veneer.methods.oft import OFTConfig
 from veneer.methods.osf import OSFConfig
 from veneer.methods.peanut import PeanutConfig
+from veneer.methods.psoft import PsoftConfig
 from veneer.methods.road import RoadConfig
 from veneer.methods.shira import ShiraConfig
 from veneer.methods.vera import VeraConfig
@@ -63,6 +64,10 @@ OPTIONS = [
     (GloraConfig(config_A_B="constant", config_C="none", config_D_E="none"), LINEAR, BOTH[:1]),
     (PeanutConfig(r=4, depth=2, act_fn="tanh"), LINEAR, BOTH),
     (PeanutConfig(r=4, act_fn="gelu_new"), ["linear"], BOTH[:1]),
+    (PsoftConfig(r=4), LINEAR, BOTH),
+    (PsoftConfig(r=4, psoft_orth=False, psoft_dropout=0.2, ab_svd_init="pissa_init"), ["linear"], BOTH[:1]),
+    (PsoftConfig(r=4, use_cayley_neumann=True, num_cayley_neumann_terms=3, cayley_neumann_eps=0.3), ["linear"], BOTH[:1]),
+    (OFTConfig(oft_block_size=4, use_cayley_neumann=False), ["linear"], BOTH),
     (ShiraConfig(r=2, random_seed=1), LINEAR, BOTH[:1]),
     (RoadConfig(group_size=4), LINEAR, BOTH[:1]),
     (VeraConfig(r=8), LINEAR, BOTH[:1]),

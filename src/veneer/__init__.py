@@ -39,6 +39,7 @@ _HOME: dict[str, str] = {
         "methods.oft": "OFTConfig",
         "methods.osf": "OSFConfig",
         "methods.peanut": "PeanutConfig",
+        "methods.psoft": "PsoftConfig",
         "methods.road": "RoadConfig",
         "methods.shira": "ShiraConfig",
         "methods.trainable_tokens": "TrainableTokensConfig",

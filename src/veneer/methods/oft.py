@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..change import Change
 from ..errors import ConfigError
 from ..method import Leaf, Targeted
-from ..ops import BlockDiag
+from ..ops import BlockDiag, cayley, skew
 
 
 @dataclass
@@ -68,23 +68,3 @@ class OFTConfig(Targeted, peft_type="OFT"):
         if site.kind == "embedding":
             return Change(left=BlockDiag(rotation, count))  # y R: Rᵀ from the left on columns
         return Change(right=BlockDiag(rotation.mT, count))
-
-
-def skew(flat: Tensor, b: int) -> Tensor:
-    """Skew-symmetric matrices (..., b, b) from their upper triangles (..., b (b - 1) / 2)."""
-    i, j = torch.triu_indices(b, b, 1, device=flat.device)
-    q: Tensor = flat.new_zeros(*flat.shape[:-1], b * b).index_copy(-1, i * b + j, flat).unflatten(-1, (b, b))
-    return q - q.mT
-
-
-def cayley(q: Tensor, terms: int | None) -> Tensor:
-    """Rotations from skew matrices: the truncated Neumann series of PEFT, or, `terms` None, its exact form, which turns the other way."""
-    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    if terms is None:
-        exact: Tensor = torch.linalg.solve(eye + q, eye - q, left=False)
-        return exact
-    r, power = eye + 2 * q if terms > 1 else eye.expand_as(q), q
-    for t in range(2, terms):
-        power = power @ q
-        r = r + (1 if t == terms - 1 else 2) * power
-    return r

@@ -4,9 +4,9 @@ from .base import Geometry, Op, Rows
 from .dense import Dense, Sum
 from .diag import Diag
 from .lowrank import LowRank
-from .rotations import BlockDiag, Pairs, Permuted, Product, Reflections
+from .rotations import BlockDiag, Pairs, Permuted, Product, Reflections, cayley, skew
 from .rows import ReplaceRows
 
 __all__ = [
-    "BlockDiag", "Dense", "Diag", "Geometry", "LowRank", "Op", "Pairs", "Permuted", "Product", "Reflections", "ReplaceRows", "Rows", "Sum",
+    "BlockDiag", "Dense", "Diag", "Geometry", "LowRank", "Op", "Pairs", "Permuted", "Product", "Reflections", "ReplaceRows", "Rows", "Sum", "cayley", "skew",
 ]  # fmt: skip

@@ -140,3 +140,30 @@ class Pairs(Op):
 
     def left(self, w: Tensor) -> Tensor:
         return self.a.to(w.dtype).unsqueeze(-1) * w + self.b.to(w.dtype).unsqueeze(-1) * w[self.partner]
+
+
+def skew(flat: Tensor, b: int) -> Tensor:
+    """Skew-symmetric matrices (..., b, b) from their upper triangles (..., b (b - 1) / 2)."""
+    i, j = torch.triu_indices(b, b, 1, device=flat.device)
+    q: Tensor = flat.new_zeros(*flat.shape[:-1], b * b).index_copy(-1, i * b + j, flat).unflatten(-1, (b, b))
+    return q - q.mT
+
+
+def cayley(q: Tensor, terms: int | None) -> Tensor:
+    """Rotations from skew matrices (..., b, b): (I + Q)⁻¹ (I - Q), or, of the opposite sense, its truncated Neumann series.
+
+    Args:
+        terms: None for the exact form; else I + 2Q + 2Q² + … + Q^(terms - 1), where 3 means 4, as in PEFT.
+    """
+    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    if terms is None:
+        with torch.autocast(q.device.type, enabled=False):  # no solver works in half precision
+            wide = torch.float32 if q.dtype in (torch.bfloat16, torch.float16) else q.dtype
+            exact: Tensor = torch.linalg.solve((eye + q).to(wide), (eye - q).to(wide), left=False)
+        return exact.to(q.dtype)
+    last = max(terms, 4) if terms > 2 else terms
+    r, power = eye + 2 * q if terms > 1 else eye.expand_as(q), q
+    for t in range(2, last):
+        power = power @ q
+        r = r + (1 if t == last - 1 else 2) * power
+    return r
