@@ -63,7 +63,7 @@ ALLOWED = {
     "types": set(),
     "errors": set(),
     "config": {"errors", "types", "_version", "method", "checkpoint", "engine"},
-    "ops": set(),
+    "ops": {"errors"},
     "kernels": set(),
     "change": {"ops", "errors"},
     "bases": set(),

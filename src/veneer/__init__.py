@@ -1,6 +1,6 @@
 """veneer: parameter-efficient fine-tuning of PyTorch models.
 
-Every public name is loaded when it is first asked for: `import veneer` costs what importing torch costs.
+Every public name is loaded when it is first asked for: `import veneer` costs what importing torch costs. Those of methods are in their files.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ._version import __version__
+from ._version import __version__ as __version__
 
 _HOME: dict[str, str] = {
     name: module
@@ -25,33 +25,7 @@ _HOME: dict[str, str] = {
         "replace_lora_weights_loftq",
         "mapping": "get_peft_config get_peft_model inject_adapter_in_model",
         "method": "Leaf Method",
-        "methods.adalora": "AdaLoraConfig",
-        "methods.beft": "BeftConfig",
-        "methods.c3a": "C3AConfig",
-        "methods.delora": "DeloraConfig",
-        "methods.fourierft": "FourierFTConfig",
-        "methods.glora": "GloraConfig",
-        "methods.hira": "HiraConfig",
-        "methods.hra": "HRAConfig",
-        "methods.ia3": "IA3Config",
-        "methods.loha": "LoHaConfig",
-        "methods.lora": "LoraConfig LoraRuntimeConfig",
-        "methods.oft": "OFTConfig",
-        "methods.osf": "OSFConfig",
-        "methods.peanut": "PeanutConfig",
-        "methods.psoft": "PsoftConfig",
-        "methods.road": "RoadConfig",
-        "methods.shira": "ShiraConfig",
-        "methods.trainable_tokens": "TrainableTokensConfig",
-        "methods.vera": "VeraConfig",
         "model": "PeftModel",
-        "prompts.cartridge": "CartridgeConfig CartridgeEncoder compose_cartridge_adapters initialize_kv_prefix_from_past_key_values "
-        "initialize_kv_prefix_from_text",
-        "prompts.cpt": "CPTConfig CPTEmbedding",
-        "prompts.multitask": "MultitaskPromptTuningConfig MultitaskPromptTuningInit",
-        "prompts.p_tuning": "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType",
-        "prompts.prefix": "PrefixEncoder PrefixTuningConfig",
-        "prompts.prompt_tuning": "PromptEmbedding PromptTuningConfig PromptTuningInit",
         "status": "get_layer_status get_model_status",
         "tasks": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification",
@@ -60,24 +34,22 @@ _HOME: dict[str, str] = {
     }.items()
     for name in names.split()
 }
-# a method's tuner class: LoraModel of LoraConfig
-_HOME |= {
-    name[:-6] + "Model": "tuner"
-    for name, home in _HOME.items()
-    if home.startswith("methods.") and name.endswith("Config") and "Runtime" not in name
-}
-
-__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604  names, all strings
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOME.get(name)
-    if home is None:
+    if name == "__all__":
+        return ["__version__", *sorted({*_HOME, *_methods().public_names()})]
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    elif not name[:1].isalpha() or (value := _methods().public_name(name)) is None:
         raise AttributeError(f"module 'veneer' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
     globals()[name] = value
     return value
 
 
+def _methods() -> Any:
+    return importlib.import_module(f"{__name__}.method")
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__getattr__("__all__")})

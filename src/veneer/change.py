@@ -34,6 +34,11 @@ class Change:
         """Whether W' = W + add and nothing else happens to W."""
         return self.left is None and self.right is None and self.base is None and self.gain is None
 
+    @property
+    def fixed(self) -> bool:
+        """Whether there is a W' at all: whether the change is the same for all inputs."""
+        return self.add is None or self.add.fixed
+
     def weight(self, w: Tensor) -> Tensor:
         """W' in the dtype of w. Merging, the oracle of the laws, and the way for sites that cannot be split."""
         if self.base is not None:

@@ -12,6 +12,7 @@ import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from .types import PeftType
 
 if TYPE_CHECKING:
     from .change import Change
+    from .engine.calls import Call
     from .engine.layer import Place
 
 T = TypeVar("T")
@@ -76,12 +78,22 @@ class Method(PeftConfig):
         stacking: how several active adapters act together: `"sum"` adds their differences to the frozen weight, `"chain"` applies one
             after another.
         offers: names of methods `(sites, *args)` that `model.base_model` has too, such as a schedule's step for loops that drive it themselves.
+        unmergeable: why no weight holds the change, for one that depends on the input; empty if it can be merged.
+        routes: whether the change depends on the call: then `facts` is asked at each.
+        takes: arguments of the model's forward and generate that are meant for the method and not for the base model.
+        examples: fields that suit small layers: what the laws hold the method to, and the table in the docs shows.
+        exceptions: the laws (see `veneer.testing`) that the method does not keep, each with the reason.
     """
 
     prefix: ClassVar[str] = ""
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     stacking: ClassVar[Literal["sum", "chain"]] = "chain"
     offers: ClassVar[tuple[str, ...]] = ()
+    unmergeable: ClassVar[str] = ""
+    routes: ClassVar[bool] = False
+    takes: ClassVar[tuple[str, ...]] = ()
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    exceptions: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def __init_subclass__(cls, peft_type: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -116,6 +128,18 @@ class Method(PeftConfig):
         """Tensors that all adapted layers of one adapter share; `change` gets them among `p`. They belong to the model, not to a layer."""
         return {}
 
+    def facts(self, call: Call) -> Mapping[str, Tensor]:
+        """For methods that route: what `change` has to know of one call of the model; it finds it as `site.fact(name)`.
+
+        Returns:
+            tensors with one row per row of the batch.
+        """
+        return {}
+
+    def example_call(self, rows: int) -> dict[str, Tensor]:
+        """For methods that take arguments of their own: those of a call with so many rows, for the laws."""
+        return {}
+
     def before_step(self, sites: Sequence[Place], step: int) -> None:
         """Act when an optimizer is about to step (gradients are there): project them, measure importance. `step` counts from 0."""
 
@@ -144,6 +168,9 @@ class Method(PeftConfig):
 
     def check(self, site: Place) -> None:
         """Raise ConfigError if an option cannot act at `site`."""
+
+    def check_together(self, others: Sequence[Method]) -> None:
+        """Raise RouteError if this adapter cannot act at one place together with `others`, which come after it."""
 
     def dropout(self) -> float:
         """The probability with which entries of the input are dropped before the additive part, in training."""
@@ -182,13 +209,40 @@ def config_class(peft_type: str) -> type[PeftConfig]:
 
 
 def load_methods() -> Mapping[str, type[PeftConfig]]:
-    """Import every file of `veneer.methods` and `veneer.prompts`; returns the registry."""
-    from . import methods, prompts
-
-    for room in (methods, prompts):
-        for info in pkgutil.iter_modules(room.__path__):
-            importlib.import_module(f"{room.__name__}.{info.name}")
+    """Import every file of the rooms of methods; returns the registry."""
+    for file in _files():
+        importlib.import_module(file)
     return METHODS
+
+
+def _files() -> list[str]:
+    rooms = [importlib.import_module(f"{__package__}.{room}") for room in ("methods", "prompts")]
+    return [f"{room.__name__}.{info.name}" for room in rooms for info in pkgutil.iter_modules(room.__path__)]
+
+
+def _offered(file: str) -> list[str]:
+    """The public names of one method's file: its `__all__`, or else its config."""
+    module = importlib.import_module(file)
+    configs = [m.__name__ for m in METHODS.values() if m.__module__ == file]
+    return [
+        *getattr(module, "__all__", configs),
+        *(n.removesuffix("Config") + "Model" for n in configs if file.startswith(f"{__package__}.methods")),
+    ]
+
+
+def public_names() -> list[str]:
+    """The public names of all methods: their configs, tuners and what else their files offer."""
+    return [name for file in _files() for name in _offered(file)]
+
+
+def public_name(name: str) -> Any:
+    """What a public name of a method's stands for; None if there is none. The file that is called like it is looked into first."""
+    stem = re.sub(r"(Config|Model)$", "", name).lower()
+    for file in sorted(_files(), key=lambda f: f.rpartition(".")[2].replace("_", "") != stem):
+        if name in _offered(file):
+            home = importlib.import_module(file)
+            return getattr(home, name) if hasattr(home, name) else getattr(importlib.import_module(f"{__package__}.tuner"), name)
+    return None
 
 
 @dataclass

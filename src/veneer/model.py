@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from .checkpoint import LoadReport, folder_of, load_into, read_adapter, save_adapter, update_card
 from .config import PeftConfig
 from .engine import inject
-from .engine.route import disabled, find_switch, mixed, using
+from .engine.calls import knowing, knowing_each, taken
+from .engine.route import disabled, find_switch, mixed, the_switch, using
 from .errors import ConfigError, PeftError, PeftWarning, RouteError, hint
 from .prompts.base import Prompt
 from .prompts.prompts import Prompts
@@ -219,9 +220,14 @@ class PeftModel(nn.Module):
         """
         rows = self._rows(args, kwargs)
         with nullcontext() if rows is None else mixed(self, rows):
+            model = self.get_base_model()
             if self._prompts is not None:
-                return self._prompts.run(self.get_base_model(), args, kwargs)
-            return self.get_base_model()(*args, **kwargs)
+                return self._prompts.run(model, args, kwargs)
+            if not self.base_model.routes:
+                return model(*args, **kwargs)
+            given = taken(self.peft_config, kwargs)
+            with knowing(the_switch(model), model, self.peft_config, args, kwargs, given, {}):
+                return model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The user's model's generate; `adapter_names` as in `forward`, one per prompt, whatever the number of beams."""
@@ -230,7 +236,13 @@ class PeftModel(nn.Module):
         if self._prompts is not None:
             with nullcontext() if rows is None else mixed(self, rows), torch.no_grad():
                 args, kwargs = self._prompts.for_generate(model, args, kwargs, copies)
-        with nullcontext() if rows is None else _expanded(self, model, rows, copies):
+        routes = self._prompts is None and self.base_model.routes
+        given = taken(self.peft_config, kwargs) if routes else {}
+        with ExitStack() as stack:
+            if rows is not None:
+                stack.enter_context(_expanded(self, model, rows, copies))
+            if routes:
+                stack.enter_context(knowing_each(the_switch(model), model, self.peft_config, given))
             return model.generate(*args, **kwargs)
 
     @staticmethod

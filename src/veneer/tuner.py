@@ -98,6 +98,11 @@ class Tuner(nn.Module):
     # ---------------------------------------------------------------- which adapters act
 
     @property
+    def routes(self) -> bool:
+        """Whether any adapter has to know something of each call of the model."""
+        return any(c.routes for c in self.peft_config.values())
+
+    @property
     def active_adapters(self) -> list[str]:
         return inject.active_adapters(self.model)
 

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..engine.holders import Keyed
 from ..engine.layer import split_rows
@@ -49,7 +49,7 @@ class ModulesToSaveWrapper(nn.Module):
             return self._run(list(groups), args, kwargs)
         return split_rows(groups, choice.rows, 0, args, kwargs, self._run, self.name)
 
-    def _run(self, names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _run(self, names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any], at: Tensor | None = None) -> Any:
         mine = [n for n in names if n in self.modules_to_save]
         if len(mine) > 1:
             raise RouteError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,8 +15,10 @@ from ..errors import RouteError
 from ..method import Method
 from ..sites import Site
 from .holders import Attached, Kept, Keyed, Tensors, drop, get_slot, hold, set_slot, slots
-from .route import BASE, Choice, Switch
+from .route import BASE, Choice, Facts, Switch
 from .substitute import call_with
+
+NO_FACTS: Mapping[str, Facts] = {}
 
 
 class Place:
@@ -30,6 +33,31 @@ class Place:
         self.index, self.count = 0, 1  # which of the adapter's layers this is, and how many there are
         self.memory: dict[str, Any] = {}  # what a method that acts at optimizer steps remembers here; never saved
         self.new_base: Tensor | None = None  # a start that is defined by another base (LoftQ) leaves it here; W (n_out, n_in)
+        self.facts: Facts = {}
+
+    def during(self, facts: Facts) -> Place:
+        """The same place in one call of the model."""
+        here = copy.copy(self)
+        here.facts = facts
+        return here
+
+    def fact(self, name: str) -> Tensor:
+        """What the adapter's method has found out about this call (see `Method.facts`), a row for each row of the batch.
+
+        Raises:
+            RouteError: if the call did not come through the model that knows.
+        """
+        if name not in self.facts:
+            raise RouteError(
+                f"The adapter {self.adapter!r} needs to know `{name}` of each call, and nothing told {self.name!r}. Call the PeftModel itself"
+                + (f", with {name}=..." if name in self.layer.attached[self.adapter].config.takes else "")
+                + ", not the model inside it."
+            )
+        return self.facts[name]
+
+    def other(self, adapter: str) -> Change | None:
+        """What another adapter does to the frozen weight here; None where it is not on this layer."""
+        return self.layer.change(adapter) if adapter in self.layer.attached else None
 
     @property
     def module(self) -> nn.Module:
@@ -117,10 +145,12 @@ class AdaptedLayer(nn.Module):
                 return module._modules  # type: ignore[return-value]
         return {}
 
-    def change(self, adapter: str) -> Change:
-        """What the adapter does to the frozen weight, from its present tensors."""
+    def change(self, adapter: str, facts: Mapping[str, Facts] = NO_FACTS) -> Change:
+        """What the adapter does to the frozen weight, from its present tensors and, for methods that route, what is known of the call."""
         a = self.attached[adapter]
         assert a.place is not None
+        if adapter in facts:
+            return a.config.change(Tensors(a), a.place.during(facts[adapter]))
         if self.training or torch.compiler.is_compiling():
             return a.config.change(Tensors(a), a.place)
         scaling = a.place.scaling
@@ -130,8 +160,11 @@ class AdaptedLayer(nn.Module):
             return change
         return a.kept.change
 
-    def changes(self, names: Sequence[str]) -> list[tuple[Change, Stacking]]:
-        return [(self.change(n), self.attached[n].config.stacking) for n in names]
+    def changes(self, names: Sequence[str], facts: Mapping[str, Facts] = NO_FACTS) -> list[tuple[Change, Stacking]]:
+        configs = [self.attached[n].config for n in names]
+        for i, config in enumerate(configs[:-1]):
+            config.check_together(configs[i + 1 :])
+        return [(self.change(n, facts), c.stacking) for n, c in zip(names, configs, strict=True)]
 
     def leaf(self, adapter: str, name: str) -> Tensor:
         """One of the adapter's tensors."""
@@ -171,15 +204,15 @@ class AdaptedLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         choice = self.switch.current(self.own)
         if choice.rows is not None and choice.enabled:
-            return self._run_rows(choice.rows, args, kwargs)
-        return self._run(self._acting(choice), args, kwargs)
+            return self._run_rows(choice, args, kwargs)
+        return self._run(self._acting(choice), args, kwargs, choice.facts)
 
     def _acting(self, choice: Choice) -> list[str]:
         if not choice.enabled or not choice.names:
             return []
         return [n for n in choice.names if n in self.attached]
 
-    def _run(self, names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _run(self, names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any], facts: Mapping[str, Facts] = NO_FACTS) -> Any:
         base: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]
         if names == self.merged_adapters and not (self.site.mutates and not names):  # with nothing merged: no adapter acts
             return base(*args, **kwargs)
@@ -189,7 +222,7 @@ class AdaptedLayer(nn.Module):
             frozen |= {f"out_proj.base_layer.{k}": v for k, v in inner.effective(names).items()}
         if not names and not self.site.mutates:
             return call_with(base, frozen, args, kwargs)
-        return self.site.apply(base, self.changes(names), args, kwargs, frozen)
+        return self.site.apply(base, self.changes(names, facts), args, kwargs, frozen)
 
     def effective(self, names: Sequence[str]) -> dict[str, Any]:
         """The base layer's tensors as these adapters change them, by name."""
@@ -197,14 +230,20 @@ class AdaptedLayer(nn.Module):
         frozen: dict[str, Any] = self._originals()
         return self.site.substituted(self.base_layer, self.changes(names), frozen) if names else frozen
 
-    def _run_rows(self, rows: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _run_rows(self, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        assert choice.rows is not None
         groups: dict[str, list[int]] = {}
-        for i, name in enumerate(rows):
+        for i, name in enumerate(choice.rows):
             groups.setdefault(name if name in self.attached else BASE, []).append(i)
         if len(groups) == 1:
             (name,) = groups
-            return self._run([] if name == BASE else [name], args, kwargs)
-        return split_rows(groups, rows, self.site.batch_dim, args, kwargs, self._run, self.name)
+            return self._run([] if name == BASE else [name], args, kwargs, choice.facts)
+
+        def run(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any], at: Tensor) -> Any:
+            mine = {n: {k: t.index_select(0, at) for k, t in choice.facts[n].items()} for n in names if n in choice.facts}
+            return self._run(names, args, kwargs, mine)
+
+        return split_rows(groups, choice.rows, self.site.batch_dim, args, kwargs, run, self.name)
 
     # ---------------------------------------------------------------- checkpoint
 
@@ -378,7 +417,7 @@ def split_rows(
     run: Any,
     name: str,
 ) -> Any:
-    """Run each group of rows with its own adapter and put the outputs back in order.
+    """Run each group of rows, `run(names, args, kwargs, numbers of the rows)`, with its own adapter and put the outputs back in order.
 
     Raises:
         RouteError: if the first input has not one row per name.
@@ -398,7 +437,7 @@ def split_rows(
         def part(v: Any, index: Tensor = index) -> Any:
             return v.index_select(batch_dim, index) if isinstance(v, Tensor) and v.ndim > batch_dim and v.shape[batch_dim] == size else v
 
-        outs.append(run([] if group == BASE else [group], tuple(part(a) for a in args), {k: part(v) for k, v in kwargs.items()}))
+        outs.append(run([] if group == BASE else [group], tuple(part(a) for a in args), {k: part(v) for k, v in kwargs.items()}, index))
     order = torch.tensor([i for at in groups.values() for i in at], device=first.device)
     back = torch.argsort(order)
 

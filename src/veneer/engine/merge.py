@@ -92,6 +92,9 @@ def merge_layers(layers: Iterable[tuple[str, AdaptedLayer]], names: Sequence[str
 def _merged(path: str, layer: AdaptedLayer, names: list[str]) -> tuple[Tensor, Tensor | None, LayerReport]:
     """W' and b' in the layer's own layout and dtype, checked."""
     site, base = layer.site, layer.base_layer
+    for name in names:
+        if why := layer.attached[name].config.unmergeable:
+            raise MergeError(f"{path}: the adapter {name!r} cannot be merged: {why}. Keep it unmerged.")
     stored = layer.get_base_weight()
     wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
     frozen = layer.frozen_weight().to(wide)

@@ -11,11 +11,11 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import RouteError, hint
 from .steps import Watched, enlist
@@ -24,13 +24,25 @@ BASE = "__base__"  # in a mixed batch: this row takes no adapter
 _tokens = itertools.count()
 
 
+Facts = Mapping[str, Tensor]  # what one adapter's change needs to know of a call, a row of each tensor for a row of the batch
+
+
 @dataclass(frozen=True)
 class Choice:
-    """`names`: the adapters that act, in order;  `rows`: instead, one name per row of the batch;  `enabled`: False for none at all."""
+    """`names`: the adapters that act, in order;  `rows`: instead, one name per row of the batch;  `enabled`: False for none at all;
+    `facts`: by adapter, what a change that depends on the call has to know of it."""
 
     names: tuple[str, ...] | None = None
     rows: tuple[str, ...] | None = None
     enabled: bool = True
+    facts: Mapping[str, Facts] = field(default_factory=dict)
+
+    @property
+    def acting(self) -> tuple[str, ...]:
+        """The adapters that act on any row, in order."""
+        if not self.enabled:
+            return ()
+        return self.names or () if self.rows is None else tuple(n for n in dict.fromkeys(self.rows) if n != BASE)
 
 
 class Switch:

@@ -65,6 +65,7 @@ class AdaLoraConfig(Targeted, peft_type="ADALORA"):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
     stacking: ClassVar[Any] = "sum"
     offers: ClassVar[tuple[str, ...]] = ("update_and_allocate",)
+    examples: ClassVar[Any] = ({"init_r": 4, "total_step": 10},)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,6 +27,7 @@ class C3AConfig(Targeted, peft_type="C3A"):
 
     prefix: ClassVar[str] = "c3a_"
     stacking: ClassVar[Any] = "sum"
+    examples: ClassVar[Any] = ({"block_size": 4, "init_weights": True},)
 
     def at(self, name: str) -> C3AConfig:
         for key, b in (self.block_size_pattern or {}).items():

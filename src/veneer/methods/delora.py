@@ -27,6 +27,7 @@ class DeloraConfig(Targeted, peft_type="DELORA"):
 
     prefix: ClassVar[str] = "delora_"
     stacking: ClassVar[Any] = "sum"
+    examples: ClassVar[Any] = ({"r": 4},)
 
     def at(self, name: str) -> DeloraConfig:
         strength = by_pattern(self.lambda_pattern, name, self.delora_lambda)

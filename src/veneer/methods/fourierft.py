@@ -28,6 +28,7 @@ class FourierFTConfig(Targeted, peft_type="FOURIERFT"):
 
     prefix: ClassVar[str] = "fourierft_"
     stacking: ClassVar[Any] = "sum"
+    examples: ClassVar[Any] = ({"n_frequency": 20, "init_weights": True},)
 
     def at(self, name: str) -> FourierFTConfig:
         for key, n in (self.n_frequency_pattern or {}).items():

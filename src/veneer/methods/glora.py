@@ -36,6 +36,11 @@ class GloraConfig(Targeted, peft_type="GLORA"):
 
     prefix: ClassVar[str] = "glora_"
     stacking: ClassVar[Any] = "sum"
+    examples: ClassVar[Any] = (
+        {"r": 3},
+        {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"},
+        {"config_A_B": "constant", "config_C": "none", "config_D_E": "none"},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -26,6 +26,7 @@ class HiraConfig(Targeted, peft_type="HIRA"):
     prefix: ClassVar[str] = "hira_"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv"})
     stacking: ClassVar[Any] = "sum"
+    examples: ClassVar[Any] = ({"r": 4},)
 
     def at(self, name: str) -> HiraConfig:
         return dataclasses.replace(self, r=by_pattern(self.rank_pattern, name, self.r))

@@ -27,6 +27,7 @@ class HRAConfig(Targeted, peft_type="HRA"):
 
     prefix: ClassVar[str] = "hra_"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
+    examples: ClassVar[Any] = ({"r": 4},)
 
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
         return {"hra_u": Leaf((site.n_in, self.r), _pairs if self.init_weights and self.r > 1 else _kaiming)}

@@ -24,6 +24,7 @@ class IA3Config(Targeted, peft_type="IA3"):
 
     prefix: ClassVar[str] = "ia3_"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
+    examples: ClassVar[Any] = ({}, {"target_modules": ["site"], "feedforward_modules": ["site"]})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -33,6 +33,7 @@ class LoHaConfig(Targeted, peft_type="LOHA"):
     prefix: ClassVar[str] = "hada_"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
     stacking: ClassVar[Any] = "sum"
+    examples: ClassVar[Any] = ({"r": 4},)
 
     def at(self, name: str) -> LoHaConfig:
         return dataclasses.replace(

@@ -20,7 +20,9 @@ from ..inits.options import check_start, read_start
 from ..method import Leaf, Method, by_pattern
 from ..ops import LowRank
 from ..ops.grouped import spread
-from ..variants import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig, read_options, variant_of
+from ..variants import VARIANTS, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig, read_options, variant_of
+
+__all__ = ["LoraConfig", "LoraRuntimeConfig"]
 
 
 @dataclass
@@ -78,6 +80,7 @@ class LoraConfig(Method, peft_type="LORA"):
     prefix: ClassVar[str] = "lora_"
     stacking: ClassVar[Literal["sum", "chain"]] = "sum"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv", "attention", "parameter"})
+    examples: ClassVar[Any] = tuple({"r": 4, "lora_alpha": 8, **fields} for fields in ({}, *(v.example for v in VARIANTS.values())))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -185,6 +188,14 @@ class LoraConfig(Method, peft_type="LORA"):
     @property
     def starts_as_identity(self) -> bool:
         return variant_of(self).starts_as_identity
+
+    @property
+    def exceptions(self) -> Mapping[str, str]:  # type: ignore[override]  # a variant's own
+        return variant_of(self).exceptions
+
+    @property
+    def unmergeable(self) -> str:  # type: ignore[override]
+        return variant_of(self).unmergeable
 
     def acts(self) -> bool:
         return variant_of(self).acts

@@ -35,6 +35,7 @@ class OFTConfig(Targeted, peft_type="OFT"):
 
     prefix: ClassVar[str] = "oft_"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv"})
+    examples: ClassVar[Any] = ({"oft_block_size": 4}, {"oft_block_size": 4, "use_cayley_neumann": False})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -30,6 +30,7 @@ class OSFConfig(Targeted, peft_type="OSF"):
 
     prefix: ClassVar[str] = "osf_"
     stacking: ClassVar[Any] = "sum"
+    examples: ClassVar[Any] = ({"effective_rank": 3},)
 
     def __post_init__(self) -> None:
         super().__post_init__()

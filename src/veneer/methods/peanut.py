@@ -38,6 +38,7 @@ class PeanutConfig(Targeted, peft_type="PEANUT"):
 
     prefix: ClassVar[str] = "peanut_"
     stacking: ClassVar[Any] = "sum"
+    examples: ClassVar[Any] = ({"r": 4, "depth": 2, "act_fn": "tanh"},)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,6 +28,7 @@ class RoadConfig(Targeted, peft_type="ROAD"):
     group_size: int = 64
 
     prefix: ClassVar[str] = "road_"
+    examples: ClassVar[Any] = ({"group_size": 4},)
 
     def __post_init__(self) -> None:
         super().__post_init__()

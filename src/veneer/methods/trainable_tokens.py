@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..change import Change
-from ..errors import ConfigError
+from ..errors import ConfigError, RouteError
 from ..method import Leaf, Method
 from ..ops import ReplaceRows
 
@@ -28,6 +28,8 @@ class TrainableTokensConfig(Method, peft_type="TRAINABLE_TOKENS"):
 
     prefix: ClassVar[str] = "trainable_tokens_"
     kinds: ClassVar[frozenset[str]] = frozenset({"embedding", "linear"})
+    examples: ClassVar[Any] = ({"token_indices": [1, 3]},)
+    exceptions: ClassVar[Any] = {"both_at_once_merge_as_they_run": "two adapters cannot both replace a row, which is refused"}
 
     def check(self, site: Any) -> None:
         rows = site.n_in if site.kind == "embedding" else site.n_out
@@ -36,6 +38,11 @@ class TrainableTokensConfig(Method, peft_type="TRAINABLE_TOKENS"):
             raise ConfigError(f"token_indices {wrong[:5]} lie outside the {rows} rows of {site.name!r}; resize the embeddings first.")
         if len(set(self.token_indices)) != len(self.token_indices):
             raise ConfigError("token_indices holds a token more than once.")
+
+    def check_together(self, others: Sequence[Method]) -> None:
+        for other in others:
+            if twice := set(self.token_indices) & set(getattr(other, "token_indices", ())):
+                raise RouteError(f"Two active adapters replace the same tokens {sorted(twice)[:5]}. Activate one of them.")
 
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
         width = site.n_out if site.kind == "embedding" else site.n_in

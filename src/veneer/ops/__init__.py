@@ -1,6 +1,7 @@
 """Structured matrices: what the parts of a change are made of."""
 
 from .base import Geometry, Op, Rows
+from .between import Between, per_row
 from .dense import Dense, Sum
 from .diag import Diag
 from .lowrank import LowRank
@@ -8,5 +9,6 @@ from .rotations import BlockDiag, Pairs, Permuted, Product, Reflections, cayley,
 from .rows import ReplaceRows
 
 __all__ = [
-    "BlockDiag", "Dense", "Diag", "Geometry", "LowRank", "Op", "Pairs", "Permuted", "Product", "Reflections", "ReplaceRows", "Rows", "Sum", "cayley", "skew",
+    "Between", "BlockDiag", "Dense", "Diag", "Geometry", "LowRank", "Op", "Pairs",
+    "Permuted", "Product", "Reflections", "ReplaceRows", "Rows", "Sum", "cayley", "per_row", "skew",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,7 +50,10 @@ class Op(ABC):
     """A structured matrix M (n_out, n_in). Law: `rows(x, Rows()) == x @ dense().T`.
 
     Subclasses are final. Their tensors stay in the dtype they were given; `rows` computes in the input's.
+    One that is `fixed` False is no matrix, since what it does depends on the input: it has no `dense` and no law.
     """
+
+    fixed: ClassVar[bool] = True
 
     @abstractmethod
     def dense(self) -> Tensor:

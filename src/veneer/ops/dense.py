@@ -26,6 +26,10 @@ class Sum(Op):
 
     terms: Sequence[Op]
 
+    @property
+    def fixed(self) -> bool:  # type: ignore[override]
+        return all(t.fixed for t in self.terms)
+
     def dense(self) -> Tensor:
         first, *rest = [t.dense() for t in self.terms]
         for m in rest:

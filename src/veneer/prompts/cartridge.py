@@ -15,6 +15,14 @@ from ..errors import ConfigError, RouteError, hint
 from .base import Prompt, PromptModule
 from .prefix import PrefixEncoder, fill_cache_prompt
 
+__all__ = [
+    "CartridgeConfig",
+    "CartridgeEncoder",
+    "compose_cartridge_adapters",
+    "initialize_kv_prefix_from_past_key_values",
+    "initialize_kv_prefix_from_text",
+]
+
 
 @dataclass
 class CartridgeConfig(Prompt, peft_type="CARTRIDGE"):

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from .base import Prompt, PromptModule
 
+__all__ = ["CPTConfig", "CPTEmbedding"]
+
 
 @dataclass
 class CPTConfig(Prompt, peft_type="CPT"):

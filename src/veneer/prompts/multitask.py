@@ -15,6 +15,8 @@ from ..errors import ConfigError, LoadError
 from .base import Prompt, PromptModule, as_enum
 from .prompt_tuning import check_text, fill, text_ids
 
+__all__ = ["MultitaskPromptTuningConfig", "MultitaskPromptTuningInit"]
+
 
 class MultitaskPromptTuningInit(str, enum.Enum):
     """What the prompt starts from: a text, noise, or the prompt of an earlier training (source) on several tasks."""

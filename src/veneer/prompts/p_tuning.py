@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..errors import PeftWarning
 from .base import Prompt, PromptModule, Reparametrised, as_enum
 
+__all__ = ["PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"]
+
 
 class PromptEncoderReparameterizationType(str, enum.Enum):
     """The network: an MLP, or a bidirectional LSTM and an MLP."""

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from .base import Prompt, PromptModule, Reparametrised
 
+__all__ = ["PrefixEncoder", "PrefixTuningConfig"]
+
 
 @dataclass
 class PrefixTuningConfig(Prompt, peft_type="PREFIX_TUNING"):

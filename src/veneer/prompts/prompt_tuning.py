@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from .base import Prompt, PromptModule, as_enum
 
+__all__ = ["PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"]
+
 
 class PromptTuningInit(str, enum.Enum):
     """What the prompt starts from: a text's embeddings, those of tokens drawn at random, or noise."""

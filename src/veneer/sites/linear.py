@@ -53,11 +53,12 @@ class LinearSite(Site):
     def apply(
         self, module: nn.Module, changes: Changes, args: tuple[Any, ...], kwargs: Mapping[str, Any], frozen: Mapping[str, Any]
     ) -> Any:
-        if self.own_forward or len(args) != 1 or kwargs:
+        more = self.own_forward or len(args) != 1 or bool(kwargs)
+        if more and all(c.fixed for c, _ in changes):
             return self.run_whole(module, changes, args, kwargs, frozen)
         x: Tensor = args[0]
-        if hooked(module) or not self.codec.plain:
-            return self._around(module, changes, x, frozen)
+        if more or hooked(module) or not self.codec.plain:
+            return self._around(module, changes, args, kwargs, frozen)
         stored = frozen.get(self.weight_name)
         w = self.weight(module) if stored is None else self.canonical(stored)
         b = bias(changes, frozen.get(self.bias_name, module.bias))  # type: ignore[arg-type]
@@ -70,11 +71,14 @@ class LinearSite(Site):
         y = rows(changes, lambda z: F.linear(z, w), x, _GEOMETRY)
         return y if b is None else y + b.to(y.dtype)
 
-    def _around(self, module: nn.Module, changes: Changes, x: Tensor, frozen: Mapping[str, Any]) -> Tensor:
+    def _around(
+        self, module: nn.Module, changes: Changes, args: tuple[Any, ...], kwargs: Mapping[str, Any], frozen: Mapping[str, Any]
+    ) -> Tensor:
         """Through the module's own call, so that its hooks run and its storage multiplies; its bias is taken off for the changes."""
+        x, *rest = args
 
         def base(z: Tensor) -> Tensor:
-            out: Tensor = call_with(module, frozen, (z,), {}) if frozen else module(z)
+            out: Tensor = call_with(module, frozen, (z, *rest), kwargs) if frozen else module(z, *rest, **kwargs)
             return out
 
         b = frozen[self.bias_name] if self.bias_name in frozen else self.bias(module)

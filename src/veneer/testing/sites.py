@@ -18,6 +18,7 @@ class SiteCase:
         kind: the kind of site.  model: makes the model.  inputs: makes a batch of `rows` rows.
         fields: what a config needs in order to hit it.
         mergeable: False where no weight of the layer can hold a change that reads all inputs (grouped convolutions).
+        passes: False where torch's own layer holds gradients back: padding rows of a table, rows cut to a norm.
     """
 
     kind: str
@@ -25,6 +26,7 @@ class SiteCase:
     inputs: Callable[[int], Tensor]
     fields: dict[str, Any]
     mergeable: bool = True
+    passes: bool = True
 
 
 class _Wrap(nn.Module):
@@ -115,7 +117,9 @@ def _modules(**extra: Any) -> dict[str, Any]:
 def _transformers_conv1d() -> nn.Module:
     from transformers.pytorch_utils import Conv1D as Theirs
 
-    return _Wrap(Theirs(8, 12))
+    conv = Theirs(8, 12)
+    nn.init.normal_(conv.bias)  # theirs starts as zeros, where a scaling of the bias has no effect
+    return _Wrap(conv)
 
 
 SITES: dict[str, SiteCase] = {
@@ -124,8 +128,8 @@ SITES: dict[str, SiteCase] = {
     "linear_subclass": SiteCase("linear", lambda: _Wrap(_Halved(12, 8)), _floats(5, 12), _modules()),
     "linear_hooked": SiteCase("linear", _Hooked, _floats(5, 12), _modules()),
     "conv1d_transformers": SiteCase("linear", _transformers_conv1d, _floats(5, 12), _modules()),
-    "embedding": SiteCase("embedding", lambda: _Wrap(nn.Embedding(20, 12, padding_idx=0)), _tokens, _modules()),
-    "embedding_max_norm": SiteCase("embedding", lambda: _Wrap(nn.Embedding(20, 12, max_norm=2.0)), _tokens, _modules()),
+    "embedding": SiteCase("embedding", lambda: _Wrap(nn.Embedding(20, 12, padding_idx=0)), _tokens, _modules(), passes=False),
+    "embedding_max_norm": SiteCase("embedding", lambda: _Wrap(nn.Embedding(20, 12, max_norm=2.0)), _tokens, _modules(), passes=False),
     "embedding_scaled": SiteCase("embedding", lambda: _Wrap(_Scaled(20, 12)), _tokens, _modules()),
     "conv1d": SiteCase("conv", lambda: _Wrap(nn.Conv1d(4, 8, 3, stride=2, padding=1)), _floats(4, 9), _modules()),
     "conv2d": SiteCase("conv", lambda: _Wrap(nn.Conv2d(4, 8, 3, padding=2, dilation=2)), _floats(4, 6, 6), _modules()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -23,6 +24,7 @@ class Variant:
         starts: the `init_lora_weights` it goes with; None: any.
         starts_as_identity: whether a fresh adapter changes nothing.
         acts: whether it does something when an optimizer steps.
+        example, exceptions, unmergeable: as of a method, `example` being the one field's value or all it takes.
     """
 
     field: ClassVar[str]
@@ -31,6 +33,9 @@ class Variant:
     starts: ClassVar[tuple[bool | str, ...] | None] = (True, False, "gaussian", "orthogonal")
     starts_as_identity: ClassVar[bool] = True
     acts: ClassVar[bool] = False
+    example: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    exceptions: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    unmergeable: ClassVar[str] = ""
 
     def check(self, config: Any, site: Any) -> None:
         """Raise ConfigError if the variant cannot act at `site`."""

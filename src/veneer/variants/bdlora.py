@@ -58,6 +58,7 @@ class BdLora(Variant):
     field: ClassVar[str] = "use_bdlora"
     options: ClassVar[type[Any] | None] = BdLoraConfig
     starts: ClassVar[tuple[bool | str, ...] | None] = (True, False)
+    example: ClassVar[Any] = {"use_bdlora": BdLoraConfig(None, ["site"], 2)}
 
     def check(self, config: Any, site: Any) -> None:
         super().check(config, site)

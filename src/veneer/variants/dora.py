@@ -25,6 +25,7 @@ class Dora(Variant):
     field: ClassVar[str] = "use_dora"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv"})
     starts: ClassVar[tuple[bool | str, ...] | None] = None
+    example: ClassVar[Any] = {"use_dora": True}
 
     def leaves(self, config: Any, site: Any, leaves: Mapping[str, Leaf]) -> Mapping[str, Leaf]:
         shape = (1, site.n_out, *(1,) * len(site.kernel)) if site.kind == "conv" else (site.n_out,)

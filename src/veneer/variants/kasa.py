@@ -40,6 +40,7 @@ class Kasa(Variant):
     options: ClassVar[type[Any] | None] = KasaConfig
     starts_as_identity: ClassVar[bool] = False
     acts: ClassVar[bool] = True
+    example: ClassVar[Any] = {"kasa_config": KasaConfig()}
 
     def check(self, config: Any, site: Any) -> None:
         super().check(config, site)

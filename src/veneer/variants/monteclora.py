@@ -16,6 +16,8 @@ from ..method import Leaf
 from ..ops import LowRank
 from .base import Variant
 
+_IDLE = "its sampler acts in training alone, so in eval mode no gradient reaches what it has learned"
+
 
 @dataclass
 class MontecloraConfig:
@@ -53,6 +55,8 @@ class Monteclora(Variant):
     field: ClassVar[str] = "monteclora_config"
     options: ClassVar[type[Any] | None] = MontecloraConfig
     acts: ClassVar[bool] = True
+    example: ClassVar[Any] = {"monteclora_config": MontecloraConfig(num_samples=3)}
+    exceptions: ClassVar[Any] = {"fused_equals_reference": _IDLE, "autocast_runs": _IDLE}
 
     def leaves(self, config: Any, site: Any, leaves: Mapping[str, Leaf]) -> Mapping[str, Leaf]:
         r, n = config.r, config.monteclora_config.num_samples

@@ -21,6 +21,7 @@ class QALora(Variant):
 
     field: ClassVar[str] = "use_qalora"
     starts: ClassVar[tuple[bool | str, ...] | None] = (True,)
+    example: ClassVar[Any] = {"use_qalora": True, "qalora_group_size": 2}
 
     def check(self, config: Any, site: Any) -> None:
         super().check(config, site)

@@ -48,6 +48,7 @@ class Velora(Variant):
 
     field: ClassVar[str] = "velora_config"
     options: ClassVar[type[Any] | None] = VeloraConfig
+    example: ClassVar[Any] = {"velora_config": VeloraConfig(num_groups=3)}
 
     def leaves(self, config: Any, site: Any, leaves: Mapping[str, Leaf]) -> Mapping[str, Leaf]:
         options: VeloraConfig = config.velora_config
