@@ -17,26 +17,35 @@ if TYPE_CHECKING:
 
 
 class Keyed(nn.ModuleDict):
-    """A ModuleDict that takes any string as an adapter's name."""
-
-    def __setitem__(self, key: str, module: nn.Module) -> None:
-        self._modules[key] = module
-
-
-class KeyedTensors(nn.ParameterDict):
-    """A ParameterDict that takes any string as an adapter's name."""
+    """What a layer has by adapter: modules, or tensors themselves. Takes any string as an adapter's name."""
 
     def __setitem__(self, key: str, value: Any) -> None:
-        self._keys[key] = None
-        self._parameters[key] = value
+        (self._modules if isinstance(value, nn.Module) else self._parameters)[key] = value
 
     def __getitem__(self, key: str) -> Any:
-        return self._parameters[key] if key in self._parameters else self._buffers[key]
+        return next(store[key] for store in (self._modules, self._parameters, self._buffers) if key in store)
 
     def __delitem__(self, key: str) -> None:
-        self._keys.pop(key, None)
-        self._buffers.pop(key, None)
-        self._parameters.pop(key, None)  # a tied table has taken it out already
+        for store in (self._modules, self._parameters, self._buffers):
+            store.pop(key, None)  # type: ignore[attr-defined]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._modules or key in self._parameters or key in self._buffers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._modules, *self._parameters, *self._buffers])
+
+    def __len__(self) -> int:
+        return len(self._modules) + len(self._parameters) + len(self._buffers)
+
+    def keys(self) -> Any:
+        return list(self)
+
+    def values(self) -> Any:
+        return [self[k] for k in self]
+
+    def items(self) -> Any:
+        return [(k, self[k]) for k in self]
 
 
 class Holder(nn.Module):
@@ -136,51 +145,40 @@ def hold(owner: nn.Module, adapter: str, attached: Attached, tensors: Mapping[st
         if name in attached.derived and leaf.attr is None and not attached.derived[name][2]:
             source = attached.derived[name][0].source.get(name)
             if source is not None:  # the very parameter of the other place, under this one's name as well
-                tied: Any = owner._modules.setdefault(container, KeyedTensors())
-                tied._parameters, tied._keys = source[0], dict.fromkeys(source[0])
+                container_of(owner, container)._parameters = source[0]
             continue
         if name in attached.derived:
-            if container not in owner._modules:
-                owner._modules[container] = Keyed()
-            owner._modules[container]._modules[adapter] = TiedHolder(attached, name)  # type: ignore[union-attr]
+            container_of(owner, container)[adapter] = TiedHolder(attached, name)
             continue
         value: Any = tensors[name]
         store = "_buffers" if leaf.running or leaf.saved == "start" or (leaf.saved is False and not leaf.trainable) else "_parameters"
         if store == "_parameters" and not isinstance(value, nn.Parameter):
             value = nn.Parameter(value, requires_grad=leaf.trainable)
+        table = container_of(owner, container)
         if leaf.attr is None:
-            if container not in owner._modules:
-                owner._modules[container] = KeyedTensors()
-            table: Any = owner._modules[container]
-            if store == "_buffers":
-                table._buffers[adapter] = value
-                if leaf.saved is not True:
-                    table._non_persistent_buffers_set.add(adapter)
-            else:
-                table[adapter] = value
-            attached.source[name] = (getattr(table, store), adapter)
-            continue
-        if container not in owner._modules:
-            owner._modules[container] = Keyed()
-        holders = owner._modules[container]._modules  # type: ignore[union-attr]
-        holder = holders.get(adapter)
-        if holder is None:
-            holders[adapter] = holder = Holder()
-        getattr(holder, store)[leaf.attr] = value
+            holder, key = table, adapter
+        else:
+            holder, key = table._modules.get(adapter) or Holder(), leaf.attr
+            table[adapter] = holder
+        getattr(holder, store)[key] = value
         if store == "_buffers" and leaf.saved is not True:
-            holder._non_persistent_buffers_set.add(leaf.attr)
-        attached.source[name] = (getattr(holder, store), leaf.attr)
+            holder._non_persistent_buffers_set.add(key)
+        attached.source[name] = (getattr(holder, store), key)
+
+
+def container_of(owner: nn.Module, name: str) -> Any:
+    """The container of this name in `owner`, made if it is missing."""
+    if name not in owner._modules:
+        owner._modules[name] = Keyed()
+    return owner._modules[name]
 
 
 def drop(owner: nn.Module, adapter: str, attached: Attached) -> None:
     """Take the tensors of an adapter out of `owner`, and containers that are then empty."""
     for name in {leaf.container or n for n, leaf in attached.leaves.items()}:
         container: Any = owner._modules[name]
-        if isinstance(container, KeyedTensors):
-            del container[adapter]
-        else:
-            container._modules.pop(adapter, None)
-        if not (container._modules or container._parameters or container._buffers):
+        del container[adapter]  # a tied table has taken it out already
+        if not len(container):
             del owner._modules[name]
 
 

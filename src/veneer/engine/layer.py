@@ -14,7 +14,7 @@ from ..change import Change, Stacking
 from ..errors import RouteError
 from ..method import Method
 from ..sites import Site
-from .holders import Attached, Kept, Keyed, Tensors, drop, get_slot, hold, set_slot, slots
+from .holders import Attached, Kept, Tensors, container_of, drop, get_slot, hold, set_slot, slots
 from .route import BASE, Choice, Facts, Switch
 from .substitute import call_with
 
@@ -84,7 +84,7 @@ class Place:
     @property
     def dropout(self) -> float:
         """The probability of input dropout that acts now: 0 outside training."""
-        drop = self.layer.dropouts.get(self.adapter)
+        drop = self.layer._modules[f"{self.layer.attached[self.adapter].config.prefix}dropout"]._modules[self.adapter]  # type: ignore[union-attr]
         return float(drop.p) if isinstance(drop, nn.Dropout) and drop.training else 0.0
 
     @property
@@ -125,10 +125,8 @@ class AdaptedLayer(nn.Module):
         """Take on an adapter whose tensors have been made. Nothing here can fail half-way."""
         hold(self, adapter, attached, tensors)
         rate = attached.config.dropout()
-        dropouts = f"{attached.config.prefix}dropout"
-        if dropouts not in self._modules:
-            self._modules[dropouts] = Keyed()
-        self._modules[dropouts]._modules[adapter] = nn.Dropout(rate).train(self.training) if rate > 0 else nn.Identity()  # type: ignore[union-attr]
+        dropouts = container_of(self, f"{attached.config.prefix}dropout")
+        dropouts[adapter] = nn.Dropout(rate).train(self.training) if rate > 0 else nn.Identity()
         self.scaling.setdefault(adapter, attached.config.scale())
         self.attached[adapter] = attached
         place = attached.place
@@ -137,13 +135,6 @@ class AdaptedLayer(nn.Module):
             place.new_base = None
             p = self.site.codec.weight(self.get_base_layer(), self.site.weight_name)
             p.data = self.site.stored(base).to(p).contiguous()
-
-    @property
-    def dropouts(self) -> Mapping[str, nn.Module]:
-        for name, module in self._modules.items():
-            if name.endswith("dropout") and isinstance(module, Keyed):
-                return module._modules  # type: ignore[return-value]
-        return {}
 
     def change(self, adapter: str, facts: Mapping[str, Facts] = NO_FACTS) -> Change:
         """What the adapter does to the frozen weight, from its present tensors and, for methods that route, what is known of the call."""
@@ -331,8 +322,7 @@ class AdaptedLayer(nn.Module):
             self.unmerge()
         a = self.attached.pop(adapter_name)
         drop(self, adapter_name, a)
-        dropouts = self._modules[f"{a.config.prefix}dropout"]
-        dropouts._modules.pop(adapter_name, None)  # type: ignore[union-attr]
+        del container_of(self, f"{a.config.prefix}dropout")[adapter_name]
         self.scaling.pop(adapter_name, None)
         inner = getattr(self.base_layer, "out_proj", None) if self.site.kind == "attention" else None
         if isinstance(inner, AdaptedLayer):
