@@ -23,8 +23,10 @@ _HOME: dict[str, str] = {
         "helpers": "cast_mixed_precision_params",
         "inits": "CordaConfig EvaConfig LoftQConfig LoraGAConfig get_eva_state_dict initialize_lora_eva_weights preprocess_corda preprocess_loraga "
         "replace_lora_weights_loftq",
-        "mapping": "get_peft_config get_peft_model inject_adapter_in_model",
+        "mapping": "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_TUNER_MAPPING get_peft_config get_peft_model "
+        "inject_adapter_in_model",
         "method": "Leaf Method",
+        "mixed": "PeftMixedModel",
         "model": "PeftModel",
         "status": "get_layer_status get_model_status",
         "tasks": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from .config import PeftConfig
 from .engine import inject
 from .errors import ConfigError, PeftError, PeftWarning
-from .method import Method, config_class
+from .method import Method, config_class, load_methods
+from .mixed import PeftMixedModel
 from .model import PeftModel
-from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-from .tuner import Tuner
+from .tuner import MixedModel, Tuner, tuner_class
+from .types import PeftType
 
 
 def get_peft_model(
@@ -32,13 +33,13 @@ def get_peft_model(
         model: any nn.Module.
         peft_config: the adapter's config; it is kept, and gets the base model's name.
         adapter_name: the adapter's name.
-        mixed: make a model that takes adapters of several methods.
+        mixed: make a `PeftMixedModel`, which takes adapters of several methods.
         autocast_adapter_dtype: keep the adapter in float32 where the model is float16 or bfloat16; it computes in the input's dtype.
         revision: of the base model, remembered in the config.
         low_cpu_mem_usage: leave the adapter's tensors on the meta device.
 
     Returns:
-        A PeftModel, of the class that goes with `peft_config.task_type`.
+        A PeftModel, of the class that goes with `peft_config.task_type`; or a PeftMixedModel.
 
     Raises:
         ConfigError, NoMatchingPeftModuleError: if the config does not fit the model, which is then as it was.
@@ -46,17 +47,12 @@ def get_peft_model(
     """
     if not isinstance(peft_config, PeftConfig):
         raise ConfigError(f"peft_config has to be a config such as LoraConfig(...), got {type(peft_config).__name__}.")
-    if mixed:
-        raise ConfigError(
-            "Mixed models are not available in this version of veneer. Adapters of one method each can be added with add_adapter."
-        )
     name = getattr(model, "name_or_path", None)
     if name:
         _note(peft_config, "base_model_name_or_path", name)
     if revision is not None:
         _note(peft_config, "revision", revision)
-    task = str(getattr(peft_config.task_type, "value", peft_config.task_type))
-    cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task, PeftModel)
+    cls = (PeftMixedModel if mixed else PeftModel)._class_for(peft_config)
     return cls(model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage)
 
 
@@ -112,3 +108,13 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
     if "peft_type" not in config_dict:
         raise ConfigError("The dict has no `peft_type`, so its method is unknown. Add it, such as 'LORA'.")
     return config_class(config_dict["peft_type"])(**config_dict)
+
+
+def __getattr__(name: str) -> Any:
+    """PEFT's tables of its methods, made when asked for."""
+    methods = {PeftType(k) if k in PeftType.__members__ else k: m for k, m in load_methods().items()}
+    if name == "PEFT_TYPE_TO_CONFIG_MAPPING":
+        return methods
+    if name in ("PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING"):
+        return {k: MixedModel if "MIXED" in name else tuner_class(k) for k, m in methods.items() if issubclass(m, Method)}
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -71,14 +71,24 @@ class PeftModel(nn.Module):
             prompts = Prompts(model, peft_config, adapter_name, empty=empty)
             self.base_model, self.prompt_encoder = model, prompts
         else:
-            tuner = tuner_class(_type_name(peft_config))
-            self.base_model = tuner(
+            self.base_model = self._tuner_class(peft_config)(
                 model, peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype, empty=empty
             )
         self.peft_type = peft_config.peft_type
         self.training = model.training
         if not empty:
             self._settle()
+
+    @staticmethod
+    def _tuner_class(config: PeftConfig) -> type[Tuner]:
+        return tuner_class(_type_name(config))
+
+    @classmethod
+    def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
+        """The class of a model with such an adapter."""
+        from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+        return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(_task_name(config), cls)
 
     def _prepare(self, model: nn.Module, config: PeftConfig) -> None:
         """Put into a new adapter's config what the model and the task tell."""
@@ -328,7 +338,13 @@ class PeftModel(nn.Module):
 
     def _check_new_adapter_config(self, peft_config: PeftConfig, is_trainable: bool = True) -> None:
         if _type_name(peft_config) != _type_name(self):
-            raise ValueError(f"Cannot combine adapters with different peft types. Found {_type_name(self)} and {_type_name(peft_config)}.")
+            raise ValueError(
+                f"Cannot combine adapters with different peft types. Found {_type_name(self)} and {_type_name(peft_config)}. "
+                "A mixed model takes both: get_peft_model(model, config, mixed=True)."
+            )
+        self._one_with_bias(peft_config)
+
+    def _one_with_bias(self, peft_config: PeftConfig) -> None:
         biased = [n for n, c in self.peft_config.items() if getattr(c, "bias", "none") != "none"]
         if biased and getattr(peft_config, "bias", "none") != "none":
             raise ValueError(
@@ -381,8 +397,6 @@ class PeftModel(nn.Module):
             ConfigError, NoMatchingPeftModuleError: if the config does not fit the model.
             PeftError: if the model has adapters already.
         """
-        from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-
         hub = _hub_options(kwargs, "from_pretrained")
         if isinstance(model, (PeftModel, Tuner)):
             raise PeftError(f"The model is a {type(model).__name__} already. Call model.load_adapter(folder, name) for a further adapter.")
@@ -392,8 +406,7 @@ class PeftModel(nn.Module):
             raise ValueError(f"The input config must be a PeftConfig, got {type(config)}")
         _for_loading(config, is_trainable, ephemeral_gpu_offload)
         file = read_adapter(model_id, key_mapping=key_mapping or getattr(model, "_checkpoint_conversion_mapping", None), **hub)
-        kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(_task_name(config), cls)
-        out = kind(
+        out = cls._class_for(config)(
             model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage, empty=True
         )
         try:
@@ -517,7 +530,10 @@ class PeftModel(nn.Module):
         update_card(
             output_dir,
             base_model=config.base_model_name_or_path,
-            tags=[_type_name(config).lower(), *(["transformers"] if from_transformers else [])],
+            tags=[
+                *dict.fromkeys(_type_name(c).lower() for c in self.peft_config.values()),
+                *(["transformers"] if from_transformers else []),
+            ],
             pipeline_tag="text-generation" if _task_name(config) == "CAUSAL_LM" else None,
         )
 

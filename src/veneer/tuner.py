@@ -228,6 +228,16 @@ class Tuner(nn.Module):
             return getattr(self._modules["model"], name)
 
 
+class MixedModel(Tuner):
+    """Adapters of several methods on one model; what any of them offers to a training loop, it offers."""
+
+    def __getattr__(self, name: str) -> Any:
+        configs = self.__dict__.get("peft_config", {})
+        if any(name in getattr(c, "offers", ()) for c in configs.values()):
+            return functools.partial(ask, the_switch(self.model), name)
+        return super().__getattr__(name)
+
+
 def tuner_class(peft_type: str) -> type[Tuner]:
     """The tuner class of a method under PEFT's name for it, such as `LoraModel`.
 
