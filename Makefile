@@ -50,5 +50,8 @@ format: $(VENV)/.dev ## bring all files into form
 bench: $(VENV)/.bench ## measure, side by side with PEFT
 	$(BIN)/python -m benchmarks
 
+docs: $(VENV)/.dev ## bring the generated pages up to date
+	$(BIN)/veneer methods --markdown > docs/methods.md
+
 clean: ## remove what was made
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info

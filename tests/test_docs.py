@@ -39,3 +39,21 @@ def test_a_method_of_ones_own_is_short() -> None:
     block = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[0]
     lines = [line for line in block.splitlines() if line.strip()]
     assert "check_method(" in block and len(lines) < 40
+
+
+def test_the_table_of_methods_is_that_of_the_code() -> None:
+    """`make docs` writes it."""
+    from veneer.catalogue import markdown
+
+    assert (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") == markdown()
+
+
+def test_the_table_tells_the_truth() -> None:
+    from veneer.catalogue import catalogue, entry
+
+    found = {e.name: e for e in catalogue(24, 16)}
+    assert set(found) >= {n for n in load_methods() if n != "XLORA"}
+    assert found["LORA"].numbers == 8 * (24 + 16) and found["IA3"].numbers == 24
+    assert all(e.formula for e in found.values())
+    assert entry("lora use_dora", 24, 16).numbers == 8 * (24 + 16) + 24  # LoRA's and one magnitude per output
+    assert found["POLY"].merge != True  # noqa: E712  a reason, not a bool
