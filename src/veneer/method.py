@@ -6,6 +6,7 @@ frozen weight (`change`). Everything else (injection, training, merging, saving,
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import pkgutil
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .change import Change
     from .engine.calls import Call
     from .engine.layer import Place
+    from .engine.parts import Parts
 
 T = TypeVar("T")
 Init = Callable[[Tensor], object]
@@ -79,6 +81,8 @@ class Method(PeftConfig):
             after another.
         offers: names of methods `(sites, *args)` that `model.base_model` has too, such as a schedule's step for loops that drive it themselves.
         unmergeable: why no weight holds the change, for one that depends on the input; empty if it can be merged.
+        linear_in: the tensor in which the change is linear if all others are the same: then adapters add up to one of their own kind.
+        patterns: which field has the values of another by module, as `rank_pattern` those of `r`.
         routes: whether the change depends on the call: then `facts` is asked at each.
         takes: arguments of the model's forward and generate that are meant for the method and not for the base model.
         examples: fields that suit small layers: what the laws hold the method to, and the table in the docs shows.
@@ -90,6 +94,8 @@ class Method(PeftConfig):
     stacking: ClassVar[Literal["sum", "chain"]] = "chain"
     offers: ClassVar[tuple[str, ...]] = ()
     unmergeable: ClassVar[str] = ""
+    linear_in: ClassVar[str] = ""
+    patterns: ClassVar[Mapping[str, str]] = MappingProxyType({})
     routes: ClassVar[bool] = False
     takes: ClassVar[tuple[str, ...]] = ()
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
@@ -166,6 +172,30 @@ class Method(PeftConfig):
         """This config as it holds for the module called `name` (rank patterns and the like)."""
         return self
 
+    def over(self, here: Mapping[str, Mapping[str, Any]]) -> Method:
+        """This config with the fields that `here` gives by module; what differs between modules goes into the `patterns`. Undoes `at`.
+
+        Raises:
+            ConfigError: if a field that has no pattern differs.
+        """
+        new: Method = spread_out(self, here, self.patterns)
+        return new
+
+    def combine(self, parts: Parts, site: Place) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+        """One adapter of this config's kind that does on a layer what several, each times its weight, do together.
+
+        Returns:
+            the fields of its config on this layer where they differ from this one's, and its tensors.
+
+        Raises:
+            ConfigError: if no adapter of this kind does that.
+        """
+        return {}, parts.summed_in(self.linear_in)
+
+    def has_delta(self) -> bool:
+        """Whether what the adapter does to a layer is a ΔW, which other methods can take over."""
+        return not self.unmergeable
+
     def check(self, site: Place) -> None:
         """Raise ConfigError if an option cannot act at `site`."""
 
@@ -192,6 +222,29 @@ def by_pattern(table: Mapping[str, T] | None, name: str, default: T) -> T:
         default: where no key fits.
     """
     return next((value for key, value in (table or {}).items() if ending(key).match(name)), default)
+
+
+def spread_out(config: Method, here: Mapping[str, Mapping[str, Any]], patterns: Mapping[str, str]) -> Any:
+    """A config with the fields that `here` gives by module: the most frequent value as the field itself, others in its pattern."""
+    fields: dict[str, Any] = {pattern: {} for pattern in patterns.values()}
+    for field in dict.fromkeys(f for values in here.values() for f in values):
+        values = {name: v[field] for name, v in here.items() if field in v}
+        common = max(values.values(), key=lambda v: sum(v == w for w in values.values()))
+        others = {name: v for name, v in values.items() if v != common}
+        if others and field not in patterns:
+            raise ConfigError(
+                f"{type(config).__name__}: `{field}` would be {common!r} on one layer and {others!r} on others, which no config can say."
+            )
+        fields[field] = common
+        if field in patterns:
+            fields[patterns[field]] = {_key(name, v, values): v for name, v in others.items()}
+    return dataclasses.replace(config, **fields)
+
+
+def _key(name: str, value: Any, values: Mapping[str, Any]) -> str:
+    """The key of a pattern table for one module: its name, marked as a beginning if it is also the end of another's with another value."""
+    alone = all(other == value or not ending(name).match(n) for n, other in values.items())
+    return name if alone else f"^{re.escape(name)}"
 
 
 def config_class(peft_type: str) -> type[PeftConfig]:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from .checkpoint.keys import slots as file_slots
 from .config import PeftConfig
 from .engine import inject, merge
+from .engine.combine import CombineReport, combine
 from .engine.holders import Attached, drop, slots
 from .engine.merge import MergeReport
+from .engine.parts import Recipe
 from .engine.route import check_known, the_switch
 from .engine.steps import ask
-from .errors import PeftWarning
+from .errors import ConfigError, PeftWarning
 from .method import Method, config_class
 
 
@@ -200,6 +203,83 @@ class Tuner(nn.Module):
         """The user's model as it was, without adapters."""
         return inject.unload(self.model)
 
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: float | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+        *,
+        seed: int = 0,
+    ) -> CombineReport:
+        """Make one adapter that does what several do together, each times its weight. It acts once `set_adapter` says so.
+
+        For LoRA (every start and variant; the result is a plain LoRA, of DoRA a DoRA), ΔW = Σ w ΔW_i with
+
+        - "cat": exactly; the ranks add up.  "exact": exactly, at the least rank that loses nothing in float32.
+        - "svd": cut to `svd_rank`, the nearest there is. Two thin QR decompositions, never a dense ΔW.
+        - "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd": ΔW_i pruned to `density` first (TIES: arXiv:2306.01708,
+          DARE: arXiv:2311.03099), then as "svd".
+        - "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune": PEFT's, on A and B each by itself. What comes out is not Σ w ΔW_i but has
+          cross terms of every A with every B; it needs equal ranks. The report says how far it is off.
+
+        Other methods whose adapters add up to one of their own kind (IA3, VeRA, FourierFT, …) do so whichever of the plain sums is asked for. In a mixed
+        model adapters of any methods with a ΔW become a LoRA ("svd" with `svd_rank`, or "exact").
+
+        Args:
+            adapters, weights: which, and how much of each; weights may be negative.
+            adapter_name: of the new one.
+            svd_rank: an int: the rank of every layer; a float in (0, 1]: the least rank with that share of the squared singular values; None: the largest
+                of the adapters'.
+            svd_clamp: cut the entries of both factors off at this quantile of them and their negatives (PEFT's quantile depends on the signs that the
+                SVD happens to give).
+            svd_full_matrices: taken for PEFT's sake; it never mattered to the result.
+            svd_driver: of torch.linalg.svd on CUDA.
+            density: the share of entries that pruning keeps.
+            majority_sign_method: how TIES counts votes: "total" by the sum, "frequency" by heads.
+            seed: of DARE's choices.
+
+        Returns:
+            by layer, the rank and ‖lost‖ / ‖ΔW‖. Above a tenth a warning says so.
+
+        Raises:
+            RouteError: for an adapter that is not there.
+            ConfigError: if the name is taken, the adapters cannot be combined so, or two of them train the same module whole.
+        """
+        if adapter_name in self.peft_config:
+            raise ConfigError(
+                f"There is already an adapter {adapter_name!r}. Choose another name, or delete_adapter({adapter_name!r}) first."
+            )
+        adapters = list(adapters)
+        if not adapters or len(adapters) != len(weights) or len(set(adapters)) < len(adapters):
+            raise ConfigError(f"Give adapters, each once, and a weight for each; got {adapters} and {list(weights)}.")
+        check_known(adapters, list(self.peft_config))
+        kind = "cat" if len(adapters) == 1 and combination_type in ("linear", "svd", "cat") else combination_type
+        recipe = Recipe(
+            kind, svd_rank, svd_clamp, svd_driver, density, majority_sign_method, torch.Generator().manual_seed(seed),
+            padded=kind != "exact",
+        )  # fmt: skip
+        made = combine(self.model, self.peft_config, dict(zip(adapters, weights, strict=True)), recipe, self._combining(adapters))
+        self.inject(made.config, adapter_name, empty=True)
+        made.fill(adapter_name)
+        self.set_requires_grad(adapter_name, False)
+        made.report.warn(
+            "combination_type='cat' or 'exact' loses nothing, 'svd' as little as the rank allows."
+            if kind in ("linear", "svd")
+            else "Raise `svd_rank`."
+        )
+        return made.report
+
+    def _combining(self, adapters: Sequence[str]) -> Method | None:
+        """What the combination of these adapters is to be like; None: the first of them."""
+        return None
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether every layer's change has a ΔW that LoRA can approximate."""
         return all(
@@ -230,6 +310,13 @@ class Tuner(nn.Module):
 
 class MixedModel(Tuner):
     """Adapters of several methods on one model; what any of them offers to a training loop, it offers."""
+
+    def _combining(self, adapters: Sequence[str]) -> Method | None:
+        configs = [self.peft_config[n] for n in adapters]
+        if len({type(c).__name__ for c in configs}) == 1 and (configs[0].linear_in or "combine" in vars(type(configs[0]))):
+            return None
+        like: Any = config_class("LORA")
+        return like(task_type=configs[0].task_type, inference_mode=configs[0].inference_mode)  # type: ignore[no-any-return]
 
     def __getattr__(self, name: str) -> Any:
         configs = self.__dict__.get("peft_config", {})

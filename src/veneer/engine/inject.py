@@ -86,7 +86,7 @@ def attach(
         raise ConfigError(f"There is already an adapter {adapter_name!r}. Choose another name, or delete_adapter({adapter_name!r}) first.")
     replicated = replicate(model, getattr(config, "layer_replication", None)) if first else None
     try:
-        selection = select(model, config, supports=lambda m: _kind(m) in config.kinds, state_dict=state_dict, strict=strict)
+        selection = select(model, config, supports=lambda m: kind_of(m) in config.kinds, state_dict=state_dict, strict=strict)
         options = _Options(low_cpu_mem_usage, autocast_adapter_dtype, empty)
         staged = [_stage(m, p, config, adapter_name, switch, options, name=selection.names.get(p)) for p, m in selection.modules.items()]
         for s in list(staged):
@@ -172,7 +172,7 @@ class _Options:
     empty: bool
 
 
-def _kind(module: nn.Module) -> str | None:
+def kind_of(module: nn.Module) -> str | None:
     while isinstance(module, AdaptedLayer):
         module = module.base_layer
     return supported(module)
@@ -193,6 +193,7 @@ def _stage(
     layer = cast(AdaptedLayer, module) if not new else AdaptedLayer(module, site or site_for(module), switch, path)
     here = config.at(name or path)
     place = Place(layer, adapter, path)
+    place.called = name or path
     if place.kind not in config.kinds:
         raise ConfigError(
             f"{type(config).__name__} cannot adapt {path!r}: it is a {place.kind} layer, and the method takes {sorted(config.kinds)}."

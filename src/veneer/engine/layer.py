@@ -34,6 +34,14 @@ class Place:
         self.memory: dict[str, Any] = {}  # what a method that acts at optimizer steps remembers here; never saved
         self.new_base: Tensor | None = None  # a start that is defined by another base (LoftQ) leaves it here; W (n_out, n_in)
         self.facts: Facts = {}
+        self.called = name  # what the patterns of a config match
+        self.resting = False
+
+    def at_rest(self) -> Place:
+        """The same place outside training, whatever the layer's mode: for what is to hold for good, such as a merge."""
+        here = copy.copy(self)
+        here.resting = True
+        return here
 
     def during(self, facts: Facts) -> Place:
         """The same place in one call of the model."""
@@ -85,11 +93,11 @@ class Place:
     def dropout(self) -> float:
         """The probability of input dropout that acts now: 0 outside training."""
         drop = self.layer._modules[f"{self.layer.attached[self.adapter].config.prefix}dropout"]._modules[self.adapter]  # type: ignore[union-attr]
-        return float(drop.p) if isinstance(drop, nn.Dropout) and drop.training else 0.0
+        return float(drop.p) if isinstance(drop, nn.Dropout) and drop.training and not self.resting else 0.0
 
     @property
     def training(self) -> bool:
-        return self.layer.training
+        return self.layer.training and not self.resting
 
 
 class AdaptedLayer(nn.Module):
@@ -136,10 +144,16 @@ class AdaptedLayer(nn.Module):
             p = self.site.codec.weight(self.get_base_layer(), self.site.weight_name)
             p.data = self.site.stored(base).to(p).contiguous()
 
-    def change(self, adapter: str, facts: Mapping[str, Facts] = NO_FACTS) -> Change:
-        """What the adapter does to the frozen weight, from its present tensors and, for methods that route, what is known of the call."""
+    def change(self, adapter: str, facts: Mapping[str, Facts] = NO_FACTS, *, at_rest: bool = False) -> Change:
+        """What the adapter does to the frozen weight, from its present tensors and, for methods that route, what is known of the call.
+
+        Args:
+            at_rest: without what acts in training alone, dropout above all.
+        """
         a = self.attached[adapter]
         assert a.place is not None
+        if self.training and at_rest:
+            return a.config.change(Tensors(a), a.place.at_rest())
         if adapter in facts:
             return a.config.change(Tensors(a), a.place.during(facts[adapter]))
         if self.training or torch.compiler.is_compiling():
@@ -151,11 +165,13 @@ class AdaptedLayer(nn.Module):
             return change
         return a.kept.change
 
-    def changes(self, names: Sequence[str], facts: Mapping[str, Facts] = NO_FACTS) -> list[tuple[Change, Stacking]]:
+    def changes(
+        self, names: Sequence[str], facts: Mapping[str, Facts] = NO_FACTS, *, at_rest: bool = False
+    ) -> list[tuple[Change, Stacking]]:
         configs = [self.attached[n].config for n in names]
         for i, config in enumerate(configs[:-1]):
             config.check_together(configs[i + 1 :])
-        return [(self.change(n, facts), c.stacking) for n, c in zip(names, configs, strict=True)]
+        return [(self.change(n, facts, at_rest=at_rest), c.stacking) for n, c in zip(names, configs, strict=True)]
 
     def leaf(self, adapter: str, name: str) -> Tensor:
         """One of the adapter's tensors."""
@@ -330,7 +346,7 @@ class AdaptedLayer(nn.Module):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """W' - W of one adapter, in the layout of the module's own weight."""
-        change = self.change(adapter)
+        change = self.change(adapter, at_rest=True)
         if change.additive:
             return self.site.stored(change.add.dense()) if change.add is not None else torch.zeros_like(self.get_base_weight())
         w = self.frozen_weight()
@@ -354,8 +370,8 @@ class AdaptedLayer(nn.Module):
         unmerge_layer(self)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the adapter's change is a ΔW, with no part that depends on the input."""
-        return adapter_name in self.attached and self.attached[adapter_name].config.stacking == "sum"
+        """Whether the adapter is on this layer and what it does there is a ΔW, which does not depend on the input."""
+        return adapter_name in self.attached and self.attached[adapter_name].config.has_delta()
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Make the scaling `scale` times the nominal one."""

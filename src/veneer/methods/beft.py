@@ -17,9 +17,13 @@ class BeftConfig(Targeted, peft_type="BEFT"):
     """y ← y + v,  v (1, n_out) starts as zeros.   arXiv:2509.15974."""
 
     prefix: ClassVar[str] = "beft_"
+    linear_in: ClassVar[str] = "beft_bias"
 
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
         return {"beft_bias": Leaf((1, site.n_out), nn.init.zeros_ if self.init_weights else nn.init.normal_)}
+
+    def has_delta(self) -> bool:
+        return False  # no weight changes
 
     def change(self, p: Any, site: Any) -> Change:
         return Change(shift=p.beft_bias.flatten())

@@ -27,6 +27,7 @@ class C3AConfig(Targeted, peft_type="C3A"):
 
     prefix: ClassVar[str] = "c3a_"
     stacking: ClassVar[Any] = "sum"
+    linear_in: ClassVar[str] = "c3a_kernel"
     examples: ClassVar[Any] = ({"block_size": 4, "init_weights": True},)
 
     def at(self, name: str) -> C3AConfig:

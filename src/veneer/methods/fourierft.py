@@ -28,6 +28,7 @@ class FourierFTConfig(Targeted, peft_type="FOURIERFT"):
 
     prefix: ClassVar[str] = "fourierft_"
     stacking: ClassVar[Any] = "sum"
+    linear_in: ClassVar[str] = "fourierft_spectrum"
     examples: ClassVar[Any] = ({"n_frequency": 20, "init_weights": True},)
 
     def at(self, name: str) -> FourierFTConfig:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ class HiraConfig(Targeted, peft_type="HIRA"):
     prefix: ClassVar[str] = "hira_"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv"})
     stacking: ClassVar[Any] = "sum"
+    patterns: ClassVar[Mapping[str, str]] = MappingProxyType({"r": "rank_pattern"})
     examples: ClassVar[Any] = ({"r": 4},)
 
     def at(self, name: str) -> HiraConfig:
@@ -40,6 +42,12 @@ class HiraConfig(Targeted, peft_type="HIRA"):
             a, b = (self.r, site.n_in // math.prod(site.kernel), *site.kernel), (*b, *(1,) * len(site.kernel))
         first = (lambda t: nn.init.normal_(t, std=1 / self.r)) if self.init_weights == "gaussian" else _kaiming
         return {"hira_A": Leaf(a, first), "hira_B": Leaf(b, zero)}
+
+    def combine(self, parts: Any, site: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """W ⊙ Σ w B A is of the same form, its rank the sum of theirs."""
+        a, b = ("hira_embedding_A", "hira_embedding_B") if site.kind == "embedding" else ("hira_A", "hira_B")
+        down, up = parts.joined(a, 0, weighted=True), parts.joined(b, 1)
+        return {"r": down.shape[0]}, {a: down, b: up}
 
     def change(self, p: Any, site: Any) -> Change:
         a, b = (p.hira_embedding_A, p.hira_embedding_B) if site.kind == "embedding" else (p.hira_A.flatten(1), p.hira_B.flatten(1))

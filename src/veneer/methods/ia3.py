@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..change import Change
 from ..errors import ConfigError
@@ -47,6 +47,10 @@ class IA3Config(Targeted, peft_type="IA3"):
         else:
             shape = (1, site.n_in) if inputs else (site.n_out, 1)
         return {"ia3_l": Leaf(shape, nn.init.ones_ if self.init_ia3_weights else nn.init.normal_)}
+
+    def combine(self, parts: Any, site: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """l = Σ w l, as in PEFT, where an adapter that is not on the layer has l = 1."""
+        return {"feedforward_modules": parts.spec("feedforward_modules")}, {"ia3_l": parts.summed("ia3_l") + parts.absent}
 
     def change(self, p: Any, site: Any) -> Change:
         scale = p.ia3_l.flatten()

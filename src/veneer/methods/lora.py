@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,12 +18,16 @@ from ..errors import ConfigError, PeftWarning, hint
 from ..inits import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from ..inits.leaves import is_counted, starting_leaves
 from ..inits.options import check_start, read_start
+from ..kernels.norms import row_norm_sq
 from ..method import Leaf, Method, by_pattern
 from ..ops import LowRank
 from ..ops.grouped import spread
-from ..variants import VARIANTS, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig, read_options, variant_of
+from ..variants import VARIANTS, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig, layout, read_options, variant_of
 
 __all__ = ["LoraConfig", "LoraRuntimeConfig"]
+
+# what makes a LoRA more than A and B: its start and its variants
+_OWN = ("init_lora_weights", "eva_config", "corda_config", "lora_ga_config", "use_rslora", "lora_bias", "ensure_weight_tying", *VARIANTS)
 
 
 @dataclass
@@ -78,6 +83,7 @@ class LoraConfig(Method, peft_type="LORA"):
     ensure_weight_tying: bool = False
 
     prefix: ClassVar[str] = "lora_"
+    patterns: ClassVar[Mapping[str, str]] = MappingProxyType({"r": "rank_pattern", "lora_alpha": "alpha_pattern"})
     stacking: ClassVar[Literal["sum", "chain"]] = "sum"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv", "attention", "parameter"})
     examples: ClassVar[Any] = tuple({"r": 4, "lora_alpha": 8, **fields} for fields in ({}, *(v.example for v in VARIANTS.values())))
@@ -168,15 +174,7 @@ class LoraConfig(Method, peft_type="LORA"):
         return given if only_frozen else {**given, **variant_of(self).start(self, site, given)}
 
     def change(self, p: Any, site: Any) -> Change:
-        if site.kind == "embedding":
-            add = LowRank(p.lora_embedding_B, p.lora_embedding_A, site.scaling)
-        elif site.experts:
-            n, e = self.r, site.experts  # rows of A are expert by expert, columns of B rank by rank
-            add = LowRank(p.lora_B.view(site.n_out, n, e).permute(2, 0, 1), p.lora_A.view(e, n, site.n_in), site.scaling)
-        elif site.kind == "conv":
-            add = LowRank(spread(p.lora_B.flatten(1), site.groups), p.lora_A.flatten(1), site.scaling, site.dropout)
-        else:
-            add = LowRank(p.lora_B, p.lora_A, site.scaling, site.dropout)
+        add = layout.product(p, site)
         if is_counted(self, site):
             up, down = torch.cat([add.up, -p.lora_B0.to(add.up.dtype)], 1), torch.cat([add.down, p.lora_A0.to(add.down.dtype)])
             add = LowRank(up, down, add.scale, add.dropout)
@@ -184,6 +182,29 @@ class LoraConfig(Method, peft_type="LORA"):
         if self.lora_bias:
             change.shift = p.lora_B_bias * site.scaling
         return change
+
+    def combine(self, parts: Any, site: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return self.holding(parts.low_rank(), site)
+
+    @staticmethod
+    def holding(sum_: Any, site: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The fields and tensors of a LoRA without start or variant (but DoRA's gain) whose change of `site`, with the scaling 1, is a given one.
+
+        Args:
+            sum_: a `veneer.engine.parts.Total`.
+        """
+        r = sum_.down.shape[-2] * max(site.groups, 1)
+        fields = {name: getattr(LoraConfig, name, None) for name in _OWN} | {"r": r, "lora_alpha": r, "loftq_config": {}}
+        tensors = layout.tensors(sum_.up, sum_.down, site)
+        if sum_.gain is not None:
+            fields["use_dora"] = True
+            up = sum_.up if site.groups == 1 else torch.block_diag(*sum_.up)
+            w = spread(site.weight(), site.groups).to(up.dtype)
+            norm = row_norm_sq(w, sum_.down.flatten(0, -2), up, 1.0).sqrt()
+            tensors["lora_magnitude_vector"] = sum_.gain * norm
+        if sum_.shift is not None:
+            fields["lora_bias"], tensors["lora_B_bias"] = True, sum_.shift
+        return fields, tensors
 
     @property
     def starts_as_identity(self) -> bool:

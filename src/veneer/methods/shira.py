@@ -25,6 +25,7 @@ class ShiraConfig(Targeted, peft_type="SHIRA"):
 
     prefix: ClassVar[str] = "shira_"
     stacking: ClassVar[Any] = "sum"
+    linear_in: ClassVar[str] = "shira_weight"
     examples: ClassVar[Any] = ({"r": 2, "random_seed": 1},)
 
     def __post_init__(self) -> None:

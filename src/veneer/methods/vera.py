@@ -31,6 +31,7 @@ class VeraConfig(Targeted, peft_type="VERA"):
 
     prefix: ClassVar[str] = "vera_"
     stacking: ClassVar[Any] = "sum"
+    linear_in: ClassVar[str] = "vera_lambda_b"
     examples: ClassVar[Any] = ({"r": 8},)
 
     def dropout(self) -> float:

@@ -59,6 +59,10 @@ class Op(ABC):
     def dense(self) -> Tensor:
         """M itself, in the dtype of its tensors."""
 
+    def thin(self) -> tuple[Tensor, Tensor, float] | None:
+        """(U, V, s) with M = s · U V, U (..., n_out, k) and V (..., k, n_in), where M is made of two such factors; None where it is not."""
+        return None
+
     def rows(self, x: Tensor, geo: Geometry) -> Tensor:
         """x Mᵀ in the geometry `geo`, computed in the dtype of x where x is floating."""
         m = self.dense()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .base import Geometry, Op
@@ -35,6 +36,13 @@ class Sum(Op):
         for m in rest:
             first = first + m
         return first
+
+    def thin(self) -> tuple[Tensor, Tensor, float] | None:
+        parts = [t.thin() for t in self.terms]
+        known = [p for p in parts if p is not None]
+        if len(known) < len(parts):
+            return None
+        return torch.cat([u for u, _, _ in known], -1), torch.cat([v * s for _, v, s in known], -2), 1.0
 
     def add_to(self, y: Tensor, x: Tensor, geo: Geometry) -> Tensor:
         for t in self.terms:

@@ -24,6 +24,9 @@ class LowRank(Op):
     def dense(self) -> Tensor:
         return (self.up @ self.down) * self.scale
 
+    def thin(self) -> tuple[Tensor, Tensor, float]:
+        return self.up, self.down, self.scale
+
     def left(self, w: Tensor) -> Tensor:
         return self.up.to(w.dtype) @ (self.down.to(w.dtype) @ w) * self.scale
 

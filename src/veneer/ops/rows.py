@@ -34,6 +34,12 @@ class ReplaceRows(Op):
         table = diff.new_zeros(self.size, diff.shape[1]).index_copy(0, self.index, diff)
         return table.T if self.lookup else table
 
+    def thin(self) -> tuple[Tensor, Tensor, float]:
+        diff = self.values - self.old.to(self.values.dtype)
+        chosen = diff.new_zeros(self.size, len(self.index))  # a column for each row that is replaced
+        chosen[self.index, torch.arange(len(self.index), device=diff.device)] = 1.0
+        return (diff.T, chosen.T, 1.0) if self.lookup else (chosen, diff, 1.0)
+
     def add_to(self, y: Tensor, x: Tensor, geo: Geometry) -> Tensor:
         diff = self.values - self.old.to(self.values.dtype)
         if not self.lookup:
