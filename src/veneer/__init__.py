@@ -19,7 +19,9 @@ _HOME: dict[str, str] = {
         "checkpoint": "get_base_model_state_dict get_peft_model_state_dict load_peft_weights set_base_model_state_dict set_peft_model_state_dict",
         "config": "PeftConfig PeftConfigMixin PromptLearningConfig",
         "engine.merge": "MergeReport",
-        "errors": "ConfigError LoadError MergeError NoMatchingPeftModuleError PeftError PeftWarning RouteError SaveError",
+        "convert": "convert_to_lora save_as_lora",
+        "engine.combine": "CombineReport",
+        "errors": "ConfigError ConversionError LoadError MergeError NoMatchingPeftModuleError PeftError PeftWarning RouteError SaveError",
         "helpers": "cast_mixed_precision_params",
         "inits": "CordaConfig EvaConfig LoftQConfig LoraGAConfig get_eva_state_dict initialize_lora_eva_weights preprocess_corda preprocess_loraga "
         "replace_lora_weights_loftq",

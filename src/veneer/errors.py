@@ -34,6 +34,10 @@ class MergeError(PeftError, ValueError):
     """An adapter cannot be merged, or the merged weights would not be finite."""
 
 
+class ConversionError(PeftError, TypeError):
+    """An adapter cannot be turned into a LoRA."""
+
+
 class RouteError(PeftError, ValueError):
     """A forward pass asks for adapters that do not exist, or for the wrong number of them."""
 

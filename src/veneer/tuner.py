@@ -281,10 +281,9 @@ class Tuner(nn.Module):
         return None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether every layer's change has a ΔW that LoRA can approximate."""
-        return all(
-            layer.supports_lora_conversion(adapter_name) for _, layer in inject.adapted_layers(self.model) if adapter_name in layer.attached
-        )
+        """Whether the adapter's change of every layer is a ΔW, which LoRA can approximate; False for one that is not there."""
+        config = self.peft_config.get(adapter_name)
+        return config is not None and config.has_delta()
 
     # ---------------------------------------------------------------- the rest
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,30 +51,33 @@ class CombineReport:
 
 @dataclass(eq=False)
 class Combination:
-    """A combination that has been worked out and is in no model yet.
+    """An adapter that has been worked out and is in no model yet.
 
     Attributes:
-        config: of the new adapter.
-        tensors: by layer, its tensors;  copies: by module that is trained whole, whose copy it takes.
+        config: its config.
+        tensors: by layer, its tensors.
+        beside: by module that is trained whole, or table with trained rows, the adapter whose values it takes over.
     """
 
     config: Method
-    tensors: dict[AdaptedLayer, Mapping[str, Tensor]]
-    copies: dict[Any, str]
+    tensors: Mapping[AdaptedLayer, Mapping[str, Tensor]]
+    beside: dict[Any, str]
     report: CombineReport
 
     @torch.no_grad()
     def fill(self, adapter: str) -> None:
         """Put the values into the adapter, which has been attached by this config."""
-        for layer, tensors in self.tensors.items():
-            a = layer.attached[adapter]
-            for name, t in tensors.items():
-                store, key = a.source[name]
+        rows = {m: m.attached[other] for m, other in self.beside.items() if isinstance(m, AdaptedLayer)}
+        tensors = {m: {n: a.tensor(n) for n in a.leaves if n not in a.derived} for m, a in rows.items()}
+        for layer, values in {**self.tensors, **tensors}.items():
+            for name, t in values.items():
+                store, key = layer.attached[adapter].source[name]
                 old: Tensor = store[key]
                 new = t.detach().to(old.device).reshape(old.shape).clone(memory_format=torch.contiguous_format)
                 store[key] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
-        for wrapper, other in self.copies.items():
-            wrapper.modules_to_save[adapter].load_state_dict(wrapper.modules_to_save[other].state_dict())
+        for module, other in self.beside.items():
+            if module not in rows:
+                module.modules_to_save[adapter].load_state_dict(module.modules_to_save[other].state_dict())
 
 
 def combine(
@@ -97,19 +101,10 @@ def combine(
     """
     check_known(weights, list(configs))
     recipe.check()
-    mine = [configs[n] for n in weights]
-    _check_methods(weights, configs, like)
-    config = mine[0] if like is None else like
-    copies = _trained_copies(model, weights)
-    tokens, layers = {}, {}
-    for path, layer in adapted_layers(model):
-        there = [n for n in weights if n in layer.attached]
-        if not there:
-            continue
-        if any(type(layer.attached[n].config) is not type(configs[n]) for n in there):
-            tokens[layer] = _only(there, f"trained rows of {path.removesuffix('.token_adapter')!r} (trainable_token_indices)")
-        else:
-            layers[layer] = path
+    mine = {n: configs[n] for n in weights}
+    _check_methods(mine, like)
+    config = next(iter(mine.values())) if like is None else like
+    layers = layers_of(model, mine)
     traits = [Parts.of(layer, weights, mine, recipe).traits() for layer in layers]  # the changes themselves may be large: made anew below
     if recipe.kind in ON_DELTA and recipe.rank is None:
         recipe = dataclasses.replace(recipe, rank=max((t.rank for t in traits), default=0) or None)
@@ -119,48 +114,60 @@ def combine(
         parts = Parts.of(layer, weights, mine, recipe, gains, shifts)
         here[parts.site.called], tensors[layer] = config.combine(parts, parts.site)
         report.layers[path] = parts.done
-    new = config.over(here)
-    extra: dict[str, Any] = {}
-    if copies or any(getattr(c, "modules_to_save", None) for c in mine):
-        extra["modules_to_save"] = sorted({n for c in mine for n in getattr(c, "modules_to_save", None) or ()}) or None
-    if tokens:
-        extra["trainable_token_indices"] = configs[next(iter(tokens.values()))].trainable_token_indices  # type: ignore[attr-defined]
-        for layer, owner in tokens.items():
-            if not layer.attached[owner].derived:
-                tensors[layer] = {n: layer.leaf(owner, n) for n in layer.attached[owner].leaves}
-    if biased := [c.bias for c in mine if getattr(c, "bias", "none") != "none"]:  # type: ignore[attr-defined]
-        extra["bias"] = biased[0]  # they are in the base model, whichever adapter acts
-    return Combination(targeting(model, dataclasses.replace(new, **extra), layers, mine), tensors, copies, report)
+    return finished(model, config.over(here), mine, tensors, report)
 
 
-def _check_methods(weights: Mapping[str, float], configs: Mapping[str, Method], like: Method | None) -> None:
-    kinds = {n: type(configs[n]) for n in weights}
-    if like is None and len(set(map(id, kinds.values()))) > 1:
-        raise ConfigError(f"The adapters are of several methods: { {n: k.__name__ for n, k in kinds.items()} }. {AS_LORA}")
-    for name in weights:
-        if why := configs[name].unmergeable:
-            raise ConfigError(f"The adapter {name!r} cannot be combined with others: {why}.")
+def finished(
+    model: nn.Module, config: Any, configs: Mapping[str, Any], tensors: Mapping[AdaptedLayer, Mapping[str, Tensor]], report: CombineReport
+) -> Combination:
+    """The new adapter with its targets, and what the adapters it is made of train beside their layers.
+
+    Raises:
+        ConfigError: if two of them have a trained copy of one module, or trained rows of one table.
+    """
+    beside: dict[Any, str] = {}
+    for path, module in adapter_modules(model):
+        there = [n for n in configs if n in module.adapters()]
+        if there and module not in tensors:
+            beside[module] = _only(there, path)
+    rows = [configs[n].trainable_token_indices for m, n in beside.items() if isinstance(m, AdaptedLayer)]
+    saved = {n for c in configs.values() for n in getattr(c, "modules_to_save", None) or ()}
+    biases = [b for c in configs.values() if (b := getattr(c, "bias", "none")) != "none"]
+    extra: dict[str, Any] = {"modules_to_save": sorted(saved) or None}
+    if rows:
+        extra["trainable_token_indices"] = rows[0]
+    if biases:
+        extra["bias"] = biases[0]  # they are in the base model, whichever adapter acts
+    known = {f.name for f in dataclasses.fields(config)}
+    config = dataclasses.replace(config, **{k: v for k, v in extra.items() if k in known})
+    return Combination(targeting(model, config, tensors, list(configs.values())), tensors, beside, report)
 
 
-def _only(names: Sequence[str], what: str) -> str:
+def layers_of(model: nn.Module, configs: Mapping[str, Method]) -> dict[AdaptedLayer, str]:
+    """The layers that any of these adapters is on with its own method, with their paths."""
+    return {
+        layer: path
+        for path, layer in adapted_layers(model)
+        if any(n in layer.attached and type(layer.attached[n].config) is type(c) for n, c in configs.items())
+    }
+
+
+def _check_methods(configs: Mapping[str, Method], like: Method | None) -> None:
+    kinds = {n: type(c).__name__ for n, c in configs.items()}
+    if like is None and len(set(kinds.values())) > 1:
+        raise ConfigError(f"The adapters are of several methods: {kinds}. {AS_LORA}")
+    for name, c in configs.items():
+        if c.unmergeable:
+            raise ConfigError(f"The adapter {name!r} cannot be combined with others: {c.unmergeable}.")
+
+
+def _only(names: Sequence[str], path: str) -> str:
     if len(names) > 1:
         raise ConfigError(
-            f"The adapters {list(names)} each have their own {what}, and these cannot be combined. Leave all but one of them out, or delete the "
-            "copies that are not wanted (save that adapter, take it out of its adapter_config.json and load it again)."
+            f"The adapters {list(names)} each train {path!r} in a way of their own (modules_to_save, trainable_token_indices), and these copies "
+            f"cannot be combined. Keep one: model.get_base_model().get_submodule({path!r}).delete_adapter({names[-1]!r}) drops another's."
         )
     return names[0]
-
-
-def _trained_copies(model: nn.Module, weights: Mapping[str, float]) -> dict[Any, str]:
-    """By module that is trained whole, the one adapter that has a copy of it."""
-    out = {}
-    for path, module in adapter_modules(model):
-        if isinstance(module, AdaptedLayer):
-            continue
-        there = [n for n in weights if n in module.adapters()]
-        if there:
-            out[module] = _only(there, f"trained copy of {path!r} (modules_to_save)")
-    return out
 
 
 # -------------------------------------------------------------------- targets
@@ -190,29 +197,16 @@ def targeting(model: nn.Module, config: Any, layers: Iterable[AdaptedLayer | Any
     raise ConfigError(f"No config of {type(config).__name__} targets just the layers {names + parameters}.")
 
 
+_NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
+
+
 def _ways(names: list[str], parameters: list[str], like: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    def all_(field_name: str) -> list[Any]:
-        return [getattr(c, field_name, None) for c in like]
-
-    plain: dict[str, Any] = {
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "target_parameters": parameters or None,
-    }
-    targets = united(all_("target_modules"))
-    for narrowed in ("exclude_modules", "layers_to_transform", "layers_pattern"):
-        if all(v == all_(narrowed)[0] for v in all_(narrowed)):
-            plain[narrowed] = all_(narrowed)[0]
-    yield {
-        **plain,
-        "target_modules": targets,
-        "target_parameters": united(all_("target_parameters")) and sorted(united(all_("target_parameters"))),
-    }
-    bare = {**plain, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+    """Fields that may hit the modules `names` and the `parameters`: as the configs in `like` have them, by whole names, by an expression for these."""
+    common = {f: getattr(like[0], f, None) for f in _NARROWING if len({str(getattr(c, f, None)) for c in like}) == 1}
+    theirs = {f: united([getattr(c, f, None) for c in like]) for f in ("target_modules", "target_parameters")}
+    if theirs["target_parameters"]:
+        theirs["target_parameters"] = sorted(theirs["target_parameters"])
+    yield {**dict.fromkeys(_NARROWING), **common, **theirs}
+    bare = {**dict.fromkeys(_NARROWING), "target_parameters": parameters or None}
     yield {**bare, "target_modules": set(names)}
-    yield {**bare, "target_modules": "|".join(map(_escaped, names)) or []}
-
-
-def _escaped(name: str) -> str:
-    return name.replace(".", r"\.")
+    yield {**bare, "target_modules": "|".join(map(re.escape, names)) or []}

@@ -66,7 +66,7 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, *, safe_merge: b
         MergeError: if a layer cannot be merged or gets values that are not finite; the model is as it was.
     """
     names = _names(model, names)
-    return merge_layers(_progress(list(adapted_layers(model)), progressbar), names, model)
+    return merge_layers(progress(list(adapted_layers(model)), progressbar, "Merging"), names, model)
 
 
 def merge_layers(layers: Iterable[tuple[str, AdaptedLayer]], names: Sequence[str], model: nn.Module | None = None) -> MergeReport:
@@ -225,10 +225,11 @@ def _names(model: nn.Module, names: Sequence[str] | None) -> list[str]:
     return names
 
 
-def _progress(layers: list[tuple[str, AdaptedLayer]], show: bool) -> Iterable[tuple[str, AdaptedLayer]]:
+def progress(layers: list[tuple[str, AdaptedLayer]], show: bool, what: str) -> Iterable[tuple[str, AdaptedLayer]]:
+    """The layers, behind a bar if it is asked for."""
     if not show:
         return layers
     from tqdm import tqdm
 
-    wrapped: Iterable[tuple[str, AdaptedLayer]] = tqdm(layers, desc="Merging", unit="layer")
+    wrapped: Iterable[tuple[str, AdaptedLayer]] = tqdm(layers, desc=what, unit="layer")
     return wrapped

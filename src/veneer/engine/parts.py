@@ -137,7 +137,7 @@ class Parts:
     def of(
         layer: AdaptedLayer,
         weights: Mapping[str, float],
-        configs: Sequence[Method],
+        configs: Mapping[str, Method],
         recipe: Recipe,
         gains: bool = False,
         shifts: bool = False,
@@ -151,7 +151,7 @@ class Parts:
             [float(weights[n]) for n in there],
             [Tensors(layer.attached[n]) for n in there],
             [layer.change(n, at_rest=True) for n in there],
-            list(configs),
+            [configs[n] for n in weights],
             recipe,
             sum(w for n, w in weights.items() if n not in there),
             gains,
@@ -161,10 +161,10 @@ class Parts:
     def traits(self) -> Traits:
         """What has to be known of every layer before the first is worked out."""
         bias = self.site.bias()
-        ranks = [self._rank(piece[1]) for c in self.changes if _thin(c) and isinstance(piece := self._piece(c), tuple)]
+        ranks = [self._rank(piece[1]) for c in self.changes if is_thin(c) and isinstance(piece := self.piece(c), tuple)]
         return Traits(
             max(ranks, default=0),
-            any(c.gain is not None and _thin(c) for c in self.changes),
+            any(c.gain is not None and is_thin(c) for c in self.changes),
             any(c.shift is not None or (bias is not None and c.left is not None and c.left_on_bias) for c in self.changes),
         )
 
@@ -244,7 +244,7 @@ class Parts:
             ConfigError: if the recipe does not go with these changes.
         """
         recipe, layer = self.recipe, self.site.layer
-        pieces = [self._piece(c) for c in self.changes]
+        pieces = [self.piece(c) for c in self.changes]
         known = [(w / layer.factor, *p) for w, p in zip(self.weights, pieces, strict=True) if isinstance(p, tuple)]
         gain = self._gain() if self.gains else None
         if gain is not None and recipe.kind not in (*_ON_FACTORS, "cat", "svd", "exact"):
@@ -274,7 +274,7 @@ class Parts:
 
     def _gain(self) -> Tensor:
         """g in W' = g ⊙ W + …: 1 + Σ w (gᵢ - 1)."""
-        gains = [(w, c.gain) for w, c in zip(self.weights, self.changes, strict=True) if c.gain is not None and _thin(c)]
+        gains = [(w, c.gain) for w, c in zip(self.weights, self.changes, strict=True) if c.gain is not None and is_thin(c)]
         g = torch.ones(self.site.n_out, device=self.site.weight().device)
         for w, gi in gains:
             g = g + w * (gi.to(g) - 1)
@@ -296,13 +296,13 @@ class Parts:
         lead = (self.site.experts,) if self.site.experts else (self.site.groups,) if self.site.groups > 1 else ()
         return w.new_zeros(*lead, self.site.n_out // self.site.groups, 1), w.new_zeros(*lead, 1, self.site.n_in * self.site.groups), 1.0
 
-    def _piece(self, change: Change) -> tuple[Tensor, Tensor, float] | Tensor | None:
+    def piece(self, change: Change) -> tuple[Tensor, Tensor, float] | Tensor | None:
         """The change as (U, V, s), or whole where it is not thin; with a leading dimension of experts or groups. None: no weight changes."""
         if change.additive and change.add is None:
             return None
-        factors = change.add.thin() if _thin(change) and change.add is not None else None
-        if factors is None:
-            return _by_group(self._difference(change), self.site)
+        factors = change.add.thin() if is_thin(change) and change.add is not None else None
+        if factors is None or (change.gain is not None and not self.gains):
+            return by_group(self._difference(change), self.site)
         up, down, scale = factors
         if change.gain is not None:
             up = change.gain.to(up).unsqueeze(-1) * up
@@ -381,7 +381,7 @@ class Parts:
         return down.shape[-2] * self.site.groups
 
 
-def _thin(change: Change) -> bool:
+def is_thin(change: Change) -> bool:
     """Whether W' = gain ⊙ (W + two thin factors)."""
     return (
         change.left is None and change.right is None and change.base is None and (change.add is not None and change.add.thin() is not None)
@@ -412,7 +412,7 @@ def _rows(piece: tuple[Tensor, Tensor, float] | Tensor) -> tuple[votes.Rows, tup
     return rows, shape
 
 
-def _by_group(d: Tensor, site: Place) -> Tensor:
+def by_group(d: Tensor, site: Place) -> Tensor:
     """D (n_out, n_in) of a grouped convolution as (groups, n_out / groups, all inputs)."""
     if site.groups == 1:
         return d
