@@ -132,5 +132,8 @@ def _leading(d: Tensor, k: int) -> Thin:
         before = now
         q = torch.linalg.qr(d @ torch.linalg.qr(low.mT)[0])[0]
     u, s, v = torch.linalg.svd(q.mT @ d, full_matrices=False)
+    noise = 2e-6 if d.dtype == torch.float32 else 0.0  # below that it is rounding
+    s = torch.where(s > noise * s[0], s, 0)
     u, s, v = (q @ u)[:, :k], s[:k], v[:k]
-    return Thin(wide(u), wide(s), wide(v), float(torch.linalg.vector_norm(d - (u * s) @ v, dtype=torch.float64)) ** 2)
+    left, whole = (float(torch.linalg.vector_norm(m, dtype=torch.float64)) for m in (d - (u * s) @ v, d))
+    return Thin(wide(u), wide(s), wide(v), left**2 if left > noise * whole else 0.0)

@@ -70,8 +70,11 @@ class Combination:
         rows = {m: m.attached[other] for m, other in self.beside.items() if isinstance(m, AdaptedLayer)}
         tensors = {m: {n: a.tensor(n) for n in a.leaves if n not in a.derived} for m, a in rows.items()}
         for layer, values in {**self.tensors, **tensors}.items():
-            for name, t in values.items():
-                store, key = layer.attached[adapter].source[name]
+            for leaf, t in values.items():
+                a, name = layer.attached[adapter], leaf
+                if name in a.derived:  # shared by all layers
+                    a, name, _ = a.derived[name]
+                store, key = a.source[name]
                 old: Tensor = store[key]
                 new = t.detach().to(old.device).reshape(old.shape).clone(memory_format=torch.contiguous_format)
                 store[key] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new

@@ -214,11 +214,10 @@ class Parts:
         if not leaf:
             raise ConfigError(f"{name} adapters do not add up to one of their own kind. {AS_LORA}")
         first = self.tensors[0]
-        out = {n: t for n, t in vars(first).items() if n in self.site.layer.attached[self.site.adapter].leaves}
-        out[leaf] = self.summed(leaf)
+        out = {**vars(first), leaf: self.summed(leaf)}
         config = self.site.layer.attached[self.site.adapter].config
         with torch.no_grad():
-            got = config.change(SimpleNamespace(**{**vars(first), **out}), self.site)
+            got = config.change(SimpleNamespace(**out), self.site)
             wanted, found = self._plain(self.changes, self.weights), self._plain([got], [1.0])
         for a, b in zip(found, wanted, strict=True):
             if float((a - b).norm()) > 1e-4 * float(b.norm()):
