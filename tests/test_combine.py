@@ -90,9 +90,7 @@ def test_pruned_sums_are_those_of_the_true_changes(kind: str, site: str) -> None
     weights = torch.tensor([0.7, -1.2])
     report = model.add_weighted_adapter(["a", "b"], weights.tolist(), "new", f"{kind}_svd", svd_rank=4, density=0.5, seed=3)
     generator = torch.Generator().manual_seed(3)
-    for (_, layer), got, a, b in zip(
-        adapted_layers(model.get_base_model()), *(deltas(model, n) for n in ("new", "a", "b")), strict=True
-    ):
+    for (_, layer), got, a, b in zip(adapted_layers(model.get_base_model()), *(deltas(model, n) for n in ("new", "a", "b")), strict=True):
         wanted = votes.mix(kind, [a.float(), b.float()], weights, 0.5, "total", generator).double()
         stack = wanted.unflatten(-2, (layer.site.groups, -1)) if layer.site.groups > 1 else wanted
         rank = 4 // layer.site.groups
@@ -238,9 +236,7 @@ def test_low_precision_adapters_are_added_wide() -> None:
     for p in model.parameters():
         p.data = p.to(torch.bfloat16)
     model.add_weighted_adapter(["a", "b"], [1.0, -1.0], "new", svd_rank=4)
-    for (_, layer), got, a, b in zip(
-        adapted_layers(model.get_base_model()), *(deltas(model, n) for n in ("new", "a", "b")), strict=True
-    ):
+    for (_, layer), got, a, b in zip(adapted_layers(model.get_base_model()), *(deltas(model, n) for n in ("new", "a", "b")), strict=True):
         assert layer.lora_A["new"].weight.dtype == torch.bfloat16
         assert off(got, a - b) < 2e-2
 
@@ -308,7 +304,11 @@ def test_targets_are_united_and_hit_just_what_the_adapters_had(one: Any, two: An
 
 def test_layers_to_transform_that_differ_become_names() -> None:
     stack = {"layers_pattern": ["layers"]}
-    model = lora(Deep(), {"target_modules": ["q"], "layers_to_transform": [0], **stack}, {"target_modules": ["k"], "layers_to_transform": [1], **stack})
+    model = lora(
+        Deep(),
+        {"target_modules": ["q"], "layers_to_transform": [0], **stack},
+        {"target_modules": ["k"], "layers_to_transform": [1], **stack},
+    )
     model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "new", "cat")
     assert {p for p, layer in adapted_layers(model.get_base_model()) if "new" in layer.attached} == {"layers.0.q", "layers.1.k"}
 
