@@ -21,8 +21,9 @@ _HOME: dict[str, str] = {
         "engine.merge": "MergeReport",
         "convert": "convert_to_lora save_as_lora",
         "engine.combine": "CombineReport",
-        "errors": "ConfigError ConversionError LoadError MergeError NoMatchingPeftModuleError PeftError PeftWarning RouteError SaveError",
+        "errors": "ConfigError ConversionError LoadError MergeError NoMatchingPeftModuleError PeftError PeftWarning RouteError SaveError SwapError",
         "helpers": "cast_mixed_precision_params",
+        "kappa": "find_kappa_target_modules",
         "inits": "CordaConfig EvaConfig LoftQConfig LoraGAConfig get_eva_state_dict initialize_lora_eva_weights preprocess_corda preprocess_loraga "
         "replace_lora_weights_loftq",
         "mapping": "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_TUNER_MAPPING get_peft_config get_peft_model "

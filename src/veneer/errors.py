@@ -34,6 +34,10 @@ class MergeError(PeftError, ValueError):
     """An adapter cannot be merged, or the merged weights would not be finite."""
 
 
+class SwapError(LoadError, RuntimeError):
+    """An adapter cannot take the place of the one that is there."""
+
+
 class ConversionError(PeftError, TypeError):
     """An adapter cannot be turned into a LoRA."""
 

@@ -13,7 +13,14 @@ import torch
 from torch import nn
 
 from .config import PeftConfig
+from .engine.caching import keep
 from .engine.inject import adapted_layers
+from .kappa import KappaTuneSelector, find_kappa_target_modules
+
+__all__ = [
+    "DoraCaching", "KappaTuneSelector", "MontecloraTrainerMixin", "cast_mixed_precision_params", "check_if_peft_model", "disable_input_dtype_casting",
+    "find_kappa_target_modules", "rescale_adapter_scale", "update_forward_signature", "update_generate_signature", "update_signature",
+]  # fmt: skip
 
 _LOW = (torch.float16, torch.bfloat16)
 
@@ -87,14 +94,14 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     lora = [(layer, name) for _, layer in adapted_layers(model) for name, a in layer.attached.items() if a.config.prefix == "lora_"]
     if not lora:
         raise ValueError("scaling is only supported for models with `LoraLayer`s")
-    before = [layer.scaling[name] for layer, name in lora]
-    for layer, name in lora:
-        layer.scaling[name] *= multiplier
+    before = [float(layer.scaling[name]) for layer, name in lora]
+    for (layer, name), scaling in zip(lora, before, strict=True):
+        layer.rescale(name, scaling * multiplier)
     try:
         yield
     finally:
         for (layer, name), scaling in zip(lora, before, strict=True):
-            layer.scaling[name] = scaling
+            layer.rescale(name, scaling)
 
 
 @contextmanager
@@ -110,3 +117,36 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
             p.data = p.to(dtype)
         elif p.dtype in _LOW:
             p.data = p.to(torch.float32)
+
+
+class DoraCaching:
+    """Keep what DoRA computes from its tensors, the norms of the changed rows above all, from call to call: for inference with fixed weights.
+
+    `with DoraCaching(): ...` keeps it inside the block, `DoraCaching()(enabled=True)` for good. It acts in eval mode without gradients, for all models and
+    threads; anything that is written to a tensor makes it anew (except through `.data`). It costs one number a row.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self.prev_value: bool | None = None
+
+    def __enter__(self) -> None:
+        self.prev_value = keep(self.enabled)
+
+    def __exit__(self, type: Any, value: Any, traceback: Any) -> None:
+        keep(bool(self.prev_value))
+        self.prev_value = None
+
+    def __call__(self, enabled: bool = True) -> None:
+        keep(enabled)
+
+
+class MontecloraTrainerMixin:
+    """For code that trains MonteCLoRA with PEFT: `class MyTrainer(MontecloraTrainerMixin, Trainer)`.
+
+    There is nothing to add to the loss: the gradient of MonteCLoRA's divergences comes to the others at each step of an optimizer, in any loop. The loss
+    that is returned, and logged, is the task's alone.
+    """
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]

@@ -78,9 +78,10 @@ class Attached:
     source: dict[str, tuple[dict[str, Any], str]] = field(default_factory=dict)
     derived: dict[str, tuple[Attached, str, bool]] = field(default_factory=dict)
     kept: Kept | None = None
+    cached: tuple[Any, Change] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "kept": None}
+        return {**self.__dict__, "kept": None, "cached": None}
 
     def tensor(self, leaf: str) -> Tensor:
         """The tensor of a leaf as it is now."""
@@ -105,10 +106,17 @@ class Kept:
         return self.scaling == scaling and all(store.get(key) is t for store, key, t in self.tensors)
 
     @staticmethod
-    def of(change: Change, attached: Attached, scaling: float) -> Kept | None:
+    def of(change: Change, attached: Attached, scaling: float | Tensor) -> Kept | None:
         """The change, kept, if it is made of nothing but leaves."""
         add = change.add
-        if type(add) is not LowRank or add.dropout or attached.derived or not change.additive or change.shift is not None:
+        if (
+            type(add) is not LowRank
+            or isinstance(scaling, Tensor)
+            or add.dropout
+            or attached.derived
+            or not change.additive
+            or change.shift is not None
+        ):
             return None
         tensors = tuple((store, key, store[key]) for store, key in attached.source.values())
         mine = {id(t) for _, _, t in tensors}

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from ..change import Change, Stacking
 from ..errors import RouteError
 from ..method import Method
+from ..ops import LowRank
 from ..sites import Site
+from .caching import keeping, stamp
 from .holders import Attached, Kept, Tensors, container_of, drop, get_slot, hold, set_slot, slots
 from .route import BASE, Choice, Facts, Switch
 from .substitute import call_with
@@ -86,7 +88,7 @@ class Place:
         return self.layer.leaf(self.adapter, leaf)
 
     @property
-    def scaling(self) -> float:
+    def scaling(self) -> Any:
         return self.layer.scaling[self.adapter] * self.layer.factor
 
     @property
@@ -107,7 +109,7 @@ class AdaptedLayer(nn.Module):
         base_layer: the module that was there, untouched.
         site: how its weight is held and used.
         attached: the adapters on it, by name.
-        scaling: the factor of each adapter's change; may be changed at any time.
+        scaling: the factor of each adapter's change; may be changed at any time. A tensor in a model that is prepared for hot-swapping.
         factor: a further one, of the layer itself.
     """
 
@@ -120,7 +122,7 @@ class AdaptedLayer(nn.Module):
         self.switch = switch
         self.name = name
         self.attached: dict[str, Attached] = {}
-        self.scaling: dict[str, float] = {}
+        self.scaling: dict[str, Any] = {}
         self.merged_adapters: list[str] = []
         self.originals: dict[str, tuple[nn.Parameter | None, Tensor | None]] = {}  # while merged: parameter and frozen values, by name
         self.own: Choice | None = None
@@ -158,12 +160,25 @@ class AdaptedLayer(nn.Module):
             return a.config.change(Tensors(a), a.place.during(facts[adapter]))
         if self.training or torch.compiler.is_compiling():
             return a.config.change(Tensors(a), a.place)
+        if keeping() and not torch.is_grad_enabled():
+            return self._cached(a)
         scaling = a.place.scaling
         if a.kept is None or not a.kept.holds(scaling):
             change = a.config.change(Tensors(a), a.place)
             a.kept = Kept.of(change, a, scaling)
             return change
         return a.kept.change
+
+    def _cached(self, a: Attached) -> Change:
+        """The change as it was the last time, if nothing it is made of has been written to since."""
+        assert a.place is not None
+        now = (float(a.place.scaling), stamp([*vars(tensors := Tensors(a)).values(), self.frozen_weight()]))
+        if a.cached is None or a.cached[0] != now:
+            change = a.config.change(tensors, a.place)
+            if type(change.add) is not LowRank:
+                return change  # it may be as large as the weight
+            a.cached = now, change
+        return a.cached[1]
 
     def changes(
         self, names: Sequence[str], facts: Mapping[str, Facts] = NO_FACTS, *, at_rest: bool = False
@@ -373,27 +388,38 @@ class AdaptedLayer(nn.Module):
         """Whether the adapter is on this layer and what it does there is a ΔW, which does not depend on the input."""
         return adapter_name in self.attached and self.attached[adapter_name].config.has_delta()
 
+    def rescale(self, adapter: str, scaling: float) -> None:
+        """Set the scaling of an adapter; in place where it is a tensor, which compiled code goes on with."""
+        now: Any = self.scaling[adapter]
+        if isinstance(now, Tensor):
+            now.fill_(scaling)
+        else:
+            self.scaling[adapter] = scaling
+
     def set_scale(self, adapter: str, scale: float) -> None:
         """Make the scaling `scale` times the nominal one."""
         if adapter in self.attached:
-            self.scaling[adapter] = scale * self.attached[adapter].config.scale()
+            self.rescale(adapter, scale * self.attached[adapter].config.scale())
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters."""
         for name in self.active_adapters:
             if name in self.scaling:
-                self.scaling[name] *= scale
+                self.rescale(name, float(self.scaling[name]) * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of the active adapters, or set it back to the nominal one."""
         for name in self.active_adapters:
             if name in self.scaling:
-                self.scaling[name] = self.attached[name].config.scale() if scale is None else self.scaling[name] / scale
+                self.rescale(name, self.attached[name].config.scale() if scale is None else float(self.scaling[name]) / scale)
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # the frozen values of a merged layer move with it
         self.originals = {k: (p, None if t is None else fn(t)) for k, (p, t) in self.originals.items()}
+        for name, s in self.scaling.items():
+            if isinstance(s, Tensor):
+                self.scaling[name] = fn(s).to(s.dtype)
         return self
 
     def __getattr__(self, name: str) -> Any:

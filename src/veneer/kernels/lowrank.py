@@ -20,7 +20,7 @@ def lowrank_linear(
     b: Tensor | None,
     a: Tensor,
     up: Tensor,
-    scale: float,
+    scale: float | Tensor,
     *,
     dropout: float = 0.0,
     gain: Tensor | None = None,
@@ -31,10 +31,13 @@ def lowrank_linear(
     Args:
         x: (..., n_in);  w: W (n_out, n_in), frozen: it never gets a gradient;  b: (n_out,) or None.
         a: A (r, n_in);  up: B (n_out, r), in any floating dtype: the factors are cast to the dtype of x, never x to theirs.
+        scale: s; as a tensor, it may change without compiled code being compiled again.
         dropout: the probability with which entries of x are dropped before A.
         gain: (n_out,) or None.
         seed: of the dropout mask, for tests; drawn from the global generator if not given.
     """
+    if isinstance(scale, Tensor):
+        up, scale = up * scale, 1.0
     if not _ordinary(w) or not _ordinary(a) or not _ordinary(up) or dropout >= 1 or (dropout > 0 and torch.compiler.is_compiling()):
         return reference.lowrank_linear(x, w, b, a, up, scale, dropout=dropout, gain=gain)
     kind = x.device.type

@@ -8,7 +8,7 @@ from torch import Tensor
 _CHUNK = 4096 * 1024  # entries of a 16-bit W that are widened at a time
 
 
-def row_norm_sq(w: Tensor, a: Tensor, up: Tensor, scale: float) -> Tensor:
+def row_norm_sq(w: Tensor, a: Tensor, up: Tensor, scale: float | Tensor) -> Tensor:
     """‖w_i + s b_i A‖² = ‖w_i‖² + 2 s b_i · (A w_iᵀ) + s² b_i (A Aᵀ) b_iᵀ.
 
     Args:

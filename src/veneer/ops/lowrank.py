@@ -18,14 +18,14 @@ class LowRank(Op):
 
     up: Tensor
     down: Tensor
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
     dropout: float = 0.0
 
     def dense(self) -> Tensor:
         return (self.up @ self.down) * self.scale
 
     def thin(self) -> tuple[Tensor, Tensor, float]:
-        return self.up, self.down, self.scale
+        return self.up, self.down, float(self.scale)
 
     def left(self, w: Tensor) -> Tensor:
         return self.up.to(w.dtype) @ (self.down.to(w.dtype) @ w) * self.scale
