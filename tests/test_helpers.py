@@ -47,8 +47,14 @@ def test_condition_numbers_choose_targets() -> None:
         assert selector._modules[name] == pytest.approx(kappa, rel=1e-2)
     assert selector.get_best_target_parameters() == ["block.gate_up_proj", "block.down_proj"]
     assert selector._parameters == pytest.approx({"block.gate_up_proj": 4.0, "block.down_proj": 1e3}, rel=1e-3)
-    assert find_kappa_target_modules(model, 0.4, show_progress=False) == {"target_modules": ["good"], "target_parameters": ["block.gate_up_proj"]}
-    assert find_kappa_target_modules(nn.Sequential(nn.Linear(3, 3)), show_progress=False) == {"target_modules": ["0"], "target_parameters": None}
+    assert find_kappa_target_modules(model, 0.4, show_progress=False) == {
+        "target_modules": ["good"],
+        "target_parameters": ["block.gate_up_proj"],
+    }
+    assert find_kappa_target_modules(nn.Sequential(nn.Linear(3, 3)), show_progress=False) == {
+        "target_modules": ["0"],
+        "target_parameters": None,
+    }
     assert KappaTuneSelector(model, 40, show_progress=False).get_best_targets() == ["good", "bad"]
     assert KappaTuneSelector(model, 40, (".down_proj",), False).get_best_target_parameters() == ["block.down_proj"]
 

@@ -67,6 +67,7 @@ ALLOWED = {
     "kernels": set(),
     "change": {"ops", "errors"},
     "bases": set(),
+    "deltas": {"errors"},
     "methods": {"change", "ops", "method", "config", "types", "errors", "inits", "kernels", "schedules", "variants"},
     "schedules": set(),
     "variants": {"change", "ops", "method", "types", "errors", "inits", "kernels", "schedules"},

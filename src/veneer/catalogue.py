@@ -105,7 +105,7 @@ def _weights(name: str, method: Any, described: type, fields: dict[str, Any], n_
     sites = getattr(described, "kinds", config.kinds)
     return Entry(
         name, method.__name__, *_described(described), _numbers(method, fields, n_out, n_in), tuple(sorted(sites)),
-        config.unmergeable or True, config.exceptions.get("mixed_batch_equals_one_by_one", True), not config.unmergeable and config.stacking == "sum",
+        config.unmergeable or True, config.exceptions.get("mixed_batch_equals_one_by_one", True), config.has_delta(),
     )  # fmt: skip
 
 

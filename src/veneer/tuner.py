@@ -312,7 +312,7 @@ class MixedModel(Tuner):
 
     def _combining(self, adapters: Sequence[str]) -> Method | None:
         configs = [self.peft_config[n] for n in adapters]
-        if len({type(c).__name__ for c in configs}) == 1 and (configs[0].linear_in or "combine" in vars(type(configs[0]))):
+        if len({type(c).__name__ for c in configs}) == 1 and (configs[0].linear_in or type(configs[0]).combine is not Method.combine):
             return None
         like: Any = config_class("LORA")
         return like(task_type=configs[0].task_type, inference_mode=configs[0].inference_mode)  # type: ignore[no-any-return]

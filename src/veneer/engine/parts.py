@@ -334,7 +334,7 @@ class Parts:
         up = votes.mix(recipe.kind, ups, root.to(ups[0].device), *args)
         sum_up, sum_down = _joined(known)
         whole = thin.norm_of_product(sum_up, sum_down)
-        off = thin.norm_of_product(torch.cat([up.double(), -sum_up.double()], -1), torch.cat([down.double(), sum_down.double()], -2))
+        off = thin.norm_of_product(torch.cat([up, -sum_up.to(up)], -1), torch.cat([down, sum_down.to(down)], -2))
         self.done = Combined(self._rank(down), off / whole if whole else 0.0)
         return up, down
 
