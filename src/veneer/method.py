@@ -229,7 +229,11 @@ def spread_out(config: Method, here: Mapping[str, Mapping[str, Any]], patterns: 
     fields: dict[str, Any] = {pattern: {} for pattern in patterns.values()}
     for field in dict.fromkeys(f for values in here.values() for f in values):
         values = {name: v[field] for name, v in here.items() if field in v}
-        common = max(values.values(), key=lambda v: sum(v == w for w in values.values()))
+        distinct: list[Any] = []  # of any type, hashable or not
+        for v in values.values():
+            if v not in distinct:
+                distinct.append(v)
+        common = distinct[0] if len(distinct) == 1 else max(distinct, key=lambda v: sum(v == w for w in values.values()))
         others = {name: v for name, v in values.items() if v != common}
         if others and field not in patterns:
             raise ConfigError(
