@@ -226,6 +226,22 @@ def test_equal_ranks_and_alphas_need_no_preparing(tmp_path: Path) -> None:
     torch._dynamo.reset()
 
 
+def test_without_a_target_rank_the_scaling_alone_is_prepared(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    one, two, more = (saved(tmp_path, n, **o) for n, o in (("one", {}), ("two", {"r": 2, "lora_alpha": 3}), ("more", {"r": 6})))
+    model = fresh(one)
+    prepare_model_for_compiled_hotswap(model)
+    counter = CompileCounter()
+    model.compile(backend=counter, fullgraph=True)
+    out(model)
+    hotswap_adapter(model, two, "default")
+    torch.testing.assert_close(out(model), out(fresh(two)), atol=1e-5, rtol=1e-5)
+    assert counter.frame_count == 1 and model.peft_config["default"].r == 4
+    with pytest.raises(SwapError, match="room for"):
+        hotswap_adapter(model, more, "default")
+    torch._dynamo.reset()
+
+
 def test_a_prepared_adapter_is_an_adapter(tmp_path: Path) -> None:
     """It saves, loads, merges, scales, trains and moves."""
     one, two = (

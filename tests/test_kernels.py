@@ -34,6 +34,20 @@ def test_gradients_are_those_of_finite_differences(gained: bool, biased: bool, d
     assert torch.autograd.gradcheck(run, [t[n].requires_grad_() for n in names])
 
 
+def test_a_scale_that_is_a_tensor_is_the_number() -> None:
+    """As in a model that is prepared for hot-swapping."""
+    grads = []
+    for scale in (1.7, torch.tensor(1.7, dtype=torch.float64)):
+        t = _tensors(torch.float64)
+        leaves = [t[n].requires_grad_() for n in ("x", "a", "up", "gain")]
+        y = lowrank_linear(t["x"], t["w"], t["b"], t["a"], t["up"], scale, gain=t["gain"])
+        grads.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaves)])
+        with torch.no_grad():
+            grads[-1].append(lowrank_linear(t["x"], t["w"], t["b"], t["a"], t["up"], scale, gain=t["gain"]))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 64)])
 def test_odd_sizes_equal_the_reference(dtype: torch.dtype, shape: tuple[int, int]) -> None:
