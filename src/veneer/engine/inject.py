@@ -20,6 +20,7 @@ from .route import Switch, adapter_names, check_known, find_switch, the_switch
 from .select import Selection, select
 from .steps import watch
 from .ties import tied_to
+from .wrapper import Wrapper
 
 _LOW = (torch.float16, torch.bfloat16)
 
@@ -461,12 +462,10 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
             yield path, module
 
 
-def adapter_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def adapter_modules(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
     """Every module that holds tensors of adapters, with its path: adapted layers and modules trained whole."""
-    from ..blocks.saved import ModulesToSaveWrapper
-
     for path, module in model.named_modules():
-        if isinstance(module, (AdaptedLayer, ModulesToSaveWrapper)):
+        if isinstance(module, Wrapper):
             yield path, module
 
 
@@ -540,20 +539,17 @@ def detach(model: nn.Module, adapter_name: str) -> list[str]:
 
 def unload(model: nn.Module) -> nn.Module:
     """Take all adapters and wrappers off; merged layers get their frozen weights back, and what trained before trains again."""
-    from ..blocks.saved import ModulesToSaveWrapper
-    from ..blocks.tokens import TrainableTokensWrapper
     from .merge import unmerge
 
     unmerge(model)
-    return unwrap(model, lambda m: m.original_module if isinstance(m, (ModulesToSaveWrapper, TrainableTokensWrapper)) else m.base_layer)
+    return unwrap(model, lambda wrapper: wrapper.inside())
 
 
 def unwrap(model: nn.Module, inner: Any) -> nn.Module:
     """Put `inner(wrapper)` in the place of every wrapper and restore requires_grad."""
-    from ..blocks.saved import ModulesToSaveWrapper
     from ..blocks.tokens import TrainableTokensWrapper
 
-    wrappers = (AdaptedLayer, ModulesToSaveWrapper, TrainableTokensWrapper)
+    wrappers = (Wrapper, TrainableTokensWrapper)
     switch = find_switch(model)
 
     def bare(module: nn.Module) -> nn.Module:

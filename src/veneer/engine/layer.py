@@ -17,6 +17,7 @@ from ..sites import Site
 from .holders import Attached, Kept, Keyed, Tensors, drop, get_slot, hold, set_slot, slots
 from .route import BASE, Choice, Facts, Switch
 from .substitute import call_with
+from .wrapper import Wrapper
 
 NO_FACTS: Mapping[str, Facts] = {}
 
@@ -92,7 +93,7 @@ class Place:
         return self.layer.training
 
 
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(Wrapper):
     """A module with adapters on one of its weights. In memory its tensors have PEFT's names: `<leaf>.<adapter>.weight`.
 
     Attributes:
@@ -259,6 +260,9 @@ class AdaptedLayer(nn.Module):
 
     # ---------------------------------------------------------------- PEFT's public names
 
+    def inside(self) -> nn.Module:
+        return self.base_layer
+
     def adapters(self) -> list[str]:
         return list(self.attached)
 
@@ -280,36 +284,6 @@ class AdaptedLayer(nn.Module):
     @property
     def merged(self) -> bool:
         return bool(self.merged_adapters)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        choice = self.own or self.switch.chosen()
-        return list(choice.names or ())
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        names = self.active_adapters
-        return names[0] if len(names) == 1 else names
-
-    @property
-    def disable_adapters(self) -> bool:
-        return not (self.own or self.switch.chosen()).enabled
-
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Choose adapters for this layer alone, and let just these train (none in inference mode)."""
-        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        enabled = (self.own or self.switch.chosen()).enabled
-        self.own = Choice(names, None, enabled)
-        self.require_grad_only(() if inference_mode else names)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Switch this layer's adapters on or off. What trains stays what trained."""
-        names = (self.own or self.switch.chosen()).names
-        self.own = Choice(names, None, enabled)
-
-    def require_grad_only(self, names: Sequence[str]) -> None:
-        for adapter in self.attached:
-            self.set_requires_grad(adapter, adapter in names)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let the trainable tensors of these adapters get gradients, or not."""

@@ -195,7 +195,6 @@ def merge_and_unload(
 ) -> nn.Module:
     """Merge these (or the active) adapters for good and take all wrappers off; modules trained whole take the originals' places."""
     from ..blocks.saved import ModulesToSaveWrapper
-    from ..blocks.tokens import TrainableTokensWrapper
 
     names = _names(model, names)
     merge(model, names, safe_merge=safe_merge, progressbar=progressbar)
@@ -203,11 +202,9 @@ def merge_and_unload(
     def inner(wrapper: Any) -> nn.Module:
         if isinstance(wrapper, ModulesToSaveWrapper):
             mine = [n for n in names if n in wrapper.modules_to_save]
-            out: nn.Module = wrapper.modules_to_save[mine[-1]] if mine else wrapper.original_module
-            return out
-        if isinstance(wrapper, TrainableTokensWrapper):
-            return wrapper.token_adapter.base_layer
-        out = wrapper.base_layer
+            if mine:
+                return wrapper.modules_to_save[mine[-1]]
+        out: nn.Module = wrapper.inside()
         return out
 
     for _, layer in adapted_layers(model):
