@@ -1,8 +1,11 @@
-"""`Change`: what a method does to a frozen weight. W' = gain ⊙ (left · W · right + add);  b' = (left b or b) + shift."""
+"""`Change`: what a method does to a frozen weight. W' = gain ⊙ (left · W · right + add);  b' = (left b or b) + shift.
+
+The others here are what methods do that change no weight, or a whole module.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,6 +84,13 @@ class Change:
         if self.add is not None:
             y = self.add.add_to(y, x, geo)
         return y if self.gain is None else Diag(self.gain).rows(y, geo)
+
+
+@dataclass(frozen=True, eq=False)
+class Swap:
+    """Tensors, by name inside a module of any kind, that take the places of its own (`module` sites)."""
+
+    tensors: Mapping[str, Tensor]
 
 
 Stacking = Literal["sum", "chain"]

@@ -23,7 +23,7 @@ from .errors import ConfigError, hint
 from .types import PeftType
 
 if TYPE_CHECKING:
-    from .change import Change
+    from .change import Change, Swap
     from .engine.calls import Call
     from .engine.layer import Place
 
@@ -39,10 +39,10 @@ class Leaf:
         shape: its shape.
         init: fills a freshly allocated tensor in place with start values (may be overridden by `Method.start`).
         container: the layer's attribute that holds it for every adapter; the leaf's own name if not given.
-        attr: `"weight"`, `"bias"`: in memory it is `<container>.<adapter>.<attr>`; None: `<container>.<adapter>`.
+        attr: `"weight"`, `"0.bias"`: in memory it is `<container>.<adapter>.<attr>`; None: `<container>.<adapter>`.
         on_disk: what follows the layer's path in the file; `<container>[.<attr>]` if not given.
         trainable: whether it is a parameter that gets gradients; otherwise a frozen tensor.
-        dtype: its dtype where that is not the adapter's, such as for indices.
+        dtype: its dtype where that is not the adapter's, such as for indices; a file does not change it.
         running: whether it changes by itself in training, as a running mean does: then it is a buffer.
         saved: True: in the adapter file; "start": in the sidecar of start values; False: never (it can be rebuilt).
     """
@@ -74,7 +74,7 @@ class Method(PeftConfig):
 
     Class attributes:
         prefix: what the names of its tensors start with, such as `lora_`.
-        kinds: the kinds of site it adapts: `linear`, `embedding`, `conv`, `attention`, `parameter`.
+        kinds: the kinds of site it adapts: `linear`, `embedding`, `conv`, `attention`, `parameter`, `module`.
         stacking: how several active adapters act together: `"sum"` adds their differences to the frozen weight, `"chain"` applies one
             after another.
         offers: names of methods `(sites, *args)` that `model.base_model` has too, such as a schedule's step for loops that drive it themselves.
@@ -116,8 +116,8 @@ class Method(PeftConfig):
         """The tensors this method keeps at `site`, by name."""
         raise NotImplementedError(f"{type(self).__name__} has to define `leaves(site)`")
 
-    def change(self, p: Any, site: Place) -> Change:
-        """How the tensors `p` (by attribute) change the frozen weight at `site`. Pure: no state, no side effects."""
+    def change(self, p: Any, site: Place) -> Change | Swap:
+        """How the tensors `p` (by attribute) change the frozen weight at `site`, or what else its kind takes. Pure: no state, no side effects."""
         raise NotImplementedError(f"{type(self).__name__} has to define `change(p, site)`")
 
     def start(self, site: Place, *, only_frozen: bool = False) -> Mapping[str, Tensor]:

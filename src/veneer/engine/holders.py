@@ -43,6 +43,7 @@ class Holder(nn.Module):
     """Holds the tensors of one adapter under the names they have in a checkpoint."""
 
     weight: Tensor
+    own_dtype: frozenset[str] = frozenset()  # tensors whose dtype is the module's own, whatever a file has
 
     @property
     def in_features(self) -> int:
@@ -96,9 +97,9 @@ class Kept:
         return self.scaling == scaling and all(store.get(key) is t for store, key, t in self.tensors)
 
     @staticmethod
-    def of(change: Change, attached: Attached, scaling: float) -> Kept | None:
+    def of(change: Any, attached: Attached, scaling: float) -> Kept | None:
         """The change, kept, if it is made of nothing but leaves."""
-        add = change.add
+        add = getattr(change, "add", None)
         if type(add) is not LowRank or add.dropout or attached.derived or not change.additive or change.shift is not None:
             return None
         tensors = tuple((store, key, store[key]) for store, key in attached.source.values())
@@ -163,13 +164,22 @@ def hold(owner: nn.Module, adapter: str, attached: Attached, tensors: Mapping[st
         if container not in owner._modules:
             owner._modules[container] = Keyed()
         holders = owner._modules[container]._modules  # type: ignore[union-attr]
-        holder = holders.get(adapter)
-        if holder is None:
-            holders[adapter] = holder = Holder()
-        getattr(holder, store)[leaf.attr] = value
+        holder, key = _holder(holders, adapter, leaf.attr)
+        getattr(holder, store)[key] = value
         if store == "_buffers" and leaf.saved is not True:
-            holder._non_persistent_buffers_set.add(leaf.attr)
-        attached.source[name] = (getattr(holder, store), leaf.attr)
+            holder._non_persistent_buffers_set.add(key)
+        if leaf.dtype is not None:
+            holder.own_dtype |= {key}
+        attached.source[name] = (getattr(holder, store), key)
+
+
+def _holder(table: dict[str, Any], adapter: str, attr: str) -> tuple[Holder, str]:
+    """The holder for `attr` (dotted where a module inside holds it), made if need be, and the last part of the name."""
+    *path, key = attr.split(".")
+    holder: Holder = table.setdefault(adapter, Holder())
+    for name in path:
+        holder = holder._modules.setdefault(name, Holder())  # type: ignore[assignment]
+    return holder, key
 
 
 def drop(owner: nn.Module, adapter: str, attached: Attached) -> None:
@@ -193,7 +203,8 @@ def slots(owner: nn.Module, adapter: str, attached: Attached, start: bool) -> It
         at: Any = owner._modules[container]
         memory, key = f"{container}.{adapter}", adapter
         if leaf.attr is not None:
-            at, memory, key = at._modules[adapter], f"{memory}.{leaf.attr}", leaf.attr
+            path, _, key = leaf.attr.rpartition(".")
+            at, memory = at._modules[adapter].get_submodule(path), f"{memory}.{leaf.attr}"
         yield leaf.on_disk or (container if leaf.attr is None else f"{container}.{leaf.attr}"), memory, key, at
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, PeftWarning, hint
 from ..method import Leaf, Method
-from ..sites import ParameterSite, Site, site_for, supported
+from ..sites import Adaptable, ParameterSite, adaptable
 from .holders import Attached, Holder, hold
 from .layer import AdaptedLayer, Place
 from .replicate import replicate, undo
@@ -87,7 +87,7 @@ def attach(
         raise ConfigError(f"There is already an adapter {adapter_name!r}. Choose another name, or delete_adapter({adapter_name!r}) first.")
     replicated = replicate(model, getattr(config, "layer_replication", None)) if first else None
     try:
-        selection = select(model, config, supports=lambda m: _kind(m) in config.kinds, state_dict=state_dict, strict=strict)
+        selection = select(model, config, supports=lambda m: adaptable(m, config.kinds), state_dict=state_dict, strict=strict)
         options = _Options(low_cpu_mem_usage, autocast_adapter_dtype, empty)
         staged = [_stage(m, p, config, adapter_name, switch, options, name=selection.names.get(p)) for p, m in selection.modules.items()]
         for s in list(staged):
@@ -97,6 +97,7 @@ def attach(
         staged += _tie_targets(model, config, staged, adapter_name, switch, options)
         saved = _stage_saved(model, selection, config, adapter_name, switch)
         tokens = _stage_tokens(model, config, adapter_name, switch, options, staged)
+        _check_nesting(model, staged, [path for path, *_ in saved] + [s.path for s, _ in tokens])
         shared = _stage_shared(config, staged, home, options)
     except BaseException:
         undo(model, replicated)
@@ -173,12 +174,6 @@ class _Options:
     empty: bool
 
 
-def _kind(module: nn.Module) -> str | None:
-    while isinstance(module, AdaptedLayer):
-        module = module.base_layer
-    return supported(module)
-
-
 def _stage(
     module: nn.Module,
     path: str,
@@ -186,12 +181,19 @@ def _stage(
     adapter: str,
     switch: Switch,
     options: _Options,
-    site: Site | None = None,
+    site: Adaptable | None = None,
     name: str | None = None,
 ) -> _Staged:
     """Make one layer's share of the adapter. `name`: what patterns match, the path if not given."""
     new = not isinstance(module, AdaptedLayer) or site is not None
-    layer = cast(AdaptedLayer, module) if not new else AdaptedLayer(module, site or site_for(module), switch, path)
+    if new and site is None:
+        kind = adaptable(module, config.kinds)
+        if kind is None:
+            raise ConfigError(
+                f"{type(config).__name__} cannot adapt {path!r}: it is a {type(module).__name__}, and the method takes {sorted(config.kinds)}."
+            )
+        site = kind(module)
+    layer = AdaptedLayer(module, site, switch, path) if site is not None else cast(AdaptedLayer, module)
     here = config.at(name or path)
     place = Place(layer, adapter, path)
     if place.kind not in config.kinds:
@@ -211,25 +213,23 @@ def _stage(
 
 
 def _tensors(config: Method, leaves: Mapping[str, Leaf], place: Place, options: _Options, shared: bool = False) -> dict[str, Tensor]:
-    site, base = place.layer.site, place.module
-    like = site.codec.weight(base, site.weight_name.rpartition(".")[2])
-    dtype = site.codec.dtype(base, site.weight_name.rpartition(".")[2])
+    home, dtype = place.layer.site.where(place.module)
     if options.autocast and dtype in _LOW:
         dtype = torch.float32
-    device = torch.device("meta") if options.meta else like.device
+    device = torch.device("meta") if options.meta else home
     out: dict[str, Tensor] = {}
     with torch.no_grad():
-        given = {} if shared or like.is_meta else config.start(place, only_frozen=options.empty or options.meta)
+        given = {} if shared or home.type == "meta" else config.start(place, only_frozen=options.empty or options.meta)
         for name, leaf in leaves.items():
             if name in given:
                 value = given[name]
                 if tuple(value.shape) != tuple(leaf.shape):
                     value = value.reshape(leaf.shape)
-                where = device if leaf.saved is True else like.device
+                where = device if leaf.saved is True else home
                 out[name] = value.detach().to(device=where, dtype=leaf.dtype or dtype).contiguous().clone()
                 continue
             made = leaf.saved is False or not (options.empty or options.meta)  # what no file brings is made whatever happens
-            where = like.device if leaf.saved is False else device
+            where = home if leaf.saved is False else device
             if leaf.saved == "start" and options.empty:
                 where = torch.device("meta")  # known to be missing until its file brings it
             t = torch.empty(leaf.shape, device=where, dtype=leaf.dtype or dtype)
@@ -239,6 +239,19 @@ def _tensors(config: Method, leaves: Mapping[str, Leaf], place: Place, options: 
                 t = fresh.to(t.dtype)
             out[name] = t
     return out
+
+
+def _check_nesting(model: nn.Module, staged: Sequence[_Staged], others: Sequence[str]) -> None:
+    """A module whose tensors are replaced whole takes no adapters inside: they would be replaced with them."""
+    whole = [s.path for s in staged if s.layer.site.kind == "module"]
+    whole += [path for path, layer in adapted_layers(model) if layer.site.kind == "module"]
+    every = [*(s.path for s in staged), *others, *(path for path, _ in adapter_modules(model))] if whole else []
+    for path in whole:
+        inside = next((p for p in every if p.startswith(f"{path}.")), None)
+        if inside is not None:
+            raise ConfigError(
+                f"{path!r} is trained as a whole, so {inside!r}, which is inside, cannot have an adapter of its own. Target one of the two."
+            )
 
 
 def _stage_shared(
@@ -300,7 +313,7 @@ def _stage_parameters(
 
 def _parameter_layer(module: nn.Module, name: str) -> AdaptedLayer | None:
     while isinstance(module, AdaptedLayer):
-        if module.site.kind == "parameter" and module.site.weight_name.rpartition(".")[2] == name:
+        if isinstance(module.site, ParameterSite) and module.site.weight_name.rpartition(".")[2] == name:
             return module
         module = module.base_layer
     return None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..change import Change, Stacking
 from ..errors import RouteError
 from ..method import Method
-from ..sites import Site
+from ..sites import Adaptable, Site
 from .holders import Attached, Kept, Keyed, Tensors, drop, get_slot, hold, set_slot, slots
 from .route import BASE, Choice, Facts, Switch
 from .substitute import call_with
@@ -71,8 +71,11 @@ class Place:
 
     def bias(self) -> Tensor | None:
         """The frozen bias (n_out,), also while adapters are merged into the layer."""
-        site = self.layer.site
-        return self.layer._originals().get(site.bias_name, site.bias(self.layer.base_layer))
+        return self.layer.frozen_tensors().get(self.layer.weight_site.bias_name)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The module's frozen tensors by name, as far as adapters may change them, also while adapters are merged into it."""
+        return self.layer.frozen_tensors()
 
     def tensor(self, leaf: str) -> Tensor:
         """One of the adapter's tensors here, with its gradient: for what acts at optimizer steps."""
@@ -106,7 +109,7 @@ class AdaptedLayer(Wrapper):
 
     base_layer: nn.Module
 
-    def __init__(self, base_layer: nn.Module, site: Site, switch: Switch, name: str = "") -> None:
+    def __init__(self, base_layer: nn.Module, site: Adaptable, switch: Switch, name: str = "") -> None:
         super().__init__()
         self.base_layer = base_layer
         self.site = site
@@ -115,7 +118,9 @@ class AdaptedLayer(Wrapper):
         self.attached: dict[str, Attached] = {}
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
-        self.originals: dict[str, tuple[nn.Parameter | None, Tensor | None]] = {}  # while merged: parameter and frozen values, by name
+        self.originals: dict[
+            str, tuple[nn.Parameter | None, Tensor]
+        ] = {}  # while merged: parameter (none for a buffer) and frozen values, by name
         self.own: Choice | None = None
         self.factor = 1.0
         self.training = base_layer.training
@@ -136,8 +141,9 @@ class AdaptedLayer(Wrapper):
         base = place.new_base if place is not None else None
         if place is not None and base is not None:
             place.new_base = None
-            p = self.site.codec.weight(self.get_base_layer(), self.site.weight_name)
-            p.data = self.site.stored(base).to(p).contiguous()
+            site = self.weight_site
+            p = site.codec.weight(self.get_base_layer(), site.weight_name)
+            p.data = site.stored(base).to(p).contiguous()
 
     @property
     def dropouts(self) -> Mapping[str, nn.Module]:
@@ -146,8 +152,9 @@ class AdaptedLayer(Wrapper):
                 return module._modules  # type: ignore[return-value]
         return {}
 
-    def change(self, adapter: str, facts: Mapping[str, Facts] = NO_FACTS) -> Change:
-        """What the adapter does to the frozen weight, from its present tensors and, for methods that route, what is known of the call."""
+    def change(self, adapter: str, facts: Mapping[str, Facts] = NO_FACTS) -> Any:
+        """What the adapter does here, from its present tensors and, for methods that route, what is known of the call: a `Change`, or
+        what else the site takes."""
         a = self.attached[adapter]
         assert a.place is not None
         if adapter in facts:
@@ -161,7 +168,7 @@ class AdaptedLayer(Wrapper):
             return change
         return a.kept.change
 
-    def changes(self, names: Sequence[str], facts: Mapping[str, Facts] = NO_FACTS) -> list[tuple[Change, Stacking]]:
+    def changes(self, names: Sequence[str], facts: Mapping[str, Facts] = NO_FACTS) -> list[tuple[Any, Stacking]]:
         configs = [self.attached[n].config for n in names]
         for i, config in enumerate(configs[:-1]):
             config.check_together(configs[i + 1 :])
@@ -190,14 +197,28 @@ class AdaptedLayer(Wrapper):
         a = self.attached[adapter]
         return (a.tensor("lora_A0"), a.tensor("lora_B0")) if "lora_A0" in a.leaves else None
 
+    @property
+    def weight_site(self) -> Site:
+        """The site as one of a single weight.
+
+        Raises:
+            TypeError: for one that is not.
+        """
+        if not isinstance(self.site, Site):
+            raise TypeError(f"{self.name!r} is adapted as a {self.site.kind}, not in one weight of it.")
+        return self.site
+
+    def frozen_tensors(self) -> dict[str, Tensor]:
+        """The frozen tensors that adapters may change here, by name inside the module, also while merged."""
+        return {**self.site.tensors(self.base_layer), **self._originals()}
+
     def frozen_weight(self) -> Tensor:
         """The frozen W (n_out, n_in), also while merged."""
-        kept = self.originals.get(self.site.weight_name)
-        if kept is not None and kept[1] is not None:
-            return self.site.canonical(kept[1])
-        return self.site.weight(self.base_layer)
+        site = self.weight_site
+        kept = self.originals.get(site.weight_name)
+        return site.weight(self.base_layer) if kept is None else site.canonical(kept[1])
 
-    def _originals(self) -> dict[str, Tensor | None]:
+    def _originals(self) -> dict[str, Tensor]:
         return {name: values for name, (_, values) in self.originals.items()}
 
     # ---------------------------------------------------------------- running
@@ -314,15 +335,15 @@ class AdaptedLayer(Wrapper):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """W' - W of one adapter, in the layout of the module's own weight."""
-        change = self.change(adapter)
+        site, change = self.weight_site, self.change(adapter)
         if change.additive:
-            return self.site.stored(change.add.dense()) if change.add is not None else torch.zeros_like(self.get_base_weight())
+            return site.stored(change.add.dense()) if change.add is not None else torch.zeros_like(self.get_base_weight())
         w = self.frozen_weight()
-        return self.site.stored(change.weight(w) - w)
+        return site.stored(change.weight(w) - w)
 
     def get_base_weight(self) -> Tensor:
         """The frozen weight in the module's own layout."""
-        return self.site.stored(self.frozen_weight())
+        return self.weight_site.stored(self.frozen_weight())
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Put the change of these (or the active) adapters into the layer's weight; the frozen one is kept aside."""
@@ -361,7 +382,7 @@ class AdaptedLayer(Wrapper):
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # the frozen values of a merged layer move with it
-        self.originals = {k: (p, None if t is None else fn(t)) for k, (p, t) in self.originals.items()}
+        self.originals = {k: (p, fn(t)) for k, (p, t) in self.originals.items()}
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -379,7 +400,8 @@ class AdaptedLayer(Wrapper):
 
     def extra_repr(self) -> str:
         kinds = ", ".join(f"{n}: {type(a.config).__name__}" for n, a in self.attached.items())
-        return f"{self.site.kind} {self.site.n_out}x{self.site.n_in}; {kinds}"
+        sides = f" {self.site.n_out}x{self.site.n_in}" if self.site.n_out else ""
+        return f"{self.site.kind}{sides}; {kinds}"
 
 
 def split_rows(
@@ -404,11 +426,18 @@ def split_rows(
             f"adapter_names gives {size} names, but the layer {name!r} got an input of shape {got}: its rows cannot be told apart. "
             "Give one name per row of the batch; a layer that regroups tokens (a mixture of experts) takes one adapter per call (model.using(name))."
         )
+    if any(hasattr(a, "get_seq_length") for a in (*args, *kwargs.values())):
+        raise RouteError(
+            f"{name!r} writes into a cache of keys and values, which cannot be split into rows with different adapters. Give use_cache=False, "
+            "or take one adapter per call (model.using(name))."
+        )
     outs: list[Any] = []
     for group, at in groups.items():
         index = torch.tensor(at, device=first.device)
 
         def part(v: Any, index: Tensor = index) -> Any:
+            if isinstance(v, tuple):
+                return tuple(part(x, index) for x in v)
             return v.index_select(batch_dim, index) if isinstance(v, Tensor) and v.ndim > batch_dim and v.shape[batch_dim] == size else v
 
         outs.append(run([] if group == BASE else [group], tuple(part(a) for a in args), {k: part(v) for k, v in kwargs.items()}, index))

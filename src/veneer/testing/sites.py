@@ -114,6 +114,10 @@ def _modules(**extra: Any) -> dict[str, Any]:
     return {"target_modules": ["site"], **extra}
 
 
+def _block() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 8), nn.Sequential(nn.LayerNorm(8), nn.GELU()), nn.Linear(8, 12))
+
+
 def _transformers_conv1d() -> nn.Module:
     from transformers.pytorch_utils import Conv1D as Theirs
 
@@ -148,4 +152,10 @@ SITES: dict[str, SiteCase] = {
     "parameter_3d_transposed": SiteCase(
         "parameter", lambda: _Wrap(_Table(3, 12, 8, transposed=True)), _floats(12), {"target_modules": [], "target_parameters": ["site.w"]}
     ),
+    "module_layer_norm": SiteCase("module", lambda: _Wrap(nn.LayerNorm(12)), _floats(5, 12), _modules()),
+    "module_rms_norm": SiteCase("module", lambda: _Wrap(nn.RMSNorm(12)), _floats(5, 12), _modules()),
+    "module_batch_norm": SiteCase("module", lambda: _Wrap(nn.BatchNorm1d(12)), _floats(12), _modules()),
+    "module_linear": SiteCase("module", lambda: _Wrap(nn.Linear(12, 8)), _floats(5, 12), _modules()),
+    "module_embedding": SiteCase("module", lambda: _Wrap(nn.Embedding(20, 12, padding_idx=0)), _tokens, _modules(), passes=False),
+    "module_nested": SiteCase("module", lambda: _Wrap(_block()), _floats(5, 12), _modules()),
 }
