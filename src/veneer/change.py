@@ -93,6 +93,19 @@ class Swap:
     tensors: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class Attend:
+    """Further tokens that every query of an attention layer attends to (`self_attention` sites); the heads' outputs get what `mix` gives.
+
+    Args:
+        tokens: (n, width of the layer's input).
+        mix: (q (batch, heads, tokens, head), k and v of the further tokens (heads, n, head), scale of q·k) -> (batch, heads, tokens, head).
+    """
+
+    tokens: Tensor
+    mix: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
 Stacking = Literal["sum", "chain"]
 
 

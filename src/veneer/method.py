@@ -23,7 +23,7 @@ from .errors import ConfigError, hint
 from .types import PeftType
 
 if TYPE_CHECKING:
-    from .change import Change, Swap
+    from .change import Attend, Change, Swap
     from .engine.calls import Call
     from .engine.layer import Place
 
@@ -74,7 +74,7 @@ class Method(PeftConfig):
 
     Class attributes:
         prefix: what the names of its tensors start with, such as `lora_`.
-        kinds: the kinds of site it adapts: `linear`, `embedding`, `conv`, `attention`, `parameter`, `module`.
+        kinds: the kinds of site it adapts: `linear`, `embedding`, `conv`, `attention`, `parameter`, `module`, `self_attention`.
         stacking: how several active adapters act together: `"sum"` adds their differences to the frozen weight, `"chain"` applies one
             after another.
         offers: names of methods `(sites, *args)` that `model.base_model` has too, such as a schedule's step for loops that drive it themselves.
@@ -116,7 +116,7 @@ class Method(PeftConfig):
         """The tensors this method keeps at `site`, by name."""
         raise NotImplementedError(f"{type(self).__name__} has to define `leaves(site)`")
 
-    def change(self, p: Any, site: Place) -> Change | Swap:
+    def change(self, p: Any, site: Place) -> Change | Swap | Attend:
         """How the tensors `p` (by attribute) change the frozen weight at `site`, or what else its kind takes. Pure: no state, no side effects."""
         raise NotImplementedError(f"{type(self).__name__} has to define `change(p, site)`")
 

@@ -14,6 +14,7 @@ from ..change import Change, Stacking
 from ..errors import RouteError
 from ..method import Method
 from ..sites import Adaptable, Site
+from ..sites.whole import WholeSite
 from .holders import Attached, Kept, Keyed, Tensors, drop, get_slot, hold, set_slot, slots
 from .route import BASE, Choice, Facts, Switch
 from .substitute import call_with
@@ -261,6 +262,11 @@ class AdaptedLayer(Wrapper):
             (name,) = groups
             return self._run([] if name == BASE else [name], args, kwargs, choice.facts)
 
+        if isinstance(self.site, WholeSite):
+            _told_apart(choice.rows, self.site.batch_dim, args, kwargs, self.name)
+            effects = [(self.change(name, choice.facts), at) for name, at in groups.items() if name != BASE]
+            return self.site.run(self.base_layer, effects, args, kwargs)
+
         def run(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any], at: Tensor) -> Any:
             mine = {n: {k: t.index_select(0, at) for k, t in choice.facts[n].items()} for n in names if n in choice.facts}
             return self._run(names, args, kwargs, mine)
@@ -418,14 +424,7 @@ def split_rows(
     Raises:
         RouteError: if the first input has not one row per name.
     """
-    size = len(rows)
-    first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-    if first is None or first.ndim <= batch_dim or first.shape[batch_dim] != size:
-        got = None if first is None else tuple(first.shape)
-        raise RouteError(
-            f"adapter_names gives {size} names, but the layer {name!r} got an input of shape {got}: its rows cannot be told apart. "
-            "Give one name per row of the batch; a layer that regroups tokens (a mixture of experts) takes one adapter per call (model.using(name))."
-        )
+    size, first = len(rows), _told_apart(rows, batch_dim, args, kwargs, name)
     if any(hasattr(a, "get_seq_length") for a in (*args, *kwargs.values())):
         raise RouteError(
             f"{name!r} writes into a cache of keys and values, which cannot be split into rows with different adapters. Give use_cache=False, "
@@ -452,6 +451,18 @@ def split_rows(
         return parts[0]
 
     return join(outs)
+
+
+def _told_apart(rows: Sequence[str], batch_dim: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Tensor:
+    """The first input, which has one row per name."""
+    first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+    if first is None or first.ndim <= batch_dim or first.shape[batch_dim] != len(rows):
+        got = None if first is None else tuple(first.shape)
+        raise RouteError(
+            f"adapter_names gives {len(rows)} names, but the layer {name!r} got an input of shape {got}: its rows cannot be told apart. "
+            "Give one name per row of the batch; a layer that regroups tokens (a mixture of experts) takes one adapter per call (model.using(name))."
+        )
+    return first
 
 
 __all__ = ["AdaptedLayer", "Place", "get_slot", "set_slot", "split_rows"]

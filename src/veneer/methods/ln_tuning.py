@@ -38,8 +38,10 @@ class LNTuningConfig(Method, peft_type="LN_TUNING"):
 
         def leaf(name: str, value: Any) -> Leaf:
             weight = isinstance(value, nn.Parameter)
+            # inside a module that has modules PEFT's files keep the adapter's name, and PEFT reads them under that name only
+            on_disk = f"ln_tuning_layers.{site.adapter}.{name}" if "." in name else None
             return Leaf(
-                tuple(value.shape), lambda t: t.copy_(value), container="ln_tuning_layers", attr=name, dtype=value.dtype,
+                tuple(value.shape), lambda t: t.copy_(value), container="ln_tuning_layers", attr=name, on_disk=on_disk, dtype=value.dtype,
                 trainable=weight and value.is_floating_point(), running=not weight, saved=name in saved,
             )  # fmt: skip
 

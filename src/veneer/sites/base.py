@@ -20,7 +20,8 @@ class Adaptable(ABC):
     """A place that adapters can be put on. Holds no reference to the module.
 
     Attributes:
-        kind: `linear`, `embedding`, `conv`, `attention` or `parameter` for one weight (see `Site`), and `module` for all tensors of a module.
+        kind: `linear`, `embedding`, `conv`, `attention` or `parameter` for one weight (see `Site`); `module` for all tensors of one;
+            `self_attention` for what acts around a whole (see `WholeSite`).
         n_out, n_in: the sides of the weight, 0 where it is not about one.
         kernel: spatial kernel of a convolution, empty otherwise;  groups, channels: its groups and input channels;  experts: E of a 3-D parameter, else 0.
         batch_dim: which dimension of the first input counts the rows of a batch.
@@ -135,8 +136,9 @@ def _weights() -> tuple[type[Site], ...]:
 
 def _wholes() -> tuple[type[Adaptable], ...]:
     from .module import ModuleSite
+    from .self_attention import SelfAttentionSite
 
-    return (ModuleSite,)
+    return (ModuleSite, SelfAttentionSite)
 
 
 def site_for(module: nn.Module) -> Site:

@@ -51,6 +51,27 @@ class _Attention(nn.Module):
         return y
 
 
+class _Heads(nn.Module):
+    """Attention of three query heads on one key head, or of four heads behind a fused projection."""
+
+    def __init__(self, fused: bool = False) -> None:
+        super().__init__()
+        self.head_dim = 4
+        if fused:
+            self.c_attn, self.c_proj = nn.Linear(16, 48), nn.Linear(16, 16)
+        else:
+            self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(*n) for n in ((16, 12), (16, 4), (16, 4), (12, 16)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        fused = "c_attn" in self._modules
+        parts = self.c_attn(x).chunk(3, -1) if fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in parts)
+        z = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=not fused)
+        z = z.transpose(1, 2).flatten(2)
+        y: Tensor = self.c_proj(z) if fused else self.o_proj(z)
+        return y
+
+
 class _Table(nn.Module):
     """Holds a parameter of its own: two or three dimensions, the latter as experts."""
 
@@ -158,4 +179,6 @@ SITES: dict[str, SiteCase] = {
     "module_linear": SiteCase("module", lambda: _Wrap(nn.Linear(12, 8)), _floats(5, 12), _modules()),
     "module_embedding": SiteCase("module", lambda: _Wrap(nn.Embedding(20, 12, padding_idx=0)), _tokens, _modules(), passes=False),
     "module_nested": SiteCase("module", lambda: _Wrap(_block()), _floats(5, 12), _modules()),
+    "self_attention": SiteCase("self_attention", lambda: _Wrap(_Heads()), _floats(5, 16), {"target_modules": "site"}),
+    "self_attention_fused": SiteCase("self_attention", lambda: _Wrap(_Heads(fused=True)), _floats(5, 16), {"target_modules": "site"}),
 }
