@@ -106,6 +106,19 @@ class Attend:
     mix: Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """What goes along a block (`block` sites), on the rows of its adapter.
+
+    Args:
+        before: hidden states (batch, tokens, width) that would enter the block -> those that do.
+        after: sees those that leave it.
+    """
+
+    before: Callable[[Tensor], Tensor]
+    after: Callable[[Tensor], None]
+
+
 Stacking = Literal["sum", "chain"]
 
 

@@ -226,8 +226,8 @@ class PeftModel(nn.Module):
             if not self.base_model.routes:
                 return model(*args, **kwargs)
             given = taken(self.peft_config, kwargs)
-            with knowing(the_switch(model), model, self.peft_config, args, kwargs, given, {}):
-                return model(*args, **kwargs)
+            with knowing(the_switch(model), self.base_model, model, args, kwargs, given, {}) as finish:
+                return finish(model(*args, **kwargs))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The user's model's generate; `adapter_names` as in `forward`, one per prompt, whatever the number of beams."""
@@ -242,7 +242,7 @@ class PeftModel(nn.Module):
             if rows is not None:
                 stack.enter_context(_expanded(self, model, rows, copies))
             if routes:
-                stack.enter_context(knowing_each(the_switch(model), model, self.peft_config, given))
+                stack.enter_context(knowing_each(the_switch(model), self.base_model, given))
             return model.generate(*args, **kwargs)
 
     @staticmethod

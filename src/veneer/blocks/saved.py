@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..engine.holders import Keyed
+from ..engine.holders import Keyed, keep_dtypes
 from ..engine.layer import split_rows
+from ..engine.parts import saved_tensors
 from ..engine.route import BASE, Choice, Switch
 from ..engine.wrapper import Wrapper
 from ..errors import RouteError
@@ -37,6 +38,7 @@ class ModulesToSaveWrapper(Wrapper):
         new = copy.deepcopy(self.original_module)
         if tied_to is not None:
             new.weight = tied_to.weight
+        keep_dtypes(new)
         self.modules_to_save[adapter] = new
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -90,12 +92,8 @@ class ModulesToSaveWrapper(Wrapper):
         """(name in the file, name in memory, key, owner) of each tensor of the adapter's copy."""
         if adapter not in self.modules_to_save:
             return
-        copy_ = self.modules_to_save[adapter]
-        for path, module in copy_.named_modules():
-            for key in [*module._parameters, *(b for b in module._buffers if b not in module._non_persistent_buffers_set)]:
-                if getattr(module, key) is not None:
-                    name = f"{path}.{key}" if path else key
-                    yield name, f"modules_to_save.{adapter}.{name}", key, module
+        for name, key, owner in saved_tensors(self.modules_to_save[adapter]):
+            yield name, f"modules_to_save.{adapter}.{name}", key, owner
 
     def __getattr__(self, name: str) -> Any:
         try:

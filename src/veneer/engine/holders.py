@@ -57,6 +57,12 @@ class Holder(nn.Module):
         return ", ".join(f"{k}={tuple(v.shape)}" for k, v in [*self._parameters.items(), *self._buffers.items()] if v is not None)
 
 
+def keep_dtypes(module: nn.Module) -> None:
+    """Let no file change the dtypes of a whole module's tensors: it computes in them."""
+    for owner in module.modules():
+        owner.own_dtype = frozenset([*owner._parameters, *owner._buffers])  # type: ignore[assignment]
+
+
 @dataclass(eq=False)
 class Attached:
     """One adapter in one place: its config as it holds there, its leaves and where their tensors are.

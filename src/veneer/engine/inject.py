@@ -15,6 +15,7 @@ from ..method import Leaf, Method
 from ..sites import Adaptable, ParameterSite, adaptable
 from .holders import Attached, Holder, hold
 from .layer import AdaptedLayer, Place
+from .parts import Part, hold_parts, parts_of
 from .replicate import replicate, undo
 from .route import Switch, adapter_names, check_known, find_switch, the_switch
 from .select import Selection, select
@@ -89,7 +90,11 @@ def attach(
     try:
         selection = select(model, config, supports=lambda m: adaptable(m, config.kinds), state_dict=state_dict, strict=strict)
         options = _Options(low_cpu_mem_usage, autocast_adapter_dtype, empty)
-        staged = [_stage(m, p, config, adapter_name, switch, options, name=selection.names.get(p)) for p, m in selection.modules.items()]
+        count = len(selection.modules)
+        staged = [
+            _stage(m, p, config, adapter_name, switch, options, name=selection.names.get(p), index=i, count=count)
+            for i, (p, m) in enumerate(selection.modules.items())
+        ]
         for s in list(staged):
             if s.layer.site.kind == "attention":
                 staged.append(_stage_out_proj(s, config, adapter_name, switch, options))
@@ -99,6 +104,7 @@ def attach(
         tokens = _stage_tokens(model, config, adapter_name, switch, options, staged)
         _check_nesting(model, staged, [path for path, *_ in saved] + [s.path for s, _ in tokens])
         shared = _stage_shared(config, staged, home, options)
+        parts = _stage_parts(model, config, staged, home, options)
     except BaseException:
         undo(model, replicated)
         raise
@@ -110,6 +116,9 @@ def attach(
     if shared is not None and home is not None:
         hold(home, adapter_name, *shared)
         cast(Any, home).shared[adapter_name] = shared[0]
+    if parts and home is not None:
+        hold_parts(home, adapter_name, parts)
+        cast(Any, home).parts[adapter_name] = parts
     places = _places(model)
     for s in staged:
         if s.new:
@@ -183,6 +192,8 @@ def _stage(
     options: _Options,
     site: Adaptable | None = None,
     name: str | None = None,
+    index: int = 0,
+    count: int = 1,
 ) -> _Staged:
     """Make one layer's share of the adapter. `name`: what patterns match, the path if not given."""
     new = not isinstance(module, AdaptedLayer) or site is not None
@@ -196,6 +207,7 @@ def _stage(
     layer = AdaptedLayer(module, site, switch, path) if site is not None else cast(AdaptedLayer, module)
     here = config.at(name or path)
     place = Place(layer, adapter, path)
+    place.index, place.count = index, count
     if place.kind not in config.kinds:
         raise ConfigError(
             f"{type(config).__name__} cannot adapt {path!r}: it is a {place.kind} layer, and the method takes {sorted(config.kinds)}."
@@ -273,6 +285,16 @@ def _stage_shared(
     for s in staged:
         s.attached.derived |= {name: (attached, name, False) for name in leaves}
     return attached, tensors
+
+
+def _stage_parts(model: nn.Module, config: Method, staged: list[_Staged], home: nn.Module | None, options: _Options) -> list[Part]:
+    """The adapter's modules that act outside the layers."""
+    if home is None and type(config).modules is not Method.modules:
+        raise ConfigError(
+            f"{type(config).__name__} trains modules that act beside the model, so it needs get_peft_model; it cannot be injected into a bare model."
+        )
+    places = [s.attached.place for s in staged if s.attached.place is not None]
+    return parts_of(config.modules(model, places, empty=options.empty or options.meta), meta=options.meta)
 
 
 def _stage_out_proj(outer: _Staged, config: Method, adapter: str, switch: Switch, options: _Options) -> _Staged:

@@ -43,8 +43,8 @@ class Place:
         here.facts = facts
         return here
 
-    def fact(self, name: str) -> Tensor:
-        """What the adapter's method has found out about this call (see `Method.facts`), a row for each row of the batch.
+    def fact(self, name: str) -> Any:
+        """What the adapter's method has found out about this call (see `Method.facts`).
 
         Raises:
             RouteError: if the call did not come through the model that knows.

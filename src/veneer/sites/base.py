@@ -21,7 +21,7 @@ class Adaptable(ABC):
 
     Attributes:
         kind: `linear`, `embedding`, `conv`, `attention` or `parameter` for one weight (see `Site`); `module` for all tensors of one;
-            `self_attention` for what acts around a whole (see `WholeSite`).
+            `self_attention` and `block` for what acts around a whole (see `WholeSite`).
         n_out, n_in: the sides of the weight, 0 where it is not about one.
         kernel: spatial kernel of a convolution, empty otherwise;  groups, channels: its groups and input channels;  experts: E of a 3-D parameter, else 0.
         batch_dim: which dimension of the first input counts the rows of a batch.
@@ -135,10 +135,11 @@ def _weights() -> tuple[type[Site], ...]:
 
 
 def _wholes() -> tuple[type[Adaptable], ...]:
+    from .block import BlockSite
     from .module import ModuleSite
     from .self_attention import SelfAttentionSite
 
-    return (ModuleSite, SelfAttentionSite)
+    return (ModuleSite, SelfAttentionSite, BlockSite)
 
 
 def site_for(module: nn.Module) -> Site:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..engine.substitute import call_with
 from .base import Adaptable
 
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # no forward of their own
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # no forward of their own
 
 
 class ModuleSite(Adaptable):
@@ -21,7 +21,7 @@ class ModuleSite(Adaptable):
 
     @staticmethod
     def matches(module: nn.Module) -> bool:
-        return not isinstance(module, _CONTAINERS) and next(module.parameters(), None) is not None
+        return not isinstance(module, CONTAINERS) and next(module.parameters(), None) is not None
 
     def where(self, module: nn.Module) -> tuple[torch.device, torch.dtype]:
         first = next((p for p in module.parameters() if p.is_floating_point()), next(module.parameters()))

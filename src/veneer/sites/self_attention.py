@@ -98,17 +98,15 @@ class SelfAttentionSite(WholeSite):
         o = _part(module, self.out)
         bias = getattr(o, "bias", None)
         y: Tensor = o(z)
-        return y if bias is None else y - bias.to(y.dtype)
+        return y if bias is None else torch.sub(y, bias.to(y.dtype))
 
     def _normed(self, module: nn.Module, name: str, x: Tensor) -> Tensor:
         """x (..., width) in heads, (..., heads, head), through a norm of heads or of the whole where there is one."""
-        norm = module._modules.get(name)
-        if norm is None:
-            return x.unflatten(-1, (-1, self.head))
+        norm: Any = module._modules.get(name) or nn.Identity()
         shape = getattr(norm, "weight", x.new_empty(self.head)).shape
-        if len(shape) == 1 and shape[0] != self.head:
-            return norm(x).unflatten(-1, (-1, self.head))  # type: ignore[no-any-return]
-        return norm(x.unflatten(-1, (-1, self.head)))  # type: ignore[no-any-return]
+        whole = len(shape) == 1 and shape[0] != self.head
+        y: Tensor = norm(x).unflatten(-1, (-1, self.head)) if whole else norm(x.unflatten(-1, (-1, self.head)))
+        return y
 
     @torch.no_grad()
     def _try(self, module: nn.Module, scale: float) -> None:

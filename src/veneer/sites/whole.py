@@ -42,6 +42,11 @@ def taken(x: Tensor, rows: Rows) -> Tensor:
     return x if rows is None else x.index_select(0, torch.tensor(rows, device=x.device))
 
 
+def put(x: Tensor, rows: Rows, new: Tensor) -> Tensor:
+    """x with these rows replaced."""
+    return new if rows is None else x.index_copy(0, torch.tensor(rows, device=x.device), new)
+
+
 def added(x: Tensor, rows: Rows, d: Tensor) -> Tensor:
     """x with d added to these rows."""
     d = d.to(x.dtype)

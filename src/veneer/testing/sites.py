@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -70,6 +71,44 @@ class _Heads(nn.Module):
         z = z.transpose(1, 2).flatten(2)
         y: Tensor = self.c_proj(z) if fused else self.o_proj(z)
         return y
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        mixed = hidden_states.cumsum(1) / torch.arange(1, hidden_states.shape[1] + 1).unsqueeze(-1).to(hidden_states)
+        y: Tensor = hidden_states + torch.tanh(self.mlp(self.norm(mixed)))
+        return y
+
+
+class _Decoder(nn.Module):
+    """A stack of blocks, made from a config, as transformers' decoders are."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.inward = nn.Linear(16, config.hidden_size)
+        self.layers = nn.ModuleList(_Block(config.hidden_size) for _ in range(config.num_hidden_layers))
+
+    def forward(self, inputs_embeds: Tensor) -> Tensor:
+        h: Tensor = self.inward(inputs_embeds)
+        for block in self.layers:
+            h = block(h)
+        return h
+
+
+class _Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=12, num_hidden_layers=3)
+        self.model = _Decoder(self.config)
+
+    def forward(self, inputs_embeds: Tensor) -> Tensor:
+        h: Tensor = self.model(inputs_embeds)
+        return h
 
 
 class _Table(nn.Module):
@@ -179,6 +218,7 @@ SITES: dict[str, SiteCase] = {
     "module_linear": SiteCase("module", lambda: _Wrap(nn.Linear(12, 8)), _floats(5, 12), _modules()),
     "module_embedding": SiteCase("module", lambda: _Wrap(nn.Embedding(20, 12, padding_idx=0)), _tokens, _modules(), passes=False),
     "module_nested": SiteCase("module", lambda: _Wrap(_block()), _floats(5, 12), _modules()),
+    "block": SiteCase("block", _Stack, _floats(5, 16), {"target_modules": None}),
     "self_attention": SiteCase("self_attention", lambda: _Wrap(_Heads()), _floats(5, 16), {"target_modules": "site"}),
     "self_attention_fused": SiteCase("self_attention", lambda: _Wrap(_Heads(fused=True)), _floats(5, 16), {"target_modules": "site"}),
 }
