@@ -87,6 +87,11 @@ class PeftModel(nn.Module):
         if self.heads and hasattr(config, "modules_to_save"):
             mine = list(config.modules_to_save or ())
             config.modules_to_save = mine + [n for n in self.heads if n not in mine]
+        elif self.heads and not config.inference_mode:
+            warnings.warn(
+                f"{type(config).__name__} has no modules_to_save: the model's head stays frozen. If it is new, train it first.",
+                PeftWarning, stacklevel=4,
+            )  # fmt: skip
 
     def _settle(self) -> None:
         """What a model with adapters needs beside them."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..change import Change
+from ..change import Change, Swap
 from ..method import Leaf, Method
 from ..ops import LowRank
 
@@ -94,7 +94,7 @@ class Attached:
 class Kept:
     """A change made of the leaves themselves and nothing computed: it stays true however their numbers are written."""
 
-    change: Change
+    change: Change | Swap
     scaling: float
     tensors: tuple[tuple[dict[str, Any], str, Tensor], ...]
 
@@ -105,12 +105,23 @@ class Kept:
     @staticmethod
     def of(change: Any, attached: Attached, scaling: float) -> Kept | None:
         """The change, kept, if it is made of nothing but leaves."""
-        add = getattr(change, "add", None)
-        if type(add) is not LowRank or add.dropout or attached.derived or not change.additive or change.shift is not None:
+        if attached.derived:
+            return None
+        if isinstance(change, Swap):
+            used = list(change.tensors.values())
+        elif (
+            isinstance(change, Change)
+            and type(change.add) is LowRank
+            and change.additive
+            and change.shift is None
+            and not change.add.dropout
+        ):
+            used = [change.add.up, change.add.down]
+        else:
             return None
         tensors = tuple((store, key, store[key]) for store, key in attached.source.values())
         mine = {id(t) for _, _, t in tensors}
-        return Kept(change, scaling, tensors) if {id(add.up), id(add.down)} <= mine else None
+        return Kept(change, scaling, tensors) if {id(t) for t in used} <= mine else None
 
 
 class Tensors:

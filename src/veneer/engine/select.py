@@ -419,11 +419,13 @@ class _Search:
             return lambda name: True
         numbers = {wanted} if isinstance(wanted, int) else set(wanted)
         stacks = [patterns] if isinstance(patterns, str) else list(patterns or ())
-        rules = [re.compile(rf"(?:^|.*?\.){p}\.(\d+)\.") for p in stacks if p]
+        blocks = "block" in (self.field("kinds") or ())  # then the number may be the end of a name
+        rules = [re.compile(rf"(?:^|.*?\.){p}\.(\d+){'(?:[.]|$)' if blocks else '[.]'}") for p in stacks if p]
 
         def layer(name: str) -> int | None:
             if not rules:  # as in PEFT, two names have to stand before the number
-                return next((int(part) for part in name.split(".")[2:-1] if part.isdecimal()), None)
+                parts = name.split(".")[2 : None if blocks else -1]
+                return next((int(part) for part in parts if part.isdecimal()), None)
             found = next((m for m in (r.match(name) for r in rules) if m), None)
             return int(found[1]) if found else None
 

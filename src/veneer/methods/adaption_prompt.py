@@ -80,7 +80,7 @@ class AdaptionPromptConfig(Method, peft_type="ADAPTION_PROMPT"):
 
     def change(self, p: Any, site: Any) -> Attend:
         def mix(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-            weights = torch.softmax(q @ k.mT * scale, -1, dtype=torch.float32).to(q.dtype)
+            weights = torch.softmax(q @ (k * scale).mT, -1, dtype=torch.float32).to(q.dtype)
             out: Tensor = (p.adaption_gate.to(q.dtype) * weights) @ v
             return out
 

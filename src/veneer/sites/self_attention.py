@@ -53,6 +53,8 @@ class SelfAttentionSite(WholeSite):
             )
         self.heads = width // self.head
         self.groups = 1 if self.fused else width // _sides(_part(module, "k_proj"))[1]
+        norm = getattr(module._modules.get("q_norm"), "weight", None)
+        self.wide = norm is not None and norm.ndim == 1 and len(norm) != self.head  # q and k are normed across the heads
         own = getattr(module, "scaling", None)
         own = float(own) if isinstance(own, (int, float)) else self.head**-0.5
         self.scale = self.head**-0.5 if self.fused else own  # as in PEFT, whatever else a fused layer scales by
@@ -83,13 +85,13 @@ class SelfAttentionSite(WholeSite):
     def queries(self, module: nn.Module, raw: Tensor, positions: Any = None) -> Tensor:
         """What q is in the end, (batch, heads, tokens, head), from what its projection gave, (batch, tokens, width)."""
         q = self._normed(module, "q_norm", raw.chunk(3, -1)[0] if self.fused else raw).transpose(1, 2)
-        return q if positions is None else _rotary_of(module)(q, q, *positions)[0]
+        return q if positions is None else _rotary_of(module)(q, q[:, :1], *positions)[0]
 
     def keys_values(self, module: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of tokens (..., n, n_in) without a position, both (..., heads, n, head)."""
         k, v = _part(module, self.q)(tokens).chunk(3, -1)[1:] if self.fused else [_part(module, n)(tokens) for n in ("k_proj", "v_proj")]
         k, v = (t.transpose(-3, -2) for t in (self._normed(module, "k_norm", k), v.unflatten(-1, (-1, self.head))))
-        return k.repeat_interleave(self.groups, -3), v.repeat_interleave(self.groups, -3)
+        return (k, v) if self.groups == 1 else (k.repeat_interleave(self.groups, -3), v.repeat_interleave(self.groups, -3))
 
     def leave(self, module: nn.Module, z: Tensor) -> Tensor:
         """What the heads' outputs z (batch, tokens, width) give behind the module."""
@@ -101,11 +103,12 @@ class SelfAttentionSite(WholeSite):
         return y if bias is None else torch.sub(y, bias.to(y.dtype))
 
     def _normed(self, module: nn.Module, name: str, x: Tensor) -> Tensor:
-        """x (..., width) in heads, (..., heads, head), through a norm of heads or of the whole where there is one."""
-        norm: Any = module._modules.get(name) or nn.Identity()
-        shape = getattr(norm, "weight", x.new_empty(self.head)).shape
-        whole = len(shape) == 1 and shape[0] != self.head
-        y: Tensor = norm(x).unflatten(-1, (-1, self.head)) if whole else norm(x.unflatten(-1, (-1, self.head)))
+        """x (..., width) in heads, (..., heads, head), through the module's norm where it has one."""
+        norm: Any = module._modules.get(name)
+        if norm is not None and self.wide:
+            x = norm(x)
+        heads: Tensor = x.unflatten(-1, (-1, self.head))
+        y: Tensor = heads if norm is None or self.wide else norm(heads)
         return y
 
     @torch.no_grad()
