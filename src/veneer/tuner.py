@@ -153,6 +153,10 @@ class Tuner(nn.Module):
                 if slot.base and slot.saved and slot.attribute == "bias":
                     slot.tensor.requires_grad_(requires_grad)
 
+    def modules_of(self, adapter_name: str) -> dict[str, nn.Module]:
+        """The adapter's own modules, by their names in the file."""
+        return {part.name: part.module for part in self.parts.get(adapter_name, ())}
+
     def enable_adapter_layers(self) -> None:
         """Let the active adapters act again."""
         inject.enable(self.model, True)

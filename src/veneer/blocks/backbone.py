@@ -92,8 +92,12 @@ def _write(config: Any, names: tuple[str, ...], value: int) -> None:
     setattr(config, next((n for n in names if hasattr(config, n)), names[0]), int(value))
 
 
-def load(name: str) -> tuple[nn.Module, nn.Linear | None]:
-    """A pretrained backbone from a folder or the Hub, and the projection that was trained with it, where there is one."""
+def load(name: str, *, empty: bool = False) -> tuple[nn.Module, nn.Linear | None]:
+    """A pretrained backbone from a folder or the Hub, and the projection that was trained with it, where there is one.
+
+    Args:
+        empty: only as large as it is, with whatever values: its config is enough then.
+    """
     try:
         from transformers import AutoConfig, AutoModel
         from transformers.utils import cached_file
@@ -101,7 +105,7 @@ def load(name: str) -> tuple[nn.Module, nn.Linear | None]:
         raise ImportError(f"shadow_model={name!r} is loaded with transformers: run `pip install transformers`.") from e
     raw = json.loads(Path(cached_file(name, "config.json") or "").read_text(encoding="utf-8"))
     if raw.get("model_type") != _PROJECTED:
-        return AutoModel.from_pretrained(name), None
+        return AutoModel.from_config(AutoConfig.from_pretrained(name)) if empty else AutoModel.from_pretrained(name), None
     from ..checkpoint.load import read_safetensors
 
     inner: dict[str, Any] = dict(raw["shadow_model_config"])

@@ -1,6 +1,6 @@
 """ShadowPEFT: a small network runs beside a decoder, corrects what enters its blocks and learns from what leaves them.
 
-Over 150 lines: the shadow starts anew at each call of the model, with a cache and a loss of its own.
+Over 150 lines: the shadow starts anew at each call of the model, with a loss of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ..change import Beside
 from ..errors import ConfigError, RouteError
 from ..method import Leaf, Method
 from . import backbone as small
+from .cached import keep, mine
 
 _BACKBONE, _PROJECTION, _HEAD = "shadow_backbone.default", "shadow_projection.default", "shadow_head.default"
 
@@ -63,8 +64,8 @@ class ShadowConfig(Method, peft_type="SHADOW"):
         super().__post_init__()
         if self.r <= 0:
             raise ConfigError(f"`r` should be a positive integer value but the value passed is {self.r}")
-        mine = ("shadow_num_hidden_layers", "shadow_hidden_size", "shadow_num_attention_heads", "shadow_intermediate_size")
-        given = [n for n in mine if getattr(self, n) is not None]
+        sizes = ("shadow_num_hidden_layers", "shadow_hidden_size", "shadow_num_attention_heads", "shadow_intermediate_size")
+        given = [n for n in sizes if getattr(self, n) is not None]
         if self.shadow_model != "mirror" and given:
             raise ConfigError(f"A pretrained shadow_model ({self.shadow_model!r}) has its own sizes. Leave out {', '.join(given)}.")
 
@@ -113,22 +114,24 @@ class ShadowConfig(Method, peft_type="SHADOW"):
         def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
             return F.linear(x, w.to(x.dtype), None if b is None else b.to(x.dtype))
 
+        def two(part: str, h: Tensor) -> Tensor:
+            w0, b0, w2, b2 = (getattr(p, f"{part}_{name}") for name in ("0_weight", "0_bias", "2_weight", "2_bias"))
+            return linear(F.gelu(linear(h, w0, b0)), w2, b2)
+
         def before(h: Tensor) -> Tensor:
             s = states[at]
             if s.shape[:-1] != h.shape[:-1]:
                 raise RouteError(f"{site.name!r} got hidden states of shape {tuple(h.shape)}, and the shadow has {tuple(s.shape)}.")
-            d = F.dropout(h - s.to(h.dtype), site.dropout)
+            d = h - s.to(h.dtype)
+            d = F.dropout(d, site.dropout) if site.dropout else d
             correction: Tensor = site.scaling * linear(linear(d, p.down), p.up)
             return h + correction
 
         def after(h: Tensor) -> None:
             s = states[at]
             if at < site.count - 1:
-                t, g = (
-                    linear(F.gelu(linear(h, getattr(p, f"{n}_0_weight"), getattr(p, f"{n}_0_bias"))), getattr(p, f"{n}_2_weight"), getattr(p, f"{n}_2_bias"))
-                    for n in ("transform", "gate")
-                )  # fmt: skip
-                states[at + 1] = torch.lerp(s.to(h.dtype), t, torch.sigmoid(g))
+                s = torch.lerp(s.to(h.dtype), two("transform", h), torch.sigmoid(two("gate", h)))
+                states.setdefault(at + 1, s)  # a block that runs again finds it there
             if not torch.is_grad_enabled():
                 del states[at]  # nothing runs this block again
 
@@ -146,14 +149,14 @@ class ShadowConfig(Method, peft_type="SHADOW"):
                 middle=self.shadow_intermediate_size,
             )  # fmt: skip
         else:
-            network, projection = small.load(self.shadow_model)
-        mine = small.width_of(network.config)
-        if projection is None and mine != width:
-            projection = nn.Linear(mine, width, bias=False)
-        if projection is not None and (projection.in_features, projection.out_features) != (mine, width):
+            network, projection = small.load(self.shadow_model, empty=empty)
+        own = small.width_of(network.config)
+        if projection is None and own != width:
+            projection = nn.Linear(own, width, bias=False)
+        if projection is not None and (projection.in_features, projection.out_features) != (own, width):
             raise ConfigError(
                 f"The projection of {self.shadow_model!r} is {projection.in_features}->{projection.out_features}, and the shadow and the base "
-                f"model have the widths {mine} and {width}."
+                f"model have the widths {own} and {width}."
             )
         if self.share_embeddings and self.shadow_model == "mirror" and projection is None and small.accepts(network, "inputs_embeds"):
             network._modules.pop(small.TABLE, None)
@@ -170,11 +173,11 @@ class ShadowConfig(Method, peft_type="SHADOW"):
         return {name: module.to(where, dtype).train(model.training) for name, module in out.items()}
 
     def facts(self, call: Any) -> Mapping[str, Any]:
-        parts = {part.name: part.module for part in call.home.parts[call.adapter]}
+        parts = call.home.modules_of(call.adapter)
         given = dict(call.inputs)
         cached = given.get("use_cache")
         given["use_cache"] = bool(getattr(getattr(call.model, "config", None), "use_cache", False)) if cached is None else cached
-        given["past_key_values"] = _mine(given.get("past_key_values"), call.adapter, parts[_BACKBONE]) if given["use_cache"] else None
+        given["past_key_values"] = mine(given.get("past_key_values"), call.adapter, parts[_BACKBONE]) if given["use_cache"] else None
         share = self.share_embeddings and self.shadow_model == "mirror" and _PROJECTION not in parts
         if given.get("inputs_embeds") is None and given.get("input_ids") is None:
             raise RouteError("A shadow needs the input: give input_ids or inputs_embeds, by name.")
@@ -191,9 +194,9 @@ class ShadowConfig(Method, peft_type="SHADOW"):
 
     def finish(self, call: Any, output: Any) -> Any:
         states, start = call.facts["states"], call.facts.pop("start")
-        for at in states:
-            states[at] = states[at].detach()  # for blocks that a backward runs again; the graph need not be kept for them
-        _keep(output, call.memory.pop("cache"), call.adapter)
+        for at, s in states.items():  # for blocks that a backward runs again; the graph need not be kept for them
+            states[at] = s.detach().requires_grad_(s.requires_grad)
+        keep(output, call.memory.pop("cache"), call.adapter)
         labels = call.inputs.get("labels")
         call.home.last_shadow_loss = None
         old = None if labels is None else output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
@@ -212,13 +215,14 @@ class ShadowConfig(Method, peft_type="SHADOW"):
 
     def _loss(self, call: Any, start: Tensor, labels: Tensor) -> Tensor | None:
         """The task's loss of the head on s₀, of the adapter's own rows, as their part of that of the whole batch."""
-        mine = labels if call.rows is None else labels[torch.tensor(call.rows, device=labels.device)]
-        heads = {part.name: part.module for part in call.home.parts[call.adapter]}
+        own = labels if call.rows is None else labels[torch.tensor(call.rows, device=labels.device)]
+        heads = call.home.modules_of(call.adapter)
         if self.task_type == "CAUSAL_LM":
             logits = call.model.get_output_embeddings()(start)[:, :-1].float()
+            total = F.cross_entropy(logits.flatten(0, 1), own[:, 1:].flatten().to(logits.device), ignore_index=-100, reduction="sum")
             items = call.inputs.get("num_items_in_batch")
-            total = F.cross_entropy(logits.flatten(0, 1), mine[:, 1:].flatten().to(logits.device), ignore_index=-100, reduction="sum")
-            return total / ((labels[:, 1:] != -100).sum() if items is None else items)
+            items = (labels[:, 1:] != -100).sum() if items is None else items
+            return total / (items.to(total.device) if isinstance(items, Tensor) else items)
         if _HEAD not in heads:
             return None
         mask = call.inputs.get("attention_mask")
@@ -227,7 +231,7 @@ class ShadowConfig(Method, peft_type="SHADOW"):
             mask = mask if call.rows is None else mask[torch.tensor(call.rows, device=mask.device)]
             last = (mask.ne(0) * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
         logits = heads[_HEAD](start[torch.arange(len(start), device=start.device), last]).float()
-        return _classified(logits, mine.to(logits.device)) * (len(mine) / len(labels))
+        return _classified(logits, own.to(logits.device)) * (len(own) / len(labels))
 
     # ---------------------------------------------------------------- alone
 
@@ -246,7 +250,7 @@ class ShadowConfig(Method, peft_type="SHADOW"):
 
         name = adapter_name or tuner.active_adapters[0]
         check_known([name], list(tuner.parts))
-        parts = {part.name: part.module for part in tuner.parts[name]}
+        parts = tuner.modules_of(name)
         config, model = tuner.peft_config[name], tuner.model
         share = config.share_embeddings and config.shadow_model == "mirror" and _PROJECTION not in parts
         head = parts.get(_HEAD) or _own(model.get_output_embeddings(), name)
@@ -297,42 +301,3 @@ def _classified(logits: Tensor, labels: Tensor) -> Tensor:
     if labels.dtype in (torch.long, torch.int):
         return F.cross_entropy(logits, labels.view(-1).long())
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-
-
-# -------------------------------------------------------------------- the cache: further layers in that of the base model
-
-
-def _mine(cache: Any, adapter: str, network: nn.Module) -> Any:
-    """The shadow's part of a cache, itself a cache; None where there is nothing yet."""
-    if cache is None:
-        return None
-    if not hasattr(cache, "layers"):
-        raise RouteError(
-            f"A shadow keeps its keys and values in the base model's cache, and cannot in a {type(cache).__name__}. Use a DynamicCache."
-        )
-    from transformers import Cache, StaticCache
-
-    layers = [layer for layer in cache.layers if getattr(layer, "shadow_of", None) == adapter]
-    if layers:
-        mine: Any = Cache(layers=layers)
-    elif hasattr(next(iter(cache.layers), None), "max_cache_len"):  # preallocated: masks have its size
-        mine = StaticCache(config=network.config, max_cache_len=cache.layers[0].max_cache_len)
-    else:
-        mine = None
-    seen = cache.get_seq_length()
-    if int(0 if mine is None else mine.get_seq_length()) != int(seen):
-        raise RouteError(
-            f"The cache holds {int(seen)} tokens that the shadow of {adapter!r} has not seen. Start from an empty cache, and let one adapter fill it."
-        )
-    return mine
-
-
-def _keep(output: Any, mine: Any, adapter: str) -> None:
-    """Put the layers of the shadow's cache into the one that the base model returns."""
-    values = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
-    cache = next((v for v in values if hasattr(v, "layers") and hasattr(v, "get_seq_length")), None)
-    if cache is None or mine is None or any(layer is mine.layers[0] for layer in cache.layers):
-        return
-    for layer in mine.layers:
-        layer.shadow_of = adapter
-    cache.layers.extend(mine.layers)

@@ -119,6 +119,7 @@ def attach(
     if parts and home is not None:
         hold_parts(home, adapter_name, parts)
         cast(Any, home).parts[adapter_name] = parts
+        plan.modules |= {part.container: sum(p.numel() for p in part.module.parameters()) for part in parts}
     places = _places(model)
     for s in staged:
         if s.new:

@@ -23,13 +23,8 @@ class BlockSite(WholeSite):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        sides = [
-            p.shape[0]
-            for child in module.children()
-            for n, p in child._parameters.items()
-            if n == "weight" and p is not None and p.ndim == 1
-        ]
-        width = sides[0] if sides else getattr(module, "hidden_size", None)
+        norms = [w for child in module.children() if isinstance(w := getattr(child, "weight", None), Tensor) and w.ndim == 1]
+        width = len(norms[0]) if norms else getattr(module, "hidden_size", None)
         if not isinstance(width, int):
             raise ConfigError(
                 f"The width of the hidden states of a {type(module).__name__} cannot be told: it has no norms and no hidden_size."
