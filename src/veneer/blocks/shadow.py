@@ -122,7 +122,7 @@ class ShadowConfig(Method, peft_type="SHADOW"):
             s = states[at]
             if s.shape[:-1] != h.shape[:-1]:
                 raise RouteError(f"{site.name!r} got hidden states of shape {tuple(h.shape)}, and the shadow has {tuple(s.shape)}.")
-            d = h - s.to(h.dtype)
+            d = h - s.to(h)
             d = F.dropout(d, site.dropout) if site.dropout else d
             correction: Tensor = site.scaling * linear(linear(d, p.down), p.up)
             return h + correction
@@ -130,7 +130,7 @@ class ShadowConfig(Method, peft_type="SHADOW"):
         def after(h: Tensor) -> None:
             s = states[at]
             if at < site.count - 1:
-                s = torch.lerp(s.to(h.dtype), two("transform", h), torch.sigmoid(two("gate", h)))
+                s = torch.lerp(s.to(h), two("transform", h), torch.sigmoid(two("gate", h)))
                 states.setdefault(at + 1, s)  # a block that runs again finds it there
             if not torch.is_grad_enabled():
                 del states[at]  # nothing runs this block again
