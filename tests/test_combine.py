@@ -17,8 +17,8 @@ import veneer
 from veneer.deltas import thin, votes
 from veneer.engine.inject import adapted_layers
 from veneer.errors import ConfigError, PeftWarning, RouteError
+from veneer.testing import SITES, sites_of
 from veneer.testing.laws import move
-from veneer.testing.sites import SITES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*are off by more than:veneer.errors.PeftWarning")
 
@@ -63,7 +63,7 @@ def off(found: Tensor, wanted: Tensor) -> float:
 # -------------------------------------------------------------------- exactness
 
 
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("site", sites_of(veneer.LoraConfig()))
 @pytest.mark.parametrize("kind", SUMS)
 def test_sums_are_exact_on_every_site_and_reload(kind: str, site: str, tmp_path: Path) -> None:
     case = SITES[site]
@@ -82,7 +82,7 @@ def test_sums_are_exact_on_every_site_and_reload(kind: str, site: str, tmp_path:
         assert torch.equal(again(x), model(x))
 
 
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("site", sites_of(veneer.LoraConfig()))
 @pytest.mark.parametrize("kind", PRUNED)
 def test_pruned_sums_are_those_of_the_true_changes(kind: str, site: str) -> None:
     case = SITES[site]

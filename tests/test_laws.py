@@ -42,7 +42,7 @@ def _params() -> list[object]:
     for i, case in CASES:
         for name in LAWS:
             slow = name in SLOW and not (
-                case.dtype == torch.float32 and case.site in ("linear", "embedding", "conv2d", "attention", "parameter_3d")
+                case.dtype == torch.float32 and case.site in ("linear", "embedding", "conv2d", "attention", "parameter_3d", "module_nested")
             )
             out.append(pytest.param(name, case, id=f"{name}-{i}-{case}", marks=[pytest.mark.slow] if slow else []))
     return out

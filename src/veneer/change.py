@@ -1,8 +1,11 @@
-"""`Change`: what a method does to a frozen weight. W' = gain ⊙ (left · W · right + add);  b' = (left b or b) + shift."""
+"""`Change`: what a method does to a frozen weight. W' = gain ⊙ (left · W · right + add);  b' = (left b or b) + shift.
+
+The others here are what methods do that change no weight, or a whole module.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,6 +84,39 @@ class Change:
         if self.add is not None:
             y = self.add.add_to(y, x, geo)
         return y if self.gain is None else Diag(self.gain).rows(y, geo)
+
+
+@dataclass(frozen=True, eq=False)
+class Swap:
+    """Tensors, by name inside a module of any kind, that take the places of its own (`module` sites)."""
+
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Attend:
+    """Further tokens that every query of an attention layer attends to (`self_attention` sites); the heads' outputs get what `mix` gives.
+
+    Args:
+        tokens: (n, width of the layer's input).
+        mix: (q (batch, heads, tokens, head), k and v of the further tokens (heads, n, head), scale of q·k) -> (batch, heads, tokens, head).
+    """
+
+    tokens: Tensor
+    mix: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """What goes along a block (`block` sites), on the rows of its adapter.
+
+    Args:
+        before: hidden states (batch, tokens, width) that would enter the block -> those that do.
+        after: sees those that leave it.
+    """
+
+    before: Callable[[Tensor], Tensor]
+    after: Callable[[Tensor], None]
 
 
 Stacking = Literal["sum", "chain"]

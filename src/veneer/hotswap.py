@@ -17,11 +17,12 @@ from .checkpoint.load import config_of, read_adapter
 from .checkpoint.match import match, plain
 from .config import PeftConfig
 from .engine.holders import Attached
-from .engine.inject import adapted_layers, kind_of
+from .engine.inject import adapted_layers
 from .engine.layer import AdaptedLayer, set_slot
 from .engine.select import select
 from .errors import ConfigError, MergeError, PeftError, PeftWarning, SwapError, hint
 from .methods.lora import LoraConfig
+from .sites import adaptable
 from .variants import PLAIN, VARIANTS, variant_of
 
 _ALIKE = ("use_rslora", "lora_dropout", "use_dora")
@@ -93,7 +94,8 @@ def prepare_model_for_compiled_hotswap(
     roomy = [(layer, a, _roomier(layer, a, target_rank)) for _, layer, a in loras]
     for name, layer, a in loras:
         if not isinstance(layer.scaling[name], Tensor):
-            device = layer.site.codec.weight(layer.get_base_layer(), layer.site.weight_name.rpartition(".")[2]).device
+            site = layer.weight_site
+            device = site.codec.weight(layer.get_base_layer(), site.weight_name.rpartition(".")[2]).device
             layer.scaling[name] = torch.tensor(float(layer.scaling[name]), device=device)
         a.kept = None
     for layer, a, new in roomy:
@@ -214,7 +216,7 @@ def _swap(model: nn.Module, tensors: Mapping[str, Tensor], adapter: str, config:
             f"Cannot hot-swap adapter {adapter!r} because it is currently merged into the base weights. Call unmerge_adapter() first."
         )
     loras = {layer: a for layer, a in layers.items() if isinstance(a.config, LoraConfig)}
-    hit = select(root, config, supports=lambda m: kind_of(m) in config.kinds, strict=False) if _targets(config) else None
+    hit = select(root, config, supports=lambda m: adaptable(m, config.kinds) is not None, strict=False) if _targets(config) else None
     aimed = {layer for layer, a in loras.items() if hit is None or _aimed(a, hit)}
     found = slots(model, adapter, old) | slots(model, adapter, old, start=True)
     given = _given({**tensors, **(start or {})}, found, adapter)

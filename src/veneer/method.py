@@ -17,14 +17,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import PeftConfig
 from .errors import ConfigError, hint
 from .types import PeftType
 
 if TYPE_CHECKING:
-    from .change import Change
+    from .change import Attend, Beside, Change, Swap
     from .engine.calls import Call
     from .engine.layer import Place
     from .engine.parts import Parts
@@ -41,10 +41,10 @@ class Leaf:
         shape: its shape.
         init: fills a freshly allocated tensor in place with start values (may be overridden by `Method.start`).
         container: the layer's attribute that holds it for every adapter; the leaf's own name if not given.
-        attr: `"weight"`, `"bias"`: in memory it is `<container>.<adapter>.<attr>`; None: `<container>.<adapter>`.
+        attr: `"weight"`, `"0.bias"`: in memory it is `<container>.<adapter>.<attr>`; None: `<container>.<adapter>`.
         on_disk: what follows the layer's path in the file; `<container>[.<attr>]` if not given.
         trainable: whether it is a parameter that gets gradients; otherwise a frozen tensor.
-        dtype: its dtype where that is not the adapter's, such as for indices.
+        dtype: its dtype where that is not the adapter's, such as for indices; a file does not change it.
         running: whether it changes by itself in training, as a running mean does: then it is a buffer.
         saved: True: in the adapter file; "start": in the sidecar of start values; False: never (it can be rebuilt).
     """
@@ -76,10 +76,11 @@ class Method(PeftConfig):
 
     Class attributes:
         prefix: what the names of its tensors start with, such as `lora_`.
-        kinds: the kinds of site it adapts: `linear`, `embedding`, `conv`, `attention`, `parameter`.
+        kinds: the kinds of site it adapts: `linear`, `embedding`, `conv`, `attention`, `parameter`, `module`, `self_attention`, `block`.
         stacking: how several active adapters act together: `"sum"` adds their differences to the frozen weight, `"chain"` applies one
             after another.
         offers: names of methods `(sites, *args)` that `model.base_model` has too, such as a schedule's step for loops that drive it themselves.
+        tools: names of methods `(tuner, *args, **kwargs)` that `model.base_model` has too.
         unmergeable: why no weight holds the change, for one that depends on the input; empty if it can be merged.
         linear_in: the tensor in which the change is linear if all others are the same: then adapters add up to one of their own kind.
         patterns: which field has the values of another by module, as `rank_pattern` those of `r`.
@@ -93,6 +94,7 @@ class Method(PeftConfig):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     stacking: ClassVar[Literal["sum", "chain"]] = "chain"
     offers: ClassVar[tuple[str, ...]] = ()
+    tools: ClassVar[tuple[str, ...]] = ()
     unmergeable: ClassVar[str] = ""
     linear_in: ClassVar[str] = ""
     patterns: ClassVar[Mapping[str, str]] = MappingProxyType({})
@@ -122,8 +124,8 @@ class Method(PeftConfig):
         """The tensors this method keeps at `site`, by name."""
         raise NotImplementedError(f"{type(self).__name__} has to define `leaves(site)`")
 
-    def change(self, p: Any, site: Place) -> Change:
-        """How the tensors `p` (by attribute) change the frozen weight at `site`. Pure: no state, no side effects."""
+    def change(self, p: Any, site: Place) -> Change | Swap | Attend | Beside:
+        """How the tensors `p` (by attribute) change the frozen weight at `site`, or what else its kind takes. Pure: no state, no side effects."""
         raise NotImplementedError(f"{type(self).__name__} has to define `change(p, site)`")
 
     def start(self, site: Place, *, only_frozen: bool = False) -> Mapping[str, Tensor]:
@@ -134,13 +136,28 @@ class Method(PeftConfig):
         """Tensors that all adapted layers of one adapter share; `change` gets them among `p`. They belong to the model, not to a layer."""
         return {}
 
-    def facts(self, call: Call) -> Mapping[str, Tensor]:
+    def modules(self, model: nn.Module, sites: Sequence[Place], *, empty: bool = False) -> Mapping[str, nn.Module]:
+        """Whole modules that the adapter trains outside the model's layers, by their names in the file: the tuner keeps them.
+
+        In memory they are `<first part of the name>.<adapter>`. A parameter that requires no gradient never trains.
+
+        Args:
+            model: the user's model.
+            empty: whether a file is going to fill them.
+        """
+        return {}
+
+    def facts(self, call: Call) -> Mapping[str, Any]:
         """For methods that route: what `change` has to know of one call of the model; it finds it as `site.fact(name)`.
 
         Returns:
-            tensors with one row per row of the batch.
+            tensors with one row per row of the batch; for `block` and `self_attention` sites, anything, about the adapter's own rows.
         """
         return {}
+
+    def finish(self, call: Call, output: Any) -> Any:
+        """For methods that route: what a call of the model returns, from what the model gave."""
+        return output
 
     def example_call(self, rows: int) -> dict[str, Tensor]:
         """For methods that take arguments of their own: those of a call with so many rows, for the laws."""
@@ -273,17 +290,17 @@ def load_methods() -> Mapping[str, type[PeftConfig]]:
 
 
 def _files() -> list[str]:
-    rooms = [importlib.import_module(f"{__package__}.{room}") for room in ("methods", "prompts")]
+    rooms = [importlib.import_module(f"{__package__}.{room}") for room in ("methods", "prompts", "blocks")]
     return [f"{room.__name__}.{info.name}" for room in rooms for info in pkgutil.iter_modules(room.__path__)]
 
 
 def _offered(file: str) -> list[str]:
     """The public names of one method's file: its `__all__`, or else its config."""
     module = importlib.import_module(file)
-    configs = [m.__name__ for m in METHODS.values() if m.__module__ == file]
+    configs = [m for m in METHODS.values() if m.__module__ == file]
     return [
-        *getattr(module, "__all__", configs),
-        *(n.removesuffix("Config") + "Model" for n in configs if file.startswith(f"{__package__}.methods")),
+        *getattr(module, "__all__", [m.__name__ for m in configs]),
+        *(m.__name__.removesuffix("Config") + "Model" for m in configs if issubclass(m, Method)),
     ]
 
 

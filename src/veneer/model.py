@@ -97,6 +97,11 @@ class PeftModel(nn.Module):
         if self.heads and hasattr(config, "modules_to_save"):
             mine = list(config.modules_to_save or ())
             config.modules_to_save = mine + [n for n in self.heads if n not in mine]
+        elif self.heads and not config.inference_mode:
+            warnings.warn(
+                f"{type(config).__name__} has no modules_to_save: the model's head stays frozen. If it is new, train it first.",
+                PeftWarning, stacklevel=4,
+            )  # fmt: skip
 
     def _settle(self) -> None:
         """What a model with adapters needs beside them."""
@@ -236,8 +241,8 @@ class PeftModel(nn.Module):
             if not self.base_model.routes:
                 return model(*args, **kwargs)
             given = taken(self.peft_config, kwargs)
-            with knowing(the_switch(model), model, self.peft_config, args, kwargs, given, {}):
-                return model(*args, **kwargs)
+            with knowing(the_switch(model), self.base_model, model, args, kwargs, given, {}) as finish:
+                return finish(model(*args, **kwargs))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The user's model's generate; `adapter_names` as in `forward`, one per prompt, whatever the number of beams."""
@@ -252,7 +257,7 @@ class PeftModel(nn.Module):
             if rows is not None:
                 stack.enter_context(_expanded(self, model, rows, copies))
             if routes:
-                stack.enter_context(knowing_each(the_switch(model), model, self.peft_config, given))
+                stack.enter_context(knowing_each(the_switch(model), self.base_model, given))
             return model.generate(*args, **kwargs)
 
     @staticmethod

@@ -16,6 +16,7 @@ from .engine import inject, merge
 from .engine.combine import CombineReport, combine
 from .engine.holders import Attached, drop, slots
 from .engine.merge import MergeReport
+from .engine.modules import Part, drop_parts
 from .engine.parts import Recipe
 from .engine.route import check_known, the_switch
 from .engine.steps import ask
@@ -39,6 +40,7 @@ class Tuner(nn.Module):
         model: the user's model.
         peft_config: the adapters' configs, by name.
         shared: tensors that all layers of an adapter share, by adapter.
+        parts: whole modules of an adapter's own, by adapter.
 
     Raises:
         ConfigError, NoMatchingPeftModuleError: if a config does not fit the model.
@@ -60,6 +62,7 @@ class Tuner(nn.Module):
         super().__init__()
         self.model = model
         self.shared: dict[str, Attached] = {}
+        self.parts: dict[str, list[Part]] = {}
         self.peft_config: dict[str, Any] = {}
         for name, config in (peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}).items():
             self.inject(config, name, low_cpu_mem_usage, state_dict, autocast_adapter_dtype, empty)
@@ -139,7 +142,9 @@ class Tuner(nn.Module):
             self._train_outside(name, requires_grad)
 
     def _train_outside(self, adapter_name: str, requires_grad: bool) -> None:
-        """What an adapter trains outside its layers: tensors that they share, and biases of the model."""
+        """What an adapter trains outside its layers: tensors that they share, modules of its own, and biases of the model."""
+        for part in self.parts.get(adapter_name, ()):
+            part.set_requires_grad(requires_grad)
         shared = self.shared.get(adapter_name)
         if shared is not None:
             for leaf, spec in shared.leaves.items():
@@ -150,6 +155,10 @@ class Tuner(nn.Module):
             for slot in file_slots(self.model, adapter_name, config, save_embedding_layers=False).values():
                 if slot.base and slot.saved and slot.attribute == "bias":
                     slot.tensor.requires_grad_(requires_grad)
+
+    def modules_of(self, adapter_name: str) -> dict[str, nn.Module]:
+        """The adapter's own modules, by their names in the file."""
+        return {part.name: part.module for part in self.parts.get(adapter_name, ())}
 
     def enable_adapter_layers(self) -> None:
         """Let the active adapters act again."""
@@ -171,6 +180,7 @@ class Tuner(nn.Module):
         left = inject.detach(self.model, adapter_name)
         if adapter_name in self.shared:
             drop(self, adapter_name, self.shared.pop(adapter_name))
+        drop_parts(self, adapter_name, self.parts.pop(adapter_name, []))
         del self.peft_config[adapter_name]
         if adapter_name in before and not set(left) <= set(before):
             warnings.warn(
@@ -294,9 +304,11 @@ class Tuner(nn.Module):
         return config.to_dict() if hasattr(config, "to_dict") else dict(config) if isinstance(config, Mapping) else vars(config)
 
     def adapter_slots(self, adapter: str) -> Iterator[tuple[str, str, str, nn.Module]]:
-        """Checkpoint slots of the tensors that all layers share."""
+        """Checkpoint slots of the tensors that all layers share, and of the adapter's modules."""
         if adapter in self.shared:
             yield from slots(self, adapter, self.shared[adapter], False)
+        for part in self.parts.get(adapter, ()):
+            yield from part.slots(adapter)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -338,7 +350,7 @@ def tuner_class(peft_type: str) -> type[Tuner]:
 def _class_for(config: Any) -> type[Tuner]:
     prefix = config.prefix if issubclass(config, Method) else ""
     name = config.__name__.removesuffix("Config") + "Model"
-    offered = {n: _offered(n) for n in getattr(config, "offers", ())}
+    offered = {n: _offered(n) for n in getattr(config, "offers", ())} | {n: _tool(config, n) for n in getattr(config, "tools", ())}
     return type(name, (Tuner,), {"prefix": prefix, "__module__": __name__, "__doc__": f"The tuner of {config.__name__}.", **offered})
 
 
@@ -347,6 +359,14 @@ def _offered(name: str) -> Any:
         ask(the_switch(self.model), name, *args)
 
     call.__name__, call.__doc__ = name, f"Call `{name}` of every adapter that trains; see its config."
+    return call
+
+
+def _tool(config: Any, name: str) -> Any:
+    def call(self: Tuner, *args: Any, **kwargs: Any) -> Any:
+        return getattr(next(iter(self.peft_config.values())), name)(self, *args, **kwargs)
+
+    call.__name__, call.__doc__ = name, getattr(config, name).__doc__
     return call
 
 

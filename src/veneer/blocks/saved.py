@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..engine.holders import Keyed
+from ..engine.holders import Keyed, keep_dtypes
 from ..engine.layer import split_rows
+from ..engine.modules import saved_tensors
 from ..engine.route import BASE, Choice, Switch
+from ..engine.wrapper import Wrapper
 from ..errors import RouteError
 
 
-class ModulesToSaveWrapper(nn.Module):
+class ModulesToSaveWrapper(Wrapper):
     """A module and its trained copies, one per adapter. With no copy active the original acts.
 
     Attributes:
@@ -36,6 +38,7 @@ class ModulesToSaveWrapper(nn.Module):
         new = copy.deepcopy(self.original_module)
         if tied_to is not None:
             new.weight = tied_to.weight
+        keep_dtypes(new)
         self.modules_to_save[adapter] = new
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -61,41 +64,17 @@ class ModulesToSaveWrapper(nn.Module):
 
     def acting(self) -> nn.Module:
         """The copy that is active now, else the original."""
-        choice = self.own or self.switch.chosen()
+        choice = self.chosen()
         mine = [n for n in choice.names or () if n in self.modules_to_save] if choice.enabled else []
         return self.modules_to_save[mine[0]] if mine else self.original_module
 
     # ---------------------------------------------------------------- the like of an adapted layer
 
+    def inside(self) -> nn.Module:
+        return self.original_module
+
     def adapters(self) -> list[str]:
         return list(self.modules_to_save)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return [n for n in (self.own or self.switch.chosen()).names or () if n in self.modules_to_save]
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        names = self.active_adapters
-        return names[0] if len(names) == 1 else names
-
-    @property
-    def disable_adapters(self) -> bool:
-        return not (self.own or self.switch.chosen()).enabled
-
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Choose the copy for this module alone, and let it train (not in inference mode)."""
-        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        self.own = Choice(names, None, (self.own or self.switch.chosen()).enabled)
-        self.require_grad_only(() if inference_mode else names)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Let the copies act, or the original."""
-        self.own = Choice((self.own or self.switch.chosen()).names, None, enabled)
-
-    def require_grad_only(self, names: Sequence[str]) -> None:
-        for adapter in self.modules_to_save:
-            self.set_requires_grad(adapter, adapter in names)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let these copies get gradients, or not."""
@@ -113,12 +92,8 @@ class ModulesToSaveWrapper(nn.Module):
         """(name in the file, name in memory, key, owner) of each tensor of the adapter's copy."""
         if adapter not in self.modules_to_save:
             return
-        copy_ = self.modules_to_save[adapter]
-        for path, module in copy_.named_modules():
-            for key in [*module._parameters, *(b for b in module._buffers if b not in module._non_persistent_buffers_set)]:
-                if getattr(module, key) is not None:
-                    name = f"{path}.{key}" if path else key
-                    yield name, f"modules_to_save.{adapter}.{name}", key, module
+        for name, key, owner in saved_tensors(self.modules_to_save[adapter]):
+            yield name, f"modules_to_save.{adapter}.{name}", key, owner
 
     def __getattr__(self, name: str) -> Any:
         try:

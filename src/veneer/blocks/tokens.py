@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -25,32 +25,16 @@ class TrainableTokensWrapper(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.token_adapter(*args, **kwargs)
 
+    def inside(self) -> nn.Module:
+        """The table that was there."""
+        return self.token_adapter.base_layer
+
     @property
     def original_module(self) -> nn.Module:
-        return self.token_adapter.base_layer
+        return self.inside()
 
     def adapters(self) -> list[str]:
         return self.token_adapter.adapters()
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return self.token_adapter.active_adapters
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        return self.token_adapter.active_adapter
-
-    @property
-    def disable_adapters(self) -> bool:
-        return self.token_adapter.disable_adapters
-
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Choose the trained rows for this module alone."""
-        self.token_adapter.set_adapter(adapter_names, inference_mode)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Let the trained rows act, or the table's own."""
-        self.token_adapter.enable_adapters(enabled)
 
     def adapter_slots(self, adapter: str) -> Iterator[tuple[str, str, str, nn.Module]]:
         """None of its own: the adapted layer inside lists its tensors under its own path."""

@@ -154,7 +154,7 @@ def _castable(value: Tensor, dtype: torch.dtype) -> bool:
 def _convert(slot: Slot, value: Tensor, upcast: bool, device: torch.device | str | None) -> Tensor:
     old = slot.tensor
     dtype = value.dtype
-    if slot.base or dtype.is_floating_point != old.dtype.is_floating_point:
+    if slot.base or slot.attribute in getattr(slot.owner, "own_dtype", ()) or dtype.is_floating_point != old.dtype.is_floating_point:
         dtype = old.dtype
     elif upcast and dtype.is_floating_point and dtype.itemsize < 4:
         dtype = torch.float32

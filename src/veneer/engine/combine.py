@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, RouteError
 from ..method import Method
-from .inject import adapted_layers, adapter_modules, kind_of
+from ..sites import adaptable
+from .inject import adapted_layers, adapter_modules
 from .layer import AdaptedLayer
 from .parts import AS_LORA, ON_DELTA, Combined, Parts, Recipe, united
 from .route import check_known
@@ -160,8 +161,8 @@ def _check_methods(configs: Mapping[str, Method], like: Method | None) -> None:
     if like is None and len(set(kinds.values())) > 1:
         raise ConfigError(f"The adapters are of several methods: {kinds}. {AS_LORA}")
     for name, c in configs.items():
-        if c.unmergeable:
-            raise ConfigError(f"The adapter {name!r} cannot be combined with others: {c.unmergeable}.")
+        if why := c.unmergeable or ("it replaces whole modules" if c.kinds == {"module"} else ""):
+            raise ConfigError(f"The adapter {name!r} cannot be combined with others: {why}.")
 
 
 def _only(names: Sequence[str], path: str) -> str:
@@ -192,7 +193,7 @@ def targeting(model: nn.Module, config: Any, layers: Iterable[AdaptedLayer | Any
         known = {f.name for f in dataclasses.fields(config)}
         try:
             candidate = dataclasses.replace(config, **{k: v for k, v in fields.items() if k in known})
-            hit = select(model, candidate, supports=lambda m: kind_of(m) in config.kinds, strict=False)
+            hit = select(model, candidate, supports=lambda m: adaptable(m, config.kinds) is not None, strict=False)
         except (ConfigError, NoMatchingPeftModuleError, RouteError):
             continue
         if sorted(hit.names[p] for p in hit.modules) == names and sorted(hit.parameters) == parameters:

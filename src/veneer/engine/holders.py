@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..change import Change
+from ..change import Change, Swap
 from ..method import Leaf, Method
 from ..ops import LowRank
 
@@ -52,6 +52,7 @@ class Holder(nn.Module):
     """Holds the tensors of one adapter under the names they have in a checkpoint."""
 
     weight: Tensor
+    own_dtype: frozenset[str] = frozenset()  # tensors whose dtype is the module's own, whatever a file has
 
     @property
     def in_features(self) -> int:
@@ -63,6 +64,12 @@ class Holder(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={tuple(v.shape)}" for k, v in [*self._parameters.items(), *self._buffers.items()] if v is not None)
+
+
+def keep_dtypes(module: nn.Module) -> None:
+    """Let no file change the dtypes of a whole module's tensors: it computes in them."""
+    for owner in module.modules():
+        owner.own_dtype = frozenset([*owner._parameters, *owner._buffers])  # type: ignore[assignment]
 
 
 @dataclass(eq=False)
@@ -97,7 +104,7 @@ class Attached:
 class Kept:
     """A change made of the leaves themselves and nothing computed: it stays true however their numbers are written."""
 
-    change: Change
+    change: Change | Swap
     scaling: float
     tensors: tuple[tuple[dict[str, Any], str, Tensor], ...]
 
@@ -106,21 +113,25 @@ class Kept:
         return self.scaling == scaling and all(store.get(key) is t for store, key, t in self.tensors)
 
     @staticmethod
-    def of(change: Change, attached: Attached, scaling: float | Tensor) -> Kept | None:
+    def of(change: Any, attached: Attached, scaling: float | Tensor) -> Kept | None:
         """The change, kept, if it is made of nothing but leaves."""
-        add = change.add
-        if (
-            type(add) is not LowRank
-            or isinstance(scaling, Tensor)
-            or add.dropout
-            or attached.derived
-            or not change.additive
-            or change.shift is not None
+        if attached.derived or isinstance(scaling, Tensor):
+            return None
+        if isinstance(change, Swap):
+            used = list(change.tensors.values())
+        elif (
+            isinstance(change, Change)
+            and type(change.add) is LowRank
+            and change.additive
+            and change.shift is None
+            and not change.add.dropout
         ):
+            used = [change.add.up, change.add.down]
+        else:
             return None
         tensors = tuple((store, key, store[key]) for store, key in attached.source.values())
         mine = {id(t) for _, _, t in tensors}
-        return Kept(change, scaling, tensors) if {id(add.up), id(add.down)} <= mine else None
+        return Kept(change, scaling, tensors) if {id(t) for t in used} <= mine else None
 
 
 class Tensors:
@@ -166,11 +177,12 @@ def hold(owner: nn.Module, adapter: str, attached: Attached, tensors: Mapping[st
         if leaf.attr is None:
             holder, key = table, adapter
         else:
-            holder, key = table._modules.get(adapter) or Holder(), leaf.attr
-            table[adapter] = holder
+            holder, key = _holder(table, adapter, leaf.attr)
         getattr(holder, store)[key] = value
         if store == "_buffers" and leaf.saved is not True:
             holder._non_persistent_buffers_set.add(key)
+        if leaf.dtype is not None and isinstance(holder, Holder):
+            holder.own_dtype |= {key}
         attached.source[name] = (getattr(holder, store), key)
 
 
@@ -179,6 +191,15 @@ def container_of(owner: nn.Module, name: str) -> Any:
     if name not in owner._modules:
         owner._modules[name] = Keyed()
     return owner._modules[name]
+
+
+def _holder(table: Keyed, adapter: str, attr: str) -> tuple[Holder, str]:
+    """The holder for `attr` (dotted where a module inside holds it), made if need be, and the last part of the name."""
+    *path, key = attr.split(".")
+    holder: Any = table._modules.setdefault(adapter, Holder())
+    for name in path:
+        holder = holder._modules.setdefault(name, Holder())
+    return holder, key
 
 
 def drop(owner: nn.Module, adapter: str, attached: Attached) -> None:
@@ -199,7 +220,8 @@ def slots(owner: nn.Module, adapter: str, attached: Attached, start: bool) -> It
         at: Any = owner._modules[container]
         memory, key = f"{container}.{adapter}", adapter
         if leaf.attr is not None:
-            at, memory, key = at._modules[adapter], f"{memory}.{leaf.attr}", leaf.attr
+            path, _, key = leaf.attr.rpartition(".")
+            at, memory = at._modules[adapter].get_submodule(path), f"{memory}.{leaf.attr}"
         yield leaf.on_disk or (container if leaf.attr is None else f"{container}.{leaf.attr}"), memory, key, at
 
 

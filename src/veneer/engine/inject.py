@@ -12,14 +12,16 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, PeftWarning, hint
 from ..method import Leaf, Method
-from ..sites import ParameterSite, Site, site_for, supported
+from ..sites import Adaptable, ParameterSite, adaptable
 from .holders import Attached, Holder, hold
 from .layer import AdaptedLayer, Place
+from .modules import Part, hold_parts, parts_of
 from .replicate import replicate, undo
 from .route import Switch, adapter_names, check_known, find_switch, the_switch
 from .select import Selection, select
 from .steps import watch
 from .ties import tied_to
+from .wrapper import Wrapper
 
 _LOW = (torch.float16, torch.bfloat16)
 
@@ -86,9 +88,13 @@ def attach(
         raise ConfigError(f"There is already an adapter {adapter_name!r}. Choose another name, or delete_adapter({adapter_name!r}) first.")
     replicated = replicate(model, getattr(config, "layer_replication", None)) if first else None
     try:
-        selection = select(model, config, supports=lambda m: kind_of(m) in config.kinds, state_dict=state_dict, strict=strict)
+        selection = select(model, config, supports=lambda m: adaptable(m, config.kinds), state_dict=state_dict, strict=strict)
         options = _Options(low_cpu_mem_usage, autocast_adapter_dtype, empty)
-        staged = [_stage(m, p, config, adapter_name, switch, options, name=selection.names.get(p)) for p, m in selection.modules.items()]
+        count = len(selection.modules)
+        staged = [
+            _stage(m, p, config, adapter_name, switch, options, name=selection.names.get(p), index=i, count=count)
+            for i, (p, m) in enumerate(selection.modules.items())
+        ]
         for s in list(staged):
             if s.layer.site.kind == "attention":
                 staged.append(_stage_out_proj(s, config, adapter_name, switch, options))
@@ -96,7 +102,9 @@ def attach(
         staged += _tie_targets(model, config, staged, adapter_name, switch, options)
         saved = _stage_saved(model, selection, config, adapter_name, switch)
         tokens = _stage_tokens(model, config, adapter_name, switch, options, staged)
+        _check_nesting(model, staged, [path for path, *_ in saved] + [s.path for s, _ in tokens])
         shared = _stage_shared(config, staged, home, options)
+        parts = _stage_parts(model, config, staged, home, options)
     except BaseException:
         undo(model, replicated)
         raise
@@ -108,6 +116,10 @@ def attach(
     if shared is not None and home is not None:
         hold(home, adapter_name, *shared)
         cast(Any, home).shared[adapter_name] = shared[0]
+    if parts and home is not None:
+        hold_parts(home, adapter_name, parts)
+        cast(Any, home).parts[adapter_name] = parts
+        plan.modules |= {part.container: sum(p.numel() for p in part.module.parameters()) for part in parts}
     places = _places(model)
     for s in staged:
         if s.new:
@@ -172,12 +184,6 @@ class _Options:
     empty: bool
 
 
-def kind_of(module: nn.Module) -> str | None:
-    while isinstance(module, AdaptedLayer):
-        module = module.base_layer
-    return supported(module)
-
-
 def _stage(
     module: nn.Module,
     path: str,
@@ -185,15 +191,24 @@ def _stage(
     adapter: str,
     switch: Switch,
     options: _Options,
-    site: Site | None = None,
+    site: Adaptable | None = None,
     name: str | None = None,
+    index: int = 0,
+    count: int = 1,
 ) -> _Staged:
     """Make one layer's share of the adapter. `name`: what patterns match, the path if not given."""
     new = not isinstance(module, AdaptedLayer) or site is not None
-    layer = cast(AdaptedLayer, module) if not new else AdaptedLayer(module, site or site_for(module), switch, path)
+    if new and site is None:
+        kind = adaptable(module, config.kinds)
+        if kind is None:
+            raise ConfigError(
+                f"{type(config).__name__} cannot adapt {path!r}: it is a {type(module).__name__}, and the method takes {sorted(config.kinds)}."
+            )
+        site = kind(module)
+    layer = AdaptedLayer(module, site, switch, path) if site is not None else cast(AdaptedLayer, module)
     here = config.at(name or path)
     place = Place(layer, adapter, path)
-    place.called = name or path
+    place.called, place.index, place.count = name or path, index, count
     if place.kind not in config.kinds:
         raise ConfigError(
             f"{type(config).__name__} cannot adapt {path!r}: it is a {place.kind} layer, and the method takes {sorted(config.kinds)}."
@@ -211,25 +226,23 @@ def _stage(
 
 
 def _tensors(config: Method, leaves: Mapping[str, Leaf], place: Place, options: _Options, shared: bool = False) -> dict[str, Tensor]:
-    site, base = place.layer.site, place.module
-    like = site.codec.weight(base, site.weight_name.rpartition(".")[2])
-    dtype = site.codec.dtype(base, site.weight_name.rpartition(".")[2])
+    home, dtype = place.layer.site.where(place.module)
     if options.autocast and dtype in _LOW:
         dtype = torch.float32
-    device = torch.device("meta") if options.meta else like.device
+    device = torch.device("meta") if options.meta else home
     out: dict[str, Tensor] = {}
     with torch.no_grad():
-        given = {} if shared or like.is_meta else config.start(place, only_frozen=options.empty or options.meta)
+        given = {} if shared or home.type == "meta" else config.start(place, only_frozen=options.empty or options.meta)
         for name, leaf in leaves.items():
             if name in given:
                 value = given[name]
                 if tuple(value.shape) != tuple(leaf.shape):
                     value = value.reshape(leaf.shape)
-                where = device if leaf.saved is True else like.device
+                where = device if leaf.saved is True else home
                 out[name] = value.detach().to(device=where, dtype=leaf.dtype or dtype).contiguous().clone()
                 continue
             made = leaf.saved is False or not (options.empty or options.meta)  # what no file brings is made whatever happens
-            where = like.device if leaf.saved is False else device
+            where = home if leaf.saved is False else device
             if leaf.saved == "start" and options.empty:
                 where = torch.device("meta")  # known to be missing until its file brings it
             t = torch.empty(leaf.shape, device=where, dtype=leaf.dtype or dtype)
@@ -239,6 +252,19 @@ def _tensors(config: Method, leaves: Mapping[str, Leaf], place: Place, options: 
                 t = fresh.to(t.dtype)
             out[name] = t
     return out
+
+
+def _check_nesting(model: nn.Module, staged: Sequence[_Staged], others: Sequence[str]) -> None:
+    """A module whose tensors are replaced whole takes no adapters inside: they would be replaced with them."""
+    whole = [s.path for s in staged if s.layer.site.kind == "module"]
+    whole += [path for path, layer in adapted_layers(model) if layer.site.kind == "module"]
+    every = [*(s.path for s in staged), *others, *(path for path, _ in adapter_modules(model))] if whole else []
+    for path in whole:
+        inside = next((p for p in every if p.startswith(f"{path}.")), None)
+        if inside is not None:
+            raise ConfigError(
+                f"{path!r} is trained as a whole, so {inside!r}, which is inside, cannot have an adapter of its own. Target one of the two."
+            )
 
 
 def _stage_shared(
@@ -260,6 +286,16 @@ def _stage_shared(
     for s in staged:
         s.attached.derived |= {name: (attached, name, False) for name in leaves}
     return attached, tensors
+
+
+def _stage_parts(model: nn.Module, config: Method, staged: list[_Staged], home: nn.Module | None, options: _Options) -> list[Part]:
+    """The adapter's modules that act outside the layers."""
+    if home is None and type(config).modules is not Method.modules:
+        raise ConfigError(
+            f"{type(config).__name__} trains modules that act beside the model, so it needs get_peft_model; it cannot be injected into a bare model."
+        )
+    places = [s.attached.place for s in staged if s.attached.place is not None]
+    return parts_of(config.modules(model, places, empty=options.empty or options.meta), meta=options.meta)
 
 
 def _stage_out_proj(outer: _Staged, config: Method, adapter: str, switch: Switch, options: _Options) -> _Staged:
@@ -300,7 +336,7 @@ def _stage_parameters(
 
 def _parameter_layer(module: nn.Module, name: str) -> AdaptedLayer | None:
     while isinstance(module, AdaptedLayer):
-        if module.site.kind == "parameter" and module.site.weight_name.rpartition(".")[2] == name:
+        if isinstance(module.site, ParameterSite) and module.site.weight_name.rpartition(".")[2] == name:
             return module
         module = module.base_layer
     return None
@@ -462,12 +498,10 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
             yield path, module
 
 
-def adapter_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def adapter_modules(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
     """Every module that holds tensors of adapters, with its path: adapted layers and modules trained whole."""
-    from ..blocks.saved import ModulesToSaveWrapper
-
     for path, module in model.named_modules():
-        if isinstance(module, (AdaptedLayer, ModulesToSaveWrapper)):
+        if isinstance(module, Wrapper):
             yield path, module
 
 
@@ -541,20 +575,17 @@ def detach(model: nn.Module, adapter_name: str) -> list[str]:
 
 def unload(model: nn.Module) -> nn.Module:
     """Take all adapters and wrappers off; merged layers get their frozen weights back, and what trained before trains again."""
-    from ..blocks.saved import ModulesToSaveWrapper
-    from ..blocks.tokens import TrainableTokensWrapper
     from .merge import unmerge
 
     unmerge(model)
-    return unwrap(model, lambda m: m.original_module if isinstance(m, (ModulesToSaveWrapper, TrainableTokensWrapper)) else m.base_layer)
+    return unwrap(model, lambda wrapper: wrapper.inside())
 
 
 def unwrap(model: nn.Module, inner: Any) -> nn.Module:
     """Put `inner(wrapper)` in the place of every wrapper and restore requires_grad."""
-    from ..blocks.saved import ModulesToSaveWrapper
     from ..blocks.tokens import TrainableTokensWrapper
 
-    wrappers = (AdaptedLayer, ModulesToSaveWrapper, TrainableTokensWrapper)
+    wrappers = (Wrapper, TrainableTokensWrapper)
     switch = find_switch(model)
 
     def bare(module: nn.Module) -> nn.Module:

@@ -14,11 +14,13 @@ from ..change import Change, Stacking
 from ..errors import RouteError
 from ..method import Method
 from ..ops import LowRank
-from ..sites import Site
+from ..sites import Adaptable, Site
+from ..sites.whole import WholeSite
 from .caching import keeping, stamp
 from .holders import Attached, Kept, Tensors, container_of, drop, get_slot, hold, set_slot, slots
 from .route import BASE, Choice, Facts, Switch
 from .substitute import call_with
+from .wrapper import Wrapper
 
 NO_FACTS: Mapping[str, Facts] = {}
 
@@ -51,8 +53,8 @@ class Place:
         here.facts = facts
         return here
 
-    def fact(self, name: str) -> Tensor:
-        """What the adapter's method has found out about this call (see `Method.facts`), a row for each row of the batch.
+    def fact(self, name: str) -> Any:
+        """What the adapter's method has found out about this call (see `Method.facts`).
 
         Raises:
             RouteError: if the call did not come through the model that knows.
@@ -80,8 +82,11 @@ class Place:
 
     def bias(self) -> Tensor | None:
         """The frozen bias (n_out,), also while adapters are merged into the layer."""
-        site = self.layer.site
-        return self.layer._originals().get(site.bias_name, site.bias(self.layer.base_layer))
+        return self.layer.frozen_tensors().get(self.layer.weight_site.bias_name)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The module's frozen tensors by name, as far as adapters may change them, also while adapters are merged into it."""
+        return self.layer.frozen_tensors()
 
     def tensor(self, leaf: str) -> Tensor:
         """One of the adapter's tensors here, with its gradient: for what acts at optimizer steps."""
@@ -102,7 +107,7 @@ class Place:
         return self.layer.training and not self.resting
 
 
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(Wrapper):
     """A module with adapters on one of its weights. In memory its tensors have PEFT's names: `<leaf>.<adapter>.weight`.
 
     Attributes:
@@ -115,7 +120,7 @@ class AdaptedLayer(nn.Module):
 
     base_layer: nn.Module
 
-    def __init__(self, base_layer: nn.Module, site: Site, switch: Switch, name: str = "") -> None:
+    def __init__(self, base_layer: nn.Module, site: Adaptable, switch: Switch, name: str = "") -> None:
         super().__init__()
         self.base_layer = base_layer
         self.site = site
@@ -124,7 +129,9 @@ class AdaptedLayer(nn.Module):
         self.attached: dict[str, Attached] = {}
         self.scaling: dict[str, Any] = {}
         self.merged_adapters: list[str] = []
-        self.originals: dict[str, tuple[nn.Parameter | None, Tensor | None]] = {}  # while merged: parameter and frozen values, by name
+        self.originals: dict[
+            str, tuple[nn.Parameter | None, Tensor]
+        ] = {}  # while merged: parameter (none for a buffer) and frozen values, by name
         self.own: Choice | None = None
         self.factor = 1.0
         self.training = base_layer.training
@@ -143,11 +150,13 @@ class AdaptedLayer(nn.Module):
         base = place.new_base if place is not None else None
         if place is not None and base is not None:
             place.new_base = None
-            p = self.site.codec.weight(self.get_base_layer(), self.site.weight_name)
-            p.data = self.site.stored(base).to(p).contiguous()
+            site = self.weight_site
+            p = site.codec.weight(self.get_base_layer(), site.weight_name)
+            p.data = site.stored(base).to(p).contiguous()
 
-    def change(self, adapter: str, facts: Mapping[str, Facts] = NO_FACTS, *, at_rest: bool = False) -> Change:
-        """What the adapter does to the frozen weight, from its present tensors and, for methods that route, what is known of the call.
+    def change(self, adapter: str, facts: Mapping[str, Facts] = NO_FACTS, *, at_rest: bool = False) -> Any:
+        """What the adapter does here, from its present tensors and, for methods that route, what is known of the call: a `Change`, or
+        what else the site takes.
 
         Args:
             at_rest: without what acts in training alone, dropout above all.
@@ -160,7 +169,7 @@ class AdaptedLayer(nn.Module):
             return a.config.change(Tensors(a), a.place.during(facts[adapter]))
         if self.training or torch.compiler.is_compiling():
             return a.config.change(Tensors(a), a.place)
-        if keeping() and not torch.is_grad_enabled():
+        if keeping() and not torch.is_grad_enabled() and isinstance(self.site, Site):
             return self._cached(a)
         scaling = a.place.scaling
         if a.kept is None or not a.kept.holds(scaling):
@@ -174,15 +183,13 @@ class AdaptedLayer(nn.Module):
         assert a.place is not None
         now = (float(a.place.scaling), stamp([*vars(tensors := Tensors(a)).values(), self.frozen_weight()]))
         if a.cached is None or a.cached[0] != now:
-            change = a.config.change(tensors, a.place)
+            change: Any = a.config.change(tensors, a.place)
             if type(change.add) is not LowRank:
-                return change  # it may be as large as the weight
+                return change  # type: ignore[no-any-return]  # it may be as large as the weight
             a.cached = now, change
         return a.cached[1]
 
-    def changes(
-        self, names: Sequence[str], facts: Mapping[str, Facts] = NO_FACTS, *, at_rest: bool = False
-    ) -> list[tuple[Change, Stacking]]:
+    def changes(self, names: Sequence[str], facts: Mapping[str, Facts] = NO_FACTS, *, at_rest: bool = False) -> list[tuple[Any, Stacking]]:
         configs = [self.attached[n].config for n in names]
         for i, config in enumerate(configs[:-1]):
             config.check_together(configs[i + 1 :])
@@ -211,14 +218,28 @@ class AdaptedLayer(nn.Module):
         a = self.attached[adapter]
         return (a.tensor("lora_A0"), a.tensor("lora_B0")) if "lora_A0" in a.leaves else None
 
+    @property
+    def weight_site(self) -> Site:
+        """The site as one of a single weight.
+
+        Raises:
+            TypeError: for one that is not.
+        """
+        if not isinstance(self.site, Site):
+            raise TypeError(f"{self.name!r} is adapted as a {self.site.kind}, not in one weight of it.")
+        return self.site
+
+    def frozen_tensors(self) -> dict[str, Tensor]:
+        """The frozen tensors that adapters may change here, by name inside the module, also while merged."""
+        return {**self.site.tensors(self.base_layer), **self._originals()}
+
     def frozen_weight(self) -> Tensor:
         """The frozen W (n_out, n_in), also while merged."""
-        kept = self.originals.get(self.site.weight_name)
-        if kept is not None and kept[1] is not None:
-            return self.site.canonical(kept[1])
-        return self.site.weight(self.base_layer)
+        site = self.weight_site
+        kept = self.originals.get(site.weight_name)
+        return site.weight(self.base_layer) if kept is None else site.canonical(kept[1])
 
-    def _originals(self) -> dict[str, Tensor | None]:
+    def _originals(self) -> dict[str, Tensor]:
         return {name: values for name, (_, values) in self.originals.items()}
 
     # ---------------------------------------------------------------- running
@@ -261,6 +282,11 @@ class AdaptedLayer(nn.Module):
             (name,) = groups
             return self._run([] if name == BASE else [name], args, kwargs, choice.facts)
 
+        if isinstance(self.site, WholeSite):
+            _told_apart(choice.rows, self.site.batch_dim, args, kwargs, self.name)
+            effects = [(self.change(name, choice.facts), at) for name, at in groups.items() if name != BASE]
+            return self.site.run(self.base_layer, effects, args, kwargs)
+
         def run(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any], at: Tensor) -> Any:
             mine = {n: {k: t.index_select(0, at) for k, t in choice.facts[n].items()} for n in names if n in choice.facts}
             return self._run(names, args, kwargs, mine)
@@ -280,6 +306,9 @@ class AdaptedLayer(nn.Module):
             yield from slots(self, adapter, self.attached[adapter], True)
 
     # ---------------------------------------------------------------- PEFT's public names
+
+    def inside(self) -> nn.Module:
+        return self.base_layer
 
     def adapters(self) -> list[str]:
         return list(self.attached)
@@ -302,36 +331,6 @@ class AdaptedLayer(nn.Module):
     @property
     def merged(self) -> bool:
         return bool(self.merged_adapters)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        choice = self.own or self.switch.chosen()
-        return list(choice.names or ())
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        names = self.active_adapters
-        return names[0] if len(names) == 1 else names
-
-    @property
-    def disable_adapters(self) -> bool:
-        return not (self.own or self.switch.chosen()).enabled
-
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Choose adapters for this layer alone, and let just these train (none in inference mode)."""
-        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        enabled = (self.own or self.switch.chosen()).enabled
-        self.own = Choice(names, None, enabled)
-        self.require_grad_only(() if inference_mode else names)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Switch this layer's adapters on or off. What trains stays what trained."""
-        names = (self.own or self.switch.chosen()).names
-        self.own = Choice(names, None, enabled)
-
-    def require_grad_only(self, names: Sequence[str]) -> None:
-        for adapter in self.attached:
-            self.set_requires_grad(adapter, adapter in names)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let the trainable tensors of these adapters get gradients, or not."""
@@ -361,15 +360,15 @@ class AdaptedLayer(nn.Module):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """W' - W of one adapter, in the layout of the module's own weight."""
-        change = self.change(adapter, at_rest=True)
+        site, change = self.weight_site, self.change(adapter, at_rest=True)
         if change.additive:
-            return self.site.stored(change.add.dense()) if change.add is not None else torch.zeros_like(self.get_base_weight())
+            return site.stored(change.add.dense()) if change.add is not None else torch.zeros_like(self.get_base_weight())
         w = self.frozen_weight()
-        return self.site.stored(change.weight(w) - w)
+        return site.stored(change.weight(w) - w)
 
     def get_base_weight(self) -> Tensor:
         """The frozen weight in the module's own layout."""
-        return self.site.stored(self.frozen_weight())
+        return self.weight_site.stored(self.frozen_weight())
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Put the change of these (or the active) adapters into the layer's weight; the frozen one is kept aside."""
@@ -416,7 +415,7 @@ class AdaptedLayer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedLayer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # the frozen values of a merged layer move with it
-        self.originals = {k: (p, None if t is None else fn(t)) for k, (p, t) in self.originals.items()}
+        self.originals = {k: (p, fn(t)) for k, (p, t) in self.originals.items()}
         for name, s in self.scaling.items():
             if isinstance(s, Tensor):
                 self.scaling[name] = fn(s).to(s.dtype)
@@ -437,7 +436,8 @@ class AdaptedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         kinds = ", ".join(f"{n}: {type(a.config).__name__}" for n, a in self.attached.items())
-        return f"{self.site.kind} {self.site.n_out}x{self.site.n_in}; {kinds}"
+        sides = f" {self.site.n_out}x{self.site.n_in}" if self.site.n_out else ""
+        return f"{self.site.kind}{sides}; {kinds}"
 
 
 def split_rows(
@@ -454,19 +454,19 @@ def split_rows(
     Raises:
         RouteError: if the first input has not one row per name.
     """
-    size = len(rows)
-    first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-    if first is None or first.ndim <= batch_dim or first.shape[batch_dim] != size:
-        got = None if first is None else tuple(first.shape)
+    size, first = len(rows), _told_apart(rows, batch_dim, args, kwargs, name)
+    if any(hasattr(a, "get_seq_length") for a in (*args, *kwargs.values())):
         raise RouteError(
-            f"adapter_names gives {size} names, but the layer {name!r} got an input of shape {got}: its rows cannot be told apart. "
-            "Give one name per row of the batch; a layer that regroups tokens (a mixture of experts) takes one adapter per call (model.using(name))."
+            f"{name!r} writes into a cache of keys and values, which cannot be split into rows with different adapters. Give use_cache=False, "
+            "or take one adapter per call (model.using(name))."
         )
     outs: list[Any] = []
     for group, at in groups.items():
         index = torch.tensor(at, device=first.device)
 
         def part(v: Any, index: Tensor = index) -> Any:
+            if isinstance(v, tuple):
+                return tuple(part(x, index) for x in v)
             return v.index_select(batch_dim, index) if isinstance(v, Tensor) and v.ndim > batch_dim and v.shape[batch_dim] == size else v
 
         outs.append(run([] if group == BASE else [group], tuple(part(a) for a in args), {k: part(v) for k, v in kwargs.items()}, index))
@@ -481,6 +481,18 @@ def split_rows(
         return parts[0]
 
     return join(outs)
+
+
+def _told_apart(rows: Sequence[str], batch_dim: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Tensor:
+    """The first input, which has one row per name."""
+    first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+    if first is None or first.ndim <= batch_dim or first.shape[batch_dim] != len(rows):
+        got = None if first is None else tuple(first.shape)
+        raise RouteError(
+            f"adapter_names gives {len(rows)} names, but the layer {name!r} got an input of shape {got}: its rows cannot be told apart. "
+            "Give one name per row of the batch; a layer that regroups tokens (a mixture of experts) takes one adapter per call (model.using(name))."
+        )
+    return first
 
 
 __all__ = ["AdaptedLayer", "Place", "get_slot", "set_slot", "split_rows"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..change import bias as changed_bias
-from ..change import weight as changed_weight
 from ..errors import MergeError
 from .inject import active_adapters, adapted_layers, unwrap
 from .layer import AdaptedLayer
@@ -72,73 +71,65 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, *, safe_merge: b
 def merge_layers(layers: Iterable[tuple[str, AdaptedLayer]], names: Sequence[str], model: nn.Module | None = None) -> MergeReport:
     """Merge into these layers: compute and check all, then change all."""
     report = MergeReport()
-    ready: list[tuple[AdaptedLayer, list[str], Tensor, Tensor | None]] = []
+    ready: list[tuple[AdaptedLayer, list[str], dict[str, Tensor]]] = []
     for path, layer in layers:
         mine = [n for n in names if n in layer.attached]
         if not mine or set(mine) <= set(layer.merged_adapters):
             continue
         mine = layer.merged_adapters + [n for n in mine if n not in layer.merged_adapters]
-        w, b, report.layers[path] = _merged(path, layer, mine)
-        ready.append((layer, mine, w, b))
+        tensors, report.layers[path] = _merged(path, layer, mine)
+        ready.append((layer, mine, tensors))
     shared = {id(p) for p in _shared_parameters(model)} if model is not None else set()
-    for layer, mine, w, b in ready:
-        _commit(layer, mine, w, b, shared)
+    for layer, mine, tensors in ready:
+        for name, new in tensors.items():
+            _swap(layer, name, new, shared)
+        layer.merged_adapters = mine
     if model is not None and ready:
         ready[0][0].switch.untied += untie_config(model)
     return report
 
 
 @torch.no_grad()
-def _merged(path: str, layer: AdaptedLayer, names: list[str]) -> tuple[Tensor, Tensor | None, LayerReport]:
-    """W' and b' in the layer's own layout and dtype, checked."""
-    site, base = layer.site, layer.base_layer
+def _merged(path: str, layer: AdaptedLayer, names: list[str]) -> tuple[dict[str, Tensor], LayerReport]:
+    """The layer's tensors that change, by name, in its own layout and dtypes, checked."""
     for name in names:
         if why := layer.attached[name].config.unmergeable:
             raise MergeError(f"{path}: the adapter {name!r} cannot be merged: {why}. Keep it unmerged.")
-    stored = layer.get_base_weight()
-    wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
-    frozen = layer.frozen_weight().to(wide)
-    kept_bias = layer._originals().get(site.bias_name, site.bias(base))
-    changes = layer.changes(names, at_rest=True)
+    frozen = layer.frozen_tensors()
+    wide = {k: t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t for k, t in frozen.items()}
     try:
-        exact = changed_weight(changes, frozen)
+        exact = layer.site.substituted(layer.base_layer, layer.changes(names, at_rest=True), wide)
     except MergeError as e:
         raise MergeError(f"{path}: {e}") from None
-    if any(c.shift is not None for c, _ in changes) and kept_bias is None:
+    if set(exact) - set(frozen):
         raise MergeError(
             f"{path}: the adapter trains a bias (lora_bias), and the layer has none to merge it into. Keep it unmerged, or give the layer a bias of zeros."
         )
-    new_bias = changed_bias(changes, None if kept_bias is None else kept_bias.to(wide))
-    rounded = exact.to(stored.dtype)
-    if not bool(torch.isfinite(rounded).all()) or (new_bias is not None and not bool(torch.isfinite(new_bias).all())):
+    rounded = {k: t.to(frozen[k].dtype).contiguous() for k, t in exact.items() if t is not wide[k]}
+    if not all(bool(torch.isfinite(t).all()) for t in rounded.values()):
         raise MergeError(f"{path}: NaNs detected in the merged weights. The adapter {names} seems to be broken")
-    new_b = None if kept_bias is None or new_bias is None else new_bias.to(kept_bias.dtype)
-    return site.stored(rounded).contiguous(), new_b, _loss(frozen, exact, rounded)
+    floating = [k for k, t in rounded.items() if t.is_floating_point()]
+    return rounded, _loss([(exact[k] - wide[k], rounded[k].to(wide[k].dtype) - wide[k], wide[k]) for k in floating])
 
 
-def _loss(frozen: Tensor, exact: Tensor, rounded: Tensor) -> LayerReport:
-    delta = exact - frozen
-    got = rounded.to(exact.dtype) - frozen
-    norm = float(delta.norm())
-    moved = delta != 0
-    count = int(moved.sum())
-    lost = int(((got == 0) & moved).sum())
+def _loss(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> LayerReport:
+    """`parts`: of each tensor the exact difference, the one that is left after rounding, and the frozen values."""
+
+    def norm(tensors: Iterable[Tensor]) -> float:
+        return math.sqrt(sum(float(t.norm()) ** 2 for t in tensors))
+
+    size = norm(d for d, _, _ in parts)
+    count = sum(int((d != 0).sum()) for d, _, _ in parts)
+    lost = sum(int(((got == 0) & (d != 0)).sum()) for d, got, _ in parts)
     return LayerReport(
-        float((got - delta).norm()) / norm if norm else 0.0, lost / count if count else 0.0, norm / max(float(frozen.norm()), 1e-30)
+        norm(got - d for d, got, _ in parts) / size if size else 0.0,
+        lost / count if count else 0.0,
+        size / max(norm(w for _, _, w in parts), 1e-30),
     )
 
 
 def _shared_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [m._parameters[n] for group in holders(model).values() for _, m, n in group[:1]]  # type: ignore[misc]
-
-
-def _commit(layer: AdaptedLayer, names: list[str], w: Tensor, b: Tensor | None, shared: set[int]) -> None:
-    site = layer.site
-    owner, name = owner_of(layer, site.weight_name)
-    _swap(layer, owner, site.weight_name, name, w, shared)
-    if b is not None:
-        _swap(layer, *_bias_owner(layer), b, shared)
-    layer.merged_adapters = names
 
 
 def owner_of(layer: AdaptedLayer, dotted: str) -> tuple[nn.Module, str]:
@@ -147,17 +138,15 @@ def owner_of(layer: AdaptedLayer, dotted: str) -> tuple[nn.Module, str]:
     return layer.base_layer.get_submodule(path), name
 
 
-def _bias_owner(layer: AdaptedLayer) -> tuple[nn.Module, str, str]:
-    owner, name = owner_of(layer, layer.site.bias_name)
-    return owner, layer.site.bias_name, name
-
-
-def _swap(layer: AdaptedLayer, owner: nn.Module, key: str, name: str, new: Tensor, shared: set[int]) -> None:
-    """Put new values into a parameter and keep the frozen ones. A parameter that others hold too is left to them."""
-    p = owner._parameters[name]
-    assert p is not None
-    if key not in layer.originals:
-        layer.originals[key] = (p, p.data)
+def _swap(layer: AdaptedLayer, key: str, new: Tensor, shared: set[int]) -> None:
+    """Put new values into a tensor and keep the frozen ones. A parameter that others hold too is left to them."""
+    owner, name = owner_of(layer, key)
+    p = owner._parameters.get(name)
+    if p is None:
+        layer.originals.setdefault(key, (None, owner._buffers[name]))  # type: ignore[arg-type]
+        owner._buffers[name] = new
+        return
+    layer.originals.setdefault(key, (p, p.data))
     if id(p) in shared:
         owner._parameters[name] = nn.Parameter(new, requires_grad=p.requires_grad)
     else:
@@ -169,9 +158,9 @@ def unmerge_layer(layer: AdaptedLayer) -> None:
     """Put the frozen tensors of one layer back, bit for bit."""
     for key, (p, values) in layer.originals.items():
         owner, name = owner_of(layer, key)
-        now = owner._parameters[name]
-        assert p is not None and now is not None and values is not None
-        if now is p:
+        if p is None:
+            owner._buffers[name] = values
+        elif owner._parameters[name] is p:
             p.data = values
         else:
             owner._parameters[name] = p  # the shared parameter itself: tied again
@@ -195,7 +184,6 @@ def merge_and_unload(
 ) -> nn.Module:
     """Merge these (or the active) adapters for good and take all wrappers off; modules trained whole take the originals' places."""
     from ..blocks.saved import ModulesToSaveWrapper
-    from ..blocks.tokens import TrainableTokensWrapper
 
     names = _names(model, names)
     merge(model, names, safe_merge=safe_merge, progressbar=progressbar)
@@ -203,11 +191,10 @@ def merge_and_unload(
     def inner(wrapper: Any) -> nn.Module:
         if isinstance(wrapper, ModulesToSaveWrapper):
             mine = [n for n in names if n in wrapper.modules_to_save]
-            out: nn.Module = wrapper.modules_to_save[mine[-1]] if mine else wrapper.original_module
-            return out
-        if isinstance(wrapper, TrainableTokensWrapper):
-            return wrapper.token_adapter.base_layer
-        out = wrapper.base_layer
+            if mine:
+                copied: nn.Module = wrapper.modules_to_save[mine[-1]]
+                return copied
+        out: nn.Module = wrapper.inside()
         return out
 
     for _, layer in adapted_layers(model):

@@ -217,7 +217,7 @@ class Parts:
         out = {**vars(first), leaf: self.summed(leaf)}
         config = self.site.layer.attached[self.site.adapter].config
         with torch.no_grad():
-            got = config.change(SimpleNamespace(**out), self.site)
+            got: Any = config.change(SimpleNamespace(**out), self.site)
             wanted, found = self._plain(self.changes, self.weights), self._plain([got], [1.0])
         for a, b in zip(found, wanted, strict=True):
             if float((a - b).norm()) > 1e-4 * float(b.norm()):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import RouteError, hint
 from .steps import Watched, enlist
@@ -24,7 +24,7 @@ BASE = "__base__"  # in a mixed batch: this row takes no adapter
 _tokens = itertools.count()
 
 
-Facts = Mapping[str, Tensor]  # what one adapter's change needs to know of a call, a row of each tensor for a row of the batch
+Facts = Mapping[str, Any]  # what one adapter's change needs to know of a call, a row of each tensor for a row of the batch
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Switch:
         self.untied: list[Any] = []  # configs whose tie_word_embeddings a merge has set False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "token"}
+        return {k: v for k, v in self.__dict__.items() if k != "token"} | {"trained": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -93,8 +93,7 @@ class Switch:
             choice, block = _local.mirror.get(self.token, (self.default, False))
             return choice if own is None or block else own
         if torch._C._current_graph_task_id() != -1:  # recomputation in a backward: as in the forward, whatever holds now
-            last = _local.last.get(self.token) or self.trained or self.default
-            return last
+            return _local.again.get(self.token) or _local.last.get(self.token) or self.trained or self.default
         block_choice = _call.get().get(self.token)
         choice = block_choice or own or _thread.get().get(self.token) or self.default
         _local.last[self.token] = choice
@@ -106,6 +105,7 @@ class Switch:
 class _Local(threading.local):
     def __init__(self) -> None:
         self.last: dict[int, Choice] = {}
+        self.again: dict[int, Choice] = {}  # chosen by code that is run again in a backward: it has chosen so in its forward
         self.mirror: dict[int, tuple[Choice, bool]] = {}  # compiled code cannot read context variables
 
 
@@ -123,11 +123,17 @@ def _mirror(switch: Switch) -> None:
 def choosing(switch: Switch, choice: Choice) -> Iterator[None]:
     """Let `choice` hold for the code inside, in this thread (and asyncio task) only."""
     reset = _call.set({**_call.get(), switch.token: choice})
+    before = _local.again.pop(switch.token, None)
+    if torch._C._current_graph_task_id() != -1:
+        _local.again[switch.token] = choice
     _mirror(switch)
     try:
         yield
     finally:
         _call.reset(reset)
+        _local.again.pop(switch.token, None)
+        if before is not None:
+            _local.again[switch.token] = before
         _mirror(switch)
 
 

@@ -226,7 +226,8 @@ def select(
         model: the user's model, not a PeftModel.
         config: a PeftConfig; of its fields `target_modules, exclude_modules, modules_to_save, layers_to_transform,
             layers_pattern, rank_pattern, alpha_pattern, target_parameters` count, where it has them. A method
-            `default_targets(model) -> list | str | None` goes before the tables where `target_modules` is None.
+            `default_targets(model) -> list | str | None` goes before the tables where `target_modules` is None, and a method
+            `pick(names of all modules, names of those that can be adapted) -> names` before everything.
         supports: whether the method can adapt a module; it gets the module itself, never an adapted layer.
         state_dict: an adapter's tensors: the modules are those that appear in its keys, whatever the targets say.
         strict: an entry that matches nothing is an error. Never so with a state_dict or `config.inference_mode`: there
@@ -354,7 +355,7 @@ class _Search:
                 matched.append(place.name)
             for e in entries:
                 self.hits.setdefault(e, []).extend([place] if reason is None else [])
-        self.result.resolved_targets = self.resolved(spec, matched, all_linear)
+        self.result.resolved_targets = self.resolved(spec, matched, all_linear) if self.field("pick") is None else None
         if isinstance(spec, str):
             self.result.unmatched += [] if matched or all_linear else [spec]
         elif named:  # a table may name more than a model has
@@ -362,7 +363,9 @@ class _Search:
 
     def targets(self) -> tuple[str | Collection[str], bool]:
         """The targets, and whether the user has named them."""
-        spec = self.field("target_modules")
+        spec, pick = self.field("target_modules"), self.field("pick")
+        if pick is not None:
+            return pick(self.names, self.adaptable()), True
         if spec is not None:
             return spec, True
         default, model_type = self.field("default_targets"), _model_type(self.model)
@@ -416,11 +419,13 @@ class _Search:
             return lambda name: True
         numbers = {wanted} if isinstance(wanted, int) else set(wanted)
         stacks = [patterns] if isinstance(patterns, str) else list(patterns or ())
-        rules = [re.compile(rf"(?:^|.*?\.){p}\.(\d+)\.") for p in stacks if p]
+        blocks = "block" in (self.field("kinds") or ())  # then the number may be the end of a name
+        rules = [re.compile(rf"(?:^|.*?\.){p}\.(\d+){'(?:[.]|$)' if blocks else '[.]'}") for p in stacks if p]
 
         def layer(name: str) -> int | None:
             if not rules:  # as in PEFT, two names have to stand before the number
-                return next((int(part) for part in name.split(".")[2:-1] if part.isdecimal()), None)
+                parts = name.split(".")[2 : None if blocks else -1]
+                return next((int(part) for part in parts if part.isdecimal()), None)
             found = next((m for m in (r.match(name) for r in rules) if m), None)
             return int(found[1]) if found else None
 

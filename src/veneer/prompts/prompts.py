@@ -126,7 +126,7 @@ class Prompts(Keyed):
 
     def take_off(self) -> None:
         """Put the user's model back as it was."""
-        inject.unwrap(self.model, lambda wrapper: wrapper.original_module)
+        inject.unwrap(self.model, lambda wrapper: wrapper.inside())
         inject.thaw(self.model, self.switch)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

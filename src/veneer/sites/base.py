@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..bases import Codec, codec_for
@@ -15,19 +16,20 @@ from ..engine.substitute import call_with
 Changes = Sequence[tuple[Change, Stacking]]
 
 
-class Site(ABC):
-    """Where one frozen weight lives. Holds no reference to the module; the canonical weight W is (n_out, n_in).
+class Adaptable(ABC):
+    """A place that adapters can be put on. Holds no reference to the module.
 
     Attributes:
-        kind: `linear`, `embedding`, `conv`, `attention` or `parameter`.
-        weight_name, bias_name: the module's own names of the two tensors.
+        kind: `linear`, `embedding`, `conv`, `attention` or `parameter` for one weight (see `Site`); `module` for all tensors of one;
+            `self_attention` and `block` for what acts around a whole (see `WholeSite`).
+        n_out, n_in: the sides of the weight, 0 where it is not about one.
         kernel: spatial kernel of a convolution, empty otherwise;  groups, channels: its groups and input channels;  experts: E of a 3-D parameter, else 0.
         batch_dim: which dimension of the first input counts the rows of a batch.
     """
 
     kind: ClassVar[str]
-    weight_name: str = "weight"
-    bias_name: str = "bias"
+    n_out: int = 0
+    n_in: int = 0
     kernel: tuple[int, ...] = ()
     groups: int = 1
     experts: int = 0
@@ -37,10 +39,37 @@ class Site(ABC):
     def __init__(self, module: nn.Module) -> None:
         self.codec: Codec = codec_for(module)
         self.mutates = False  # the module's forward writes into its own weight
-        self.own_forward = False  # the module computes something of its own: run it whole with W' in place of W
 
-    n_out: int
-    n_in: int
+    @abstractmethod
+    def where(self, module: nn.Module) -> tuple[torch.device, torch.dtype]:
+        """The device of the module's numbers, and the floating dtype that it computes in."""
+
+    @abstractmethod
+    def tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        """The tensors that an adapter may change, by name inside the module, as the module has them now."""
+
+    @abstractmethod
+    def substituted(self, module: nn.Module, changes: Any, frozen: Mapping[str, Any]) -> dict[str, Any]:
+        """These tensors by name under the changes, formed whole. `frozen`: tensors that take the place of the module's own."""
+
+    @abstractmethod
+    def apply(self, module: nn.Module, changes: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], frozen: Mapping[str, Any]) -> Any:
+        """The module's output under the changes. `frozen`: tensors that take the place of the module's own (a merged layer's originals)."""
+
+
+class Site(Adaptable):
+    """Where one frozen weight lives; the canonical weight W is (n_out, n_in).
+
+    Attributes:
+        weight_name, bias_name: the module's own names of the two tensors.
+    """
+
+    weight_name: str = "weight"
+    bias_name: str = "bias"
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.own_forward = False  # the module computes something of its own: run it whole with W' in place of W
 
     @abstractmethod
     def canonical(self, stored: Tensor) -> Tensor:
@@ -50,11 +79,14 @@ class Site(ABC):
     def stored(self, w: Tensor) -> Tensor:
         """W in the module's own layout, a view; the inverse of `canonical`."""
 
-    @abstractmethod
-    def apply(
-        self, module: nn.Module, changes: Changes, args: tuple[Any, ...], kwargs: Mapping[str, Any], frozen: Mapping[str, Any]
-    ) -> Any:
-        """The module's output under the changes. `frozen`: tensors that take the place of the module's own (a merged layer's originals)."""
+    def where(self, module: nn.Module) -> tuple[torch.device, torch.dtype]:
+        name = self.weight_name.rpartition(".")[2]
+        return self.codec.weight(module, name).device, self.codec.dtype(module, name)
+
+    def tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        b = self.bias(module)
+        stored = self.stored(self.weight(module))
+        return {self.weight_name: stored} if b is None else {self.weight_name: stored, self.bias_name: b}
 
     def weight(self, module: nn.Module) -> Tensor:
         """The frozen W (n_out, n_in) as the module has it now."""
@@ -65,7 +97,6 @@ class Site(ABC):
         return b
 
     def substituted(self, module: nn.Module, changes: Changes, frozen: Mapping[str, Any]) -> dict[str, Any]:
-        """The module's tensors by name under the changes, formed whole."""
         stored = frozen.get(self.weight_name)
         w = self.weight(module) if stored is None else self.canonical(stored)
         b = frozen.get(self.bias_name, self.bias(module))
@@ -94,7 +125,7 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-def _kinds() -> tuple[type[Site], ...]:
+def _weights() -> tuple[type[Site], ...]:
     from .attention import AttentionSite
     from .conv import ConvSite
     from .embedding import EmbeddingSite
@@ -103,18 +134,31 @@ def _kinds() -> tuple[type[Site], ...]:
     return (AttentionSite, LinearSite, EmbeddingSite, ConvSite)
 
 
+def _wholes() -> tuple[type[Adaptable], ...]:
+    from .block import BlockSite
+    from .module import ModuleSite
+    from .self_attention import SelfAttentionSite
+
+    return (ModuleSite, SelfAttentionSite, BlockSite)
+
+
 def site_for(module: nn.Module) -> Site:
-    """The site of a module.
+    """The site of the weight of a module.
 
     Raises:
         TypeError: for a module of no supported kind.
     """
-    for kind in _kinds():
+    for kind in _weights():
         if kind.matches(module):  # type: ignore[attr-defined]
             return kind(module)
     raise TypeError(f"{type(module).__name__} cannot be adapted: it is no linear, embedding, convolution or attention layer")
 
 
 def supported(module: nn.Module) -> str | None:
-    """The kind of site a module is, or None."""
-    return next((k.kind for k in _kinds() if k.matches(module)), None)  # type: ignore[attr-defined]
+    """The kind of weight a module holds, or None."""
+    return next((k.kind for k in _weights() if k.matches(module)), None)  # type: ignore[attr-defined]
+
+
+def adaptable(module: nn.Module, kinds: Collection[str]) -> type[Adaptable] | None:
+    """The first of these kinds of site that a module is, or None."""
+    return next((k for k in (*_weights(), *_wholes()) if k.kind in kinds and k.matches(module)), None)  # type: ignore[attr-defined]

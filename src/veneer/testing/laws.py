@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..change import bias as changed_bias
-from ..change import weight as changed_weight
 from ..config import PeftConfig
 from ..engine.inject import adapted_layers
 from ..engine.layer import AdaptedLayer
@@ -174,14 +172,11 @@ def _mergeable(case: Case) -> None:
 def _fits(case: Case) -> bool:
     """Whether the layer has what the change is merged into: a weight that sees all inputs, and a bias for one that is shifted."""
     layers = [layer for _, layer in adapted_layers(case.trained())]
-    shifted = any(
-        c.shift is not None and layer.site.bias(layer.base_layer) is None for layer in layers for c, _ in layer.changes(["default"])
-    )
-    return case.place.mergeable and not shifted
+    return case.place.mergeable and all(set(layer.effective(["default"])) <= set(layer.frozen_tensors()) for layer in layers)
 
 
 class _Bare(nn.Module):
-    """The module inside an adapted layer, run with W' and b'."""
+    """The module inside an adapted layer, run with its changed tensors, formed whole."""
 
     def __init__(self, layer: AdaptedLayer) -> None:
         super().__init__()
@@ -189,13 +184,8 @@ class _Bare(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer
-        changes, site = layer.changes(["default"]), layer.site
-        w = site.stored(changed_weight(changes, site.weight(layer.base_layer)))
-        tensors: dict[str, Any] = {site.weight_name: w}
-        b = changed_bias(changes, site.bias(layer.base_layer))
-        if b is not None:
-            tensors[site.bias_name] = b.to(w.dtype)
-        if site.kind == "attention":
+        tensors = layer.effective(["default"])
+        if layer.site.kind == "attention":
             inner: Any = layer.base_layer.out_proj
             tensors |= {f"out_proj.base_layer.{k}": v for k, v in inner.effective(["default"]).items()}
         return call_with(layer.base_layer, tensors, args, kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -49,6 +50,65 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.site(x, x, x, need_weights=False)[0]
         return y
+
+
+class _Heads(nn.Module):
+    """Attention of three query heads on one key head, or of four heads behind a fused projection."""
+
+    def __init__(self, fused: bool = False) -> None:
+        super().__init__()
+        self.head_dim = 4
+        if fused:
+            self.c_attn, self.c_proj = nn.Linear(16, 48), nn.Linear(16, 16)
+        else:
+            self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(*n) for n in ((16, 12), (16, 4), (16, 4), (12, 16)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        fused = "c_attn" in self._modules
+        parts = self.c_attn(x).chunk(3, -1) if fused else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in parts)
+        z = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=not fused)
+        z = z.transpose(1, 2).flatten(2)
+        y: Tensor = self.c_proj(z) if fused else self.o_proj(z)
+        return y
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        mixed = hidden_states.cumsum(1) / torch.arange(1, hidden_states.shape[1] + 1).unsqueeze(-1).to(hidden_states)
+        y: Tensor = hidden_states + torch.tanh(self.mlp(self.norm(mixed)))
+        return y
+
+
+class _Decoder(nn.Module):
+    """A stack of blocks, made from a config, as transformers' decoders are."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.inward = nn.Linear(16, config.hidden_size)
+        self.layers = nn.ModuleList(_Block(config.hidden_size) for _ in range(config.num_hidden_layers))
+
+    def forward(self, inputs_embeds: Tensor) -> Tensor:
+        h: Tensor = self.inward(inputs_embeds)
+        for block in self.layers:
+            h = block(h)
+        return h
+
+
+class _Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=12, num_hidden_layers=3)
+        self.model = _Decoder(self.config)
+
+    def forward(self, inputs_embeds: Tensor) -> Tensor:
+        h: Tensor = self.model(inputs_embeds)
+        return h
 
 
 class _Table(nn.Module):
@@ -114,6 +174,10 @@ def _modules(**extra: Any) -> dict[str, Any]:
     return {"target_modules": ["site"], **extra}
 
 
+def _block() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 8), nn.Sequential(nn.LayerNorm(8), nn.GELU()), nn.Linear(8, 12))
+
+
 def _transformers_conv1d() -> nn.Module:
     from transformers.pytorch_utils import Conv1D as Theirs
 
@@ -148,4 +212,13 @@ SITES: dict[str, SiteCase] = {
     "parameter_3d_transposed": SiteCase(
         "parameter", lambda: _Wrap(_Table(3, 12, 8, transposed=True)), _floats(12), {"target_modules": [], "target_parameters": ["site.w"]}
     ),
+    "module_layer_norm": SiteCase("module", lambda: _Wrap(nn.LayerNorm(12)), _floats(5, 12), _modules()),
+    "module_rms_norm": SiteCase("module", lambda: _Wrap(nn.RMSNorm(12)), _floats(5, 12), _modules()),
+    "module_batch_norm": SiteCase("module", lambda: _Wrap(nn.BatchNorm1d(12)), _floats(12), _modules()),
+    "module_linear": SiteCase("module", lambda: _Wrap(nn.Linear(12, 8)), _floats(5, 12), _modules()),
+    "module_embedding": SiteCase("module", lambda: _Wrap(nn.Embedding(20, 12, padding_idx=0)), _tokens, _modules(), passes=False),
+    "module_nested": SiteCase("module", lambda: _Wrap(_block()), _floats(5, 12), _modules()),
+    "block": SiteCase("block", _Stack, _floats(5, 16), {"target_modules": None}),
+    "self_attention": SiteCase("self_attention", lambda: _Wrap(_Heads()), _floats(5, 16), {"target_modules": "site"}),
+    "self_attention_fused": SiteCase("self_attention", lambda: _Wrap(_Heads(fused=True)), _floats(5, 16), {"target_modules": "site"}),
 }

@@ -1,0 +1,76 @@
+"""What stands in the place of a module and holds what adapters train there: its public face, under PEFT's names."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from .route import Choice, Switch
+
+
+class Wrapper(nn.Module, ABC):
+    """Stands in the place of a module. Which adapters act there is told by the call, by the thread, or by what was set here alone.
+
+    Attributes:
+        switch: what all wrappers of a model share.
+        name: the module's path when it was wrapped.
+        own: what was chosen for this one alone.
+    """
+
+    switch: Switch
+    name: str
+    own: Choice | None
+
+    @abstractmethod
+    def inside(self) -> nn.Module:
+        """The module that was there."""
+
+    @abstractmethod
+    def adapters(self) -> list[str]:
+        """The adapters that have something here."""
+
+    @abstractmethod
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let what these adapters train here get gradients, or not."""
+
+    @abstractmethod
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off, with its tensors."""
+
+    @abstractmethod
+    def adapter_slots(self, adapter: str) -> Iterator[tuple[str, str, str, nn.Module]]:
+        """(name in the file, name in memory, key, owner) of each saved tensor, relative to this module's path."""
+
+    def chosen(self) -> Choice:
+        """The choice that holds here and now."""
+        return self.own or self.switch.chosen()
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.chosen().names or ())
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def disable_adapters(self) -> bool:
+        return not self.chosen().enabled
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Choose adapters for this module alone, and let just these train (none in inference mode)."""
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        self.own = Choice(names, None, self.chosen().enabled)
+        self.require_grad_only(() if inference_mode else names)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch this module's adapters on or off. What trains stays what trained."""
+        self.own = Choice(self.chosen().names, None, enabled)
+
+    def require_grad_only(self, names: Sequence[str]) -> None:
+        """Let what these adapters train here get gradients, and nothing else here."""
+        for adapter in self.adapters():
+            self.set_requires_grad(adapter, adapter in names)
