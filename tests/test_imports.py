@@ -67,9 +67,10 @@ ALLOWED = {
     "kernels": set(),
     "change": {"ops", "errors"},
     "bases": set(),
-    "methods": {"change", "ops", "method", "config", "types", "errors", "inits", "kernels", "schedules", "variants"},
+    "methods": {"change", "ops", "method", "config", "types", "errors", "inits", "kernels", "schedules", "variants", "routes"},
     "schedules": set(),
-    "variants": {"change", "ops", "method", "types", "errors", "inits", "kernels", "schedules"},
+    "variants": {"change", "ops", "method", "types", "errors", "inits", "kernels", "schedules", "routes"},
+    "routes": {"ops", "method", "errors"},
 }
 
 

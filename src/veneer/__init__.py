@@ -20,6 +20,7 @@ _HOME: dict[str, str] = {
         "config": "PeftConfig PeftConfigMixin PromptLearningConfig",
         "engine.merge": "MergeReport",
         "errors": "ConfigError LoadError MergeError NoMatchingPeftModuleError PeftError PeftWarning RouteError SaveError",
+        "arrow": "create_arrow_model",
         "helpers": "cast_mixed_precision_params",
         "inits": "CordaConfig EvaConfig LoftQConfig LoraGAConfig get_eva_state_dict initialize_lora_eva_weights preprocess_corda preprocess_loraga "
         "replace_lora_weights_loftq",
@@ -32,7 +33,7 @@ _HOME: dict[str, str] = {
         "tasks": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification",
         "types": "PeftType TaskType",
-        "variants": "BdLoraConfig KasaConfig MontecloraConfig VeloraConfig",
+        "variants": "ArrowConfig BdLoraConfig KasaConfig MontecloraConfig VeloraConfig",
     }.items()
     for name in names.split()
 }

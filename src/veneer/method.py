@@ -10,13 +10,13 @@ import functools
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import PeftConfig
 from .errors import ConfigError, hint
@@ -39,7 +39,7 @@ class Leaf:
         shape: its shape.
         init: fills a freshly allocated tensor in place with start values (may be overridden by `Method.start`).
         container: the layer's attribute that holds it for every adapter; the leaf's own name if not given.
-        attr: `"weight"`, `"bias"`: in memory it is `<container>.<adapter>.<attr>`; None: `<container>.<adapter>`.
+        attr: `"weight"`, `"bias"`, or a path with dots: in memory it is `<container>.<adapter>.<attr>`; None: `<container>.<adapter>`.
         on_disk: what follows the layer's path in the file; `<container>[.<attr>]` if not given.
         trainable: whether it is a parameter that gets gradients; otherwise a frozen tensor.
         dtype: its dtype where that is not the adapter's, such as for indices.
@@ -78,6 +78,7 @@ class Method(PeftConfig):
         stacking: how several active adapters act together: `"sum"` adds their differences to the frozen weight, `"chain"` applies one
             after another.
         offers: names of methods `(sites, *args)` that `model.base_model` has too, such as a schedule's step for loops that drive it themselves.
+        answers: methods that `model.base_model` has too: name -> path in the config of the adapter that acts, which is called.
         unmergeable: why no weight holds the change, for one that depends on the input; empty if it can be merged.
         routes: whether the change depends on the call: then `facts` is asked at each.
         takes: arguments of the model's forward and generate that are meant for the method and not for the base model.
@@ -89,6 +90,7 @@ class Method(PeftConfig):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     stacking: ClassVar[Literal["sum", "chain"]] = "chain"
     offers: ClassVar[tuple[str, ...]] = ()
+    answers: ClassVar[Mapping[str, str]] = MappingProxyType({})
     unmergeable: ClassVar[str] = ""
     routes: ClassVar[bool] = False
     takes: ClassVar[tuple[str, ...]] = ()
@@ -128,6 +130,11 @@ class Method(PeftConfig):
         """Tensors that all adapted layers of one adapter share; `change` gets them among `p`. They belong to the model, not to a layer."""
         return {}
 
+    def common(self, sites: Sequence[Place]) -> Mapping[str, Sequence[Hashable]]:
+        """Leaves that groups of layers have in common: by leaf, a key for each site. Sites of one key have one tensor, which is in the file under
+        each of their names; in memory the first keeps it."""
+        return {}
+
     def facts(self, call: Call) -> Mapping[str, Tensor]:
         """For methods that route: what `change` has to know of one call of the model; it finds it as `site.fact(name)`.
 
@@ -135,6 +142,26 @@ class Method(PeftConfig):
             tensors with one row per row of the batch.
         """
         return {}
+
+    def generating(self, asked: Callable[[str], Any]) -> Mapping[str, Any]:
+        """For methods that route: arguments of `generate` that have to be other than they are; `asked(name)` tells one as given or configured."""
+        return {}
+
+    def experts(self) -> Mapping[str, str | None]:
+        """LoRA adapters of the model that this one mixes: by name, where each is loaded from if it is not there; None: from beside this one's own
+        file only."""
+        return {}
+
+    def along(self) -> Sequence[str]:
+        """Other adapters that train whenever this one does."""
+        return ()
+
+    def meet(self, model: nn.Module) -> None:
+        """Fill fields that the user's model tells. Called before the adapter is attached.
+
+        Raises:
+            ConfigError: if the model does not suit the method.
+        """
 
     def example_call(self, rows: int) -> dict[str, Tensor]:
         """For methods that take arguments of their own: those of a call with so many rows, for the laws."""

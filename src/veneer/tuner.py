@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import functools
+import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from .checkpoint.experts import load_experts
 from .checkpoint.keys import slots as file_slots
 from .config import PeftConfig
 from .engine import inject, merge
 from .engine.holders import Attached, drop, slots
 from .engine.merge import MergeReport
-from .engine.route import check_known, the_switch
+from .engine.route import check_known, find_switch, the_switch
 from .engine.steps import ask
 from .errors import PeftWarning
 from .method import Method, config_class
@@ -72,14 +74,31 @@ class Tuner(nn.Module):
         empty: bool = False,
     ) -> inject.Plan:
         """Attach one more adapter; returns what that did."""
-        plan = inject.attach(
-            self.model, config, adapter_name,
-            low_cpu_mem_usage=low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype, state_dict=state_dict,
-            empty=empty, home=self,
-        )  # fmt: skip
+        first = find_switch(self.model) is None
+        experts = load_experts(self, config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype)
+        try:
+            plan = inject.attach(
+                self.model, config, adapter_name,
+                low_cpu_mem_usage=low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype, state_dict=state_dict,
+                empty=empty, home=self,
+            )  # fmt: skip
+        except BaseException:
+            self.take_off(experts, first)
+            raise
         self.peft_config[adapter_name] = config
+        if first and experts:  # they came before it, and so would act
+            inject.set_adapter(self.model, adapter_name, config.inference_mode)
         self._train_outside(adapter_name, adapter_name in self.active_adapters and not config.inference_mode)
         return plan
+
+    def take_off(self, names: Sequence[str], last: bool) -> None:
+        """Take off adapters that have just been put on; `last`: the model has no others."""
+        for name in names:
+            del self.peft_config[name]
+            if not last:
+                inject.detach(self.model, name)
+        if names and last:
+            inject.unload(self.model)
 
     def inject_adapter(
         self,
@@ -120,7 +139,7 @@ class Tuner(nn.Module):
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         inject.set_adapter(self.model, names, inference_mode)
-        for name in self.peft_config:
+        for name in sorted(self.peft_config, key=lambda n: n in names):  # what one trains, another that rests must not freeze
             self._train_outside(name, name in names and not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -136,13 +155,15 @@ class Tuner(nn.Module):
             self._train_outside(name, requires_grad)
 
     def _train_outside(self, adapter_name: str, requires_grad: bool) -> None:
-        """What an adapter trains outside its layers: tensors that they share, and biases of the model."""
+        """What an adapter trains outside its layers: tensors that they share, biases of the model, and other adapters."""
         shared = self.shared.get(adapter_name)
         if shared is not None:
             for leaf, spec in shared.leaves.items():
                 if spec.trainable:
                     shared.tensor(leaf).requires_grad_(requires_grad)
         config = self.peft_config[adapter_name]
+        if along := [n for n in config.along() if n in self.peft_config]:
+            inject.mark_trainable(self.model, along, requires_grad)
         if getattr(config, "bias", "none") != "none":
             for slot in file_slots(self.model, adapter_name, config, save_embedding_layers=False).values():
                 if slot.base and slot.saved and slot.attribute == "bias":
@@ -252,7 +273,9 @@ def tuner_class(peft_type: str) -> type[Tuner]:
 def _class_for(config: Any) -> type[Tuner]:
     prefix = config.prefix if issubclass(config, Method) else ""
     name = config.__name__.removesuffix("Config") + "Model"
-    offered = {n: _offered(n) for n in getattr(config, "offers", ())}
+    offered = {n: _offered(n) for n in getattr(config, "offers", ())} | {
+        n: _answered(n, path) for n, path in getattr(config, "answers", {}).items()
+    }
     return type(name, (Tuner,), {"prefix": prefix, "__module__": __name__, "__doc__": f"The tuner of {config.__name__}.", **offered})
 
 
@@ -261,6 +284,15 @@ def _offered(name: str) -> Any:
         ask(the_switch(self.model), name, *args)
 
     call.__name__, call.__doc__ = name, f"Call `{name}` of every adapter that trains; see its config."
+    return call
+
+
+def _answered(name: str, path: str) -> Any:
+    def call(self: Tuner, *args: Any) -> Any:
+        config = next(c for n in (*self.active_adapters, *self.peft_config) if name in (c := self.peft_config[n]).answers)
+        return operator.attrgetter(path)(config)(*args)
+
+    call.__name__, call.__doc__ = name, f"`{path}` of the config of the adapter that acts."
     return call
 
 

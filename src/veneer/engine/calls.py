@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -9,9 +10,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .route import Choice, Facts, Switch, choosing, disabled
+from ..errors import RouteError
+from .inject import adapted_layers
+from .layer import Place
+from .route import Choice, Facts, Switch, choosing
+
+# arguments whose first dimension counts the rows of the batch
+ROWS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_values", "input_features", "inputs")
 
 
 @dataclass
@@ -23,16 +31,68 @@ class Call:
         adapter: the adapter that asks.
         inputs: the arguments by name, as far as the model's forward names them.
         given: those that were meant for the method (see `Method.takes`).
+        prompt: in `generate`, its own arguments by name; else None.
         memory: the adapter's own, kept through all steps of one `generate`; a call of its own has an empty one.
-        run: runs the model with these inputs, changed by keyword arguments, without any adapter.
+        run: `run(facts, **changed)` runs the model with these inputs, changed by keyword arguments: without any adapter, or, if they are not
+            None, with this one and the facts given.
     """
 
     model: nn.Module
     adapter: str
     inputs: Mapping[str, Any]
     given: Mapping[str, Any]
+    prompt: Mapping[str, Any] | None = None
     memory: dict[str, Any] = field(default_factory=dict)
-    run: Callable[..., Any] = lambda **changed: None
+    run: Callable[..., Any] = lambda facts, **changed: None
+
+    @property
+    def places(self) -> list[Place]:
+        """Where the adapter is attached."""
+        if "places" not in self.memory:
+            layers = (layer for _, layer in adapted_layers(self.model) if self.adapter in layer.attached)
+            self.memory["places"] = [p for layer in layers if (p := layer.attached[self.adapter].place) is not None]
+        places: list[Place] = self.memory["places"]
+        return places
+
+    @property
+    def rows(self) -> int | None:
+        """How many rows the batch has now, beams counted; None if no argument tells."""
+        return next((t.shape[0] for n in ROWS if isinstance(t := self.inputs.get(n), Tensor)), None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, tokens) of the inputs."""
+        return shape_of(self.inputs)
+
+    @property
+    def prompt_length(self) -> int:
+        """How many tokens the prompt of a `generate` has."""
+        return shape_of(self.prompt or self.inputs)[1]
+
+    @property
+    def before(self) -> int:
+        """How many tokens in a cache the inputs go on with."""
+        cache = self.inputs.get("past_key_values")
+        if cache is None:
+            return 0
+        return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else int(cache[0][0].shape[-2])
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether the model has two sequences, so that a token's place alone says little."""
+        return bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
+
+
+def shape_of(arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """(rows, tokens) of a call with these arguments; a batch of vectors has rows of one token.
+
+    Raises:
+        RouteError: if there is no tensor among them.
+    """
+    t = next((t for t in (*map(arguments.get, ROWS), *arguments.values()) if isinstance(t, Tensor) and t.ndim), None)
+    if t is None:
+        raise RouteError("The call has no tensor among its arguments that would tell rows and tokens.")
+    return t.shape[0], t.shape[1] if t.ndim > 2 or (t.ndim == 2 and not t.is_floating_point()) else 1
 
 
 def taken(configs: Mapping[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +109,7 @@ def routing(configs: Mapping[str, Any], choice: Choice) -> list[str]:
 @contextmanager
 def knowing(
     switch: Switch, model: nn.Module, configs: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], given: Mapping[str, Any],
-    memory: dict[str, dict[str, Any]],
+    memory: dict[str, dict[str, Any]], prompt: Mapping[str, Any] | None = None,
 ) -> Iterator[None]:  # fmt: skip
     """Let the adapters that route find out about this call, for the code inside.
 
@@ -57,26 +117,57 @@ def knowing(
         memory: by adapter, what is kept from call to call.
     """
     choice = switch.chosen()
-    names = routing(configs, choice)
+    names = [n for n in routing(configs, choice) if n not in choice.facts or switch.recalls()]
     if not names:
         yield
         return
-    inputs = _named(model, args, kwargs)
-
-    def run(**changed: Any) -> Any:
-        with disabled(model):
-            return model(**{**inputs, **changed})
-
+    inputs = by_name(model, args, kwargs)
     facts: dict[str, Facts] = {}
     for name in names:
-        facts[name] = configs[name].facts(Call(model, name, inputs, given, memory.setdefault(name, {}), run))
+
+        def run(mine: Facts | None, name: str = name, **changed: Any) -> Any:
+            here = replace(choice, enabled=False) if mine is None else Choice((name,), facts={name: mine})
+            with choosing(switch, here):
+                return model(**{**inputs, **changed})
+
+        call = Call(model, name, inputs, given, prompt, memory.setdefault(name, {}), run)
+        facts[name] = {k: _for_rows(k, t, call.rows) for k, t in configs[name].facts(call).items()}
     with choosing(switch, replace(choice, facts={**choice.facts, **facts})):
         yield
 
 
+def _for_rows(name: str, fact: Tensor, rows: int | None) -> Tensor:
+    """A fact of each row of the batch, for a batch in which each row of the user's stands several times, one after another (beams)."""
+    if rows is None or len(fact) == rows:
+        return fact
+    if not len(fact) or rows % len(fact):
+        raise RouteError(f"`{name}` tells of {len(fact)} rows, and the batch has {rows}. Give one entry per row.")
+    return torch.repeat_interleave(fact, rows // len(fact), 0)
+
+
+def hold(switch: Switch, output: Any) -> None:
+    """Keep what is known of this call as long as there is a graph of it: its layers may be recomputed in a backward."""
+    choice = switch.chosen()
+    if choice.facts:
+        for t in _tensors(output):
+            if t.grad_fn is not None:
+                node: Any = t.grad_fn
+                node.metadata["veneer"] = choice
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)) or dataclasses.is_dataclass(value):
+        for v in value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else vars(value).values():
+            yield from _tensors(v)
+
+
 @contextmanager
-def knowing_each(switch: Switch, model: nn.Module, configs: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[None]:
-    """The same for every call that the code inside makes in this thread, as `generate` does, once per token."""
+def knowing_each(
+    switch: Switch, model: nn.Module, configs: Mapping[str, Any], given: Mapping[str, Any], prompt: Mapping[str, Any]
+) -> Iterator[None]:
+    """The same for every call that the code inside makes in this thread, as `generate` does, once per token. `prompt`: its arguments."""
     if not routing(configs, switch.chosen()):
         yield
         return
@@ -87,7 +178,7 @@ def knowing_each(switch: Switch, model: nn.Module, configs: Mapping[str, Any], g
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if threading.get_ident() == thread:
             stack = ExitStack()
-            stack.enter_context(knowing(switch, module, configs, args, kwargs, given, memory))
+            stack.enter_context(knowing(switch, module, configs, args, kwargs, given, memory, prompt))
             inside.append(stack)
 
     def leave(*_: Any) -> None:
@@ -104,8 +195,9 @@ def knowing_each(switch: Switch, model: nn.Module, configs: Mapping[str, Any], g
         yield
 
 
-def _named(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def by_name(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of a module, or of a function, by name."""
     if not args:
         return dict(kwargs)
-    by_place = inspect.signature(model.forward).bind_partial(*args).arguments
+    by_place = inspect.signature(getattr(function, "forward", function)).bind_partial(*args).arguments
     return {**by_place, **kwargs}

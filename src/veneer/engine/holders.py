@@ -158,8 +158,8 @@ def hold(owner: nn.Module, adapter: str, attached: Attached, tensors: Mapping[st
         if leaf.attr is None:
             holder, key = table, adapter
         else:
-            holder, key = table._modules.get(adapter) or Holder(), leaf.attr
-            table[adapter] = holder
+            table[adapter] = holder = table._modules.get(adapter) or Holder()
+            holder, key = _within(holder, leaf.attr)
         getattr(holder, store)[key] = value
         if store == "_buffers" and leaf.saved is not True:
             holder._non_persistent_buffers_set.add(key)
@@ -171,6 +171,14 @@ def container_of(owner: nn.Module, name: str) -> Any:
     if name not in owner._modules:
         owner._modules[name] = Keyed()
     return owner._modules[name]
+
+
+def _within(holder: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The holder and the name of a tensor at a dotted path, holders on the way made if they are missing."""
+    *names, key = path.split(".")
+    for name in names:
+        holder = holder._modules.setdefault(name, Holder())  # type: ignore[assignment]
+    return holder, key
 
 
 def drop(owner: nn.Module, adapter: str, attached: Attached) -> None:
@@ -191,7 +199,8 @@ def slots(owner: nn.Module, adapter: str, attached: Attached, start: bool) -> It
         at: Any = owner._modules[container]
         memory, key = f"{container}.{adapter}", adapter
         if leaf.attr is not None:
-            at, memory, key = at._modules[adapter], f"{memory}.{leaf.attr}", leaf.attr
+            memory = f"{memory}.{leaf.attr}"
+            at, key = _within(at._modules[adapter], leaf.attr)
         yield leaf.on_disk or (container if leaf.attr is None else f"{container}.{leaf.attr}"), memory, key, at
 
 

@@ -15,7 +15,7 @@ from ..errors import RouteError
 from ..method import Method
 from ..sites import Site
 from .holders import Attached, Kept, Tensors, container_of, drop, get_slot, hold, set_slot, slots
-from .route import BASE, Choice, Facts, Switch
+from .route import BASE, Choice, Facts, Switch, apart
 from .substitute import call_with
 
 NO_FACTS: Mapping[str, Facts] = {}
@@ -34,11 +34,12 @@ class Place:
         self.memory: dict[str, Any] = {}  # what a method that acts at optimizer steps remembers here; never saved
         self.new_base: Tensor | None = None  # a start that is defined by another base (LoftQ) leaves it here; W (n_out, n_in)
         self.facts: Facts = {}
+        self.told = False  # whether the method has been asked about the call (see `Method.facts`)
 
     def during(self, facts: Facts) -> Place:
         """The same place in one call of the model."""
         here = copy.copy(self)
-        here.facts = facts
+        here.facts, here.told = facts, True
         return here
 
     def fact(self, name: str) -> Tensor:
@@ -90,6 +91,11 @@ class Place:
     @property
     def training(self) -> bool:
         return self.layer.training
+
+    @property
+    def apart(self) -> bool:
+        """Whether the layer is being recomputed with a graph of its own: what was computed outside of it must be computed again inside."""
+        return apart()
 
 
 class AdaptedLayer(nn.Module):

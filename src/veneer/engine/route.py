@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -30,12 +32,13 @@ Facts = Mapping[str, Tensor]  # what one adapter's change needs to know of a cal
 @dataclass(frozen=True)
 class Choice:
     """`names`: the adapters that act, in order;  `rows`: instead, one name per row of the batch;  `enabled`: False for none at all;
-    `facts`: by adapter, what a change that depends on the call has to know of it."""
+    `facts`: by adapter, what a change that depends on the call has to know of it;  `within`: the backward that it was made in, -1 for none."""
 
     names: tuple[str, ...] | None = None
     rows: tuple[str, ...] | None = None
     enabled: bool = True
     facts: Mapping[str, Facts] = field(default_factory=dict)
+    within: int = -1
 
     @property
     def acting(self) -> tuple[str, ...]:
@@ -45,22 +48,26 @@ class Choice:
         return self.names or () if self.rows is None else tuple(n for n in dict.fromkeys(self.rows) if n != BASE)
 
 
+History = deque[tuple[int, Callable[[], Choice | None], bool]]  # (autograd's clock, from then on this choice, whether a block's)
+
+
 class Switch:
     """What all adapted layers of one model share: which adapters act by default."""
 
     def __init__(self, names: Sequence[str] = (), enabled: bool = True) -> None:
         self.token = next(_tokens)
         self.default = Choice(tuple(names), None, enabled)
-        self.trained: Choice | None = None  # of the last forward with gradients: for recomputation in another thread
+        self.trained: History | None = None  # that of the last thread to run with gradients: for recomputation in another thread
         self.frozen_before: dict[str, bool] = {}  # requires_grad of the base's parameters before the first adapter
         self.watched: dict[str, Watched] = {}  # adapters whose methods act when an optimizer steps
         self.untied: list[Any] = []  # configs whose tie_word_embeddings a merge has set False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "token"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("token", "trained")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.trained = None
         self.token = next(_tokens)  # a copy of a model has choices of its own
         if self.watched:
             enlist(self)
@@ -81,31 +88,76 @@ class Switch:
 
     def chosen(self) -> Choice:
         """The choice that holds here and now, single layers' own aside."""
-        return _call.get().get(self.token) or _thread.get().get(self.token) or self.default
+        return self._holds()[0]
 
     def in_block(self) -> bool:
         """Whether a block (`using` and the like) decides here."""
-        return self.token in _call.get()
+        return self._holds()[1]
 
     def current(self, own: Choice | None) -> Choice:
         """The choice for a layer that is being run; `own`: what was set on that layer alone."""
         if torch.compiler.is_compiling():
             choice, block = _local.mirror.get(self.token, (self.default, False))
-            return choice if own is None or block else own
-        if torch._C._current_graph_task_id() != -1:  # recomputation in a backward: as in the forward, whatever holds now
-            last = _local.last.get(self.token) or self.trained or self.default
-            return last
-        block_choice = _call.get().get(self.token)
-        choice = block_choice or own or _thread.get().get(self.token) or self.default
-        _local.last[self.token] = choice
-        if torch.is_grad_enabled():
-            self.trained = choice
-        return choice
+        else:
+            choice, block = self._holds()
+            history = _local.history.get(self.token)
+            if history is None or history[-1][1]() is not choice or torch.is_grad_enabled():
+                self.note()
+        return choice if own is None or block else own
+
+    def recalls(self) -> bool:
+        """Whether what holds here is what held in a forward that a backward is recomputing."""
+        task = torch._C._current_graph_task_id()
+        made = _call.get().get(self.token)
+        return task != -1 and (made is None or made.within != task)  # a block inside what is recomputed holds as any other
+
+    def _holds(self) -> tuple[Choice, bool]:
+        """(choice, whether a block made it)."""
+        if not self.recalls():
+            made = _call.get().get(self.token)
+            return made or _thread.get().get(self.token) or self.default, made is not None
+        # as in the forward, whatever holds now: as when the node was made that is being run
+        history, node = _local.history.get(self.token) or self.trained, torch._C._current_autograd_node()
+        if not history or node is None:
+            return self.default, False
+        at = node._sequence_nr()
+        _, choice, block = next((entry for entry in reversed(history) if entry[0] <= at), history[0])
+        then = choice()
+        if then is None:
+            raise RouteError(
+                "What was known of a call is gone, and its layers are being recomputed in a backward. Keep the model's output until then."
+            )
+        return then, block
+
+    def note(self) -> None:
+        """Remember what holds from now on in this thread."""
+        history = _local.history.get(self.token)
+        task = torch._C._current_graph_task_id()
+        if history is None:
+            if task != -1:  # a thread of autograd's own: its clock is not that of the forward
+                return
+            history = _local.history[self.token] = deque(maxlen=1024)
+        choice, block = self._holds()
+        if not history or history[-1][1]() is not choice:
+            now = torch._C._autograd._get_sequence_nr()
+            if history and history[-1][0] == now:
+                history.pop()  # nothing was made meanwhile that could be recomputed
+            history.append((now, weakref.ref(choice) if choice.facts else lambda: choice, block))
+        if torch.is_grad_enabled() and task == -1:
+            self.trained = history
+
+
+def apart() -> bool:
+    """Whether this is a recomputation with a graph of its own (reentrant checkpointing), which ends where it begins."""
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return False
+    node = torch._C._current_autograd_node()
+    return node is not None and torch.is_grad_enabled() and node.name().startswith("CheckpointFunction")
 
 
 class _Local(threading.local):
     def __init__(self) -> None:
-        self.last: dict[int, Choice] = {}
+        self.history: dict[int, History] = {}
         self.mirror: dict[int, tuple[Choice, bool]] = {}  # compiled code cannot read context variables
 
 
@@ -116,19 +168,23 @@ _local = _Local()
 
 
 def _mirror(switch: Switch) -> None:
-    _local.mirror[switch.token] = (switch.chosen(), switch.in_block())
+    _local.mirror[switch.token] = switch._holds()
+    switch.note()
 
 
 @contextmanager
 def choosing(switch: Switch, choice: Choice) -> Iterator[None]:
     """Let `choice` hold for the code inside, in this thread (and asyncio task) only."""
-    reset = _call.set({**_call.get(), switch.token: choice})
+    task, before = torch._C._current_graph_task_id(), _local.mirror.get(switch.token)
+    reset = _call.set({**_call.get(), switch.token: choice if task == choice.within else replace(choice, within=task)})
     _mirror(switch)
     try:
         yield
     finally:
         _call.reset(reset)
         _mirror(switch)
+        if task != -1 and before is not None:
+            _local.mirror[switch.token] = before
 
 
 def find_switch(model: nn.Module) -> Switch | None:
