@@ -447,7 +447,7 @@ class PeftModel(nn.Module):
         errors are those of `from_pretrained`.
         """
         hub = _hub_options(kwargs, "load_adapter")
-        new = adapter_name not in self.peft_config
+        new, before = adapter_name not in self.peft_config, set(self.peft_config)
         if new:
             config = PeftConfig.from_pretrained(model_id, **hub)
             _for_loading(config, model_id, hub, is_trainable, ephemeral_gpu_offload)
@@ -458,8 +458,8 @@ class PeftModel(nn.Module):
         try:
             report = load_into(self, adapter_name, file, upcast=is_trainable and autocast_adapter_dtype)
         except BaseException:
-            if new:
-                self._tuner.delete_adapter(adapter_name)
+            for name in set(self.peft_config) - before:  # it may have brought others
+                self._tuner.delete_adapter(name)
             raise
         if not is_trainable:
             self.eval()

@@ -88,7 +88,10 @@ class Tuner(nn.Module):
         self.peft_config[adapter_name] = config
         if first and experts:  # they came before it, and so would act
             inject.set_adapter(self.model, adapter_name, config.inference_mode)
-        self._train_outside(adapter_name, adapter_name in self.active_adapters and not config.inference_mode)
+        trains = adapter_name in self.active_adapters and not config.inference_mode
+        self._train_outside(adapter_name, trains)
+        if trains:
+            inject.mark_trainable(self.model, self._along([adapter_name]))
         return plan
 
     def take_off(self, names: Sequence[str], last: bool) -> None:
@@ -139,8 +142,10 @@ class Tuner(nn.Module):
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         inject.set_adapter(self.model, names, inference_mode)
-        for name in sorted(self.peft_config, key=lambda n: n in names):  # what one trains, another that rests must not freeze
+        for name in self.peft_config:
             self._train_outside(name, name in names and not inference_mode)
+        if not inference_mode:
+            inject.mark_trainable(self.model, self._along(names))
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let these adapters' tensors get gradients, or not.
@@ -150,20 +155,22 @@ class Tuner(nn.Module):
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         check_known(names, list(self.peft_config))
-        inject.mark_trainable(self.model, names, requires_grad)
+        inject.mark_trainable(self.model, [*names, *self._along(names)], requires_grad)
         for name in names:
             self._train_outside(name, requires_grad)
 
+    def _along(self, names: Sequence[str]) -> list[str]:
+        """Other adapters that train with these."""
+        return [n for name in names for n in self.peft_config[name].along() if n in self.peft_config]
+
     def _train_outside(self, adapter_name: str, requires_grad: bool) -> None:
-        """What an adapter trains outside its layers: tensors that they share, biases of the model, and other adapters."""
+        """What an adapter trains outside its layers: tensors that they share, and biases of the model."""
         shared = self.shared.get(adapter_name)
         if shared is not None:
             for leaf, spec in shared.leaves.items():
                 if spec.trainable:
                     shared.tensor(leaf).requires_grad_(requires_grad)
         config = self.peft_config[adapter_name]
-        if along := [n for n in config.along() if n in self.peft_config]:
-            inject.mark_trainable(self.model, along, requires_grad)
         if getattr(config, "bias", "none") != "none":
             for slot in file_slots(self.model, adapter_name, config, save_embedding_layers=False).values():
                 if slot.base and slot.saved and slot.attribute == "bias":

@@ -34,35 +34,39 @@ def load_experts(tuner: Any, config: Any, adapter: str, low_cpu_mem_usage: bool,
         for name in experts:
             if name in tuner.peft_config:
                 continue
-            model_id, hub = _find(name, experts[name], getattr(config, "origin", None))
+            model_id, hub = _find(name, experts[name], getattr(config, "origin", None), name in config.along())
             lora = PeftConfig.from_pretrained(model_id, **hub)
             if getattr(lora.peft_type, "value", lora.peft_type) != "LORA":
                 raise ConfigError(f"The expert {name!r} ({model_id}) is a {lora.peft_type} adapter; experts are LoRA adapters.")
-            lora.inference_mode = True
-            file = read_adapter(model_id, **hub)
+            trains = name in config.along() and not config.inference_mode
+            lora.inference_mode = not trains
+            file = read_adapter(model_id, key_mapping=getattr(tuner.model, "_checkpoint_conversion_mapping", None), **hub)
             tuner.inject(lora, name, low_cpu_mem_usage, None, autocast_adapter_dtype, True)
             loaded.append(name)
-            load_into(tuner.model, name, file, lora)
+            load_into(tuner.model, name, file, lora, upcast=trains and autocast_adapter_dtype)
     except BaseException:
         tuner.take_off(loaded, first)
         raise
     return loaded
 
 
-def _find(name: str, path: str | None, origin: tuple[str, Mapping[str, Any]] | None) -> tuple[str, dict[str, Any]]:
-    """(folder or name on the Hub, how to ask it) of an expert: what was saved with the adapter that mixes it goes before its path."""
+def _find(name: str, path: str | None, origin: tuple[str, Mapping[str, Any]] | None, trained: bool) -> tuple[str, dict[str, Any]]:
+    """(folder or name on the Hub, how to ask it) of an expert.
+
+    What stands in the folder of the adapter that mixes it goes before its path; what stands beside that folder, if it was trained with it.
+    """
+    beside: list[Path] = []
     if origin is not None and os.path.isdir(origin[0]):
         own = Path(origin[0], origin[1].get("subfolder") or "")
-        for beside in (own / name, own.parent / name):
-            if _is_expert(beside):
-                return str(beside), {}
-        if path is not None and not os.path.isdir(path) and (own / path).is_dir():
-            return str(own / path), {}
+        given = [Path(path), own / path] if path is not None else []
+        beside = [own / name, own.parent / name, *given] if trained else [own / name, *given, own.parent / name]
     elif origin is not None:
-        sub = "/".join(s for s in (origin[1].get("subfolder"), name) if s)
-        hub = {**origin[1], "subfolder": sub}
+        hub = {**origin[1], "subfolder": "/".join(s for s in (origin[1].get("subfolder"), name) if s)}
         if resolve_file(origin[0], CONFIG_NAME, **hub) is not None:
             return origin[0], hub
+    found = next((folder for folder in beside if _is_expert(folder)), None)
+    if found is not None:
+        return str(found), {}
     if path is None:
         raise LoadError(
             f"The expert {name!r} is neither in the model nor beside the adapter's file. Load it first: load_adapter(folder, {name!r})."
@@ -73,7 +77,7 @@ def _find(name: str, path: str | None, origin: tuple[str, Mapping[str, Any]] | N
 def split_source(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
     """(folder or name on the Hub, {"subfolder": ...} if there is one) of a folder, or of `owner/name/subfolder`."""
     parts = os.fspath(path).strip("/").split("/")
-    if os.path.isdir(path) or len(parts) < 3 or parts[0] in (".", ".."):
+    if os.path.exists(path) or os.path.isabs(path) or len(parts) < 3 or parts[0] in (".", ".."):
         return os.fspath(path), {}
     return "/".join(parts[:2]), {"subfolder": "/".join(parts[2:])}
 

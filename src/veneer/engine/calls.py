@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,6 +30,7 @@ class Call:
         model: the user's model.
         adapter: the adapter that asks.
         inputs: the arguments by name, as far as the model's forward names them.
+        mine: in a mixed batch, whether each row has this adapter; else None.
         given: those that were meant for the method (see `Method.takes`).
         prompt: in `generate`, its own arguments by name; else None.
         memory: the adapter's own, kept through all steps of one `generate`; a call of its own has an empty one.
@@ -42,6 +43,7 @@ class Call:
     inputs: Mapping[str, Any]
     given: Mapping[str, Any]
     prompt: Mapping[str, Any] | None = None
+    mine: Sequence[bool] | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     run: Callable[..., Any] = lambda facts, **changed: None
 
@@ -130,7 +132,8 @@ def knowing(
             with choosing(switch, here):
                 return model(**{**inputs, **changed})
 
-        call = Call(model, name, inputs, given, prompt, memory.setdefault(name, {}), run)
+        mine = None if choice.rows is None else [n == name for n in choice.rows]
+        call = Call(model, name, inputs, given, prompt, mine, memory.setdefault(name, {}), run)
         facts[name] = {k: _for_rows(k, t, call.rows) for k, t in configs[name].facts(call).items()}
     with choosing(switch, replace(choice, facts={**choice.facts, **facts})):
         yield

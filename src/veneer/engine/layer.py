@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..change import Change, Stacking
-from ..errors import RouteError
+from ..errors import MergeError, RouteError
 from ..method import Method
 from ..sites import Site
 from .holders import Attached, Kept, Tensors, container_of, drop, get_slot, hold, set_slot, slots
@@ -335,7 +335,13 @@ class AdaptedLayer(nn.Module):
             inner.delete_adapter(adapter_name)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """W' - W of one adapter, in the layout of the module's own weight."""
+        """W' - W of one adapter, in the layout of the module's own weight.
+
+        Raises:
+            MergeError: if the change depends on the input.
+        """
+        if why := self.attached[adapter].config.unmergeable:
+            raise MergeError(f"{self.name}: no weight holds the change of the adapter {adapter!r}: {why}.")
         change = self.change(adapter)
         if change.additive:
             return self.site.stored(change.add.dense()) if change.add is not None else torch.zeros_like(self.get_base_weight())
@@ -361,7 +367,8 @@ class AdaptedLayer(nn.Module):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter's change is a ΔW, with no part that depends on the input."""
-        return adapter_name in self.attached and self.attached[adapter_name].config.stacking == "sum"
+        a = self.attached.get(adapter_name)
+        return a is not None and a.config.stacking == "sum" and not a.config.unmergeable
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Make the scaling `scale` times the nominal one."""

@@ -88,35 +88,39 @@ class Switch:
 
     def chosen(self) -> Choice:
         """The choice that holds here and now, single layers' own aside."""
-        return self._holds()[0]
-
-    def in_block(self) -> bool:
-        """Whether a block (`using` and the like) decides here."""
-        return self._holds()[1]
+        return self.holds()[0]
 
     def current(self, own: Choice | None) -> Choice:
         """The choice for a layer that is being run; `own`: what was set on that layer alone."""
         if torch.compiler.is_compiling():
             choice, block = _local.mirror.get(self.token, (self.default, False))
-        else:
-            choice, block = self._holds()
-            history = _local.history.get(self.token)
-            if history is None or history[-1][1]() is not choice or torch.is_grad_enabled():
-                self.note()
-        return choice if own is None or block else own
+            return choice if own is None or block else own
+        made, task = _call.get().get(self.token), torch._C._current_graph_task_id()
+        if task != -1 and (made is None or made.within != task):
+            choice, block = self._recalled()
+            return choice if own is None or block else own
+        choice = made or _thread.get().get(self.token) or self.default
+        history = _local.history.get(self.token)
+        if history is None or history[-1][1]() is not choice:
+            self.note(choice, made is not None)
+        elif torch.is_grad_enabled():
+            self.trained = history
+        return choice if own is None or made is not None else own
 
     def recalls(self) -> bool:
-        """Whether what holds here is what held in a forward that a backward is recomputing."""
-        task = torch._C._current_graph_task_id()
-        made = _call.get().get(self.token)
-        return task != -1 and (made is None or made.within != task)  # a block inside what is recomputed holds as any other
+        """Whether what holds here is what held in a forward that a backward is recomputing; a block inside of what is recomputed holds as any other."""
+        made, task = _call.get().get(self.token), torch._C._current_graph_task_id()
+        return task != -1 and (made is None or made.within != task)
 
-    def _holds(self) -> tuple[Choice, bool]:
-        """(choice, whether a block made it)."""
-        if not self.recalls():
-            made = _call.get().get(self.token)
-            return made or _thread.get().get(self.token) or self.default, made is not None
-        # as in the forward, whatever holds now: as when the node was made that is being run
+    def holds(self) -> tuple[Choice, bool]:
+        """(the choice that holds here and now, whether a block made it)."""
+        if self.recalls():
+            return self._recalled()
+        made = _call.get().get(self.token)
+        return made or _thread.get().get(self.token) or self.default, made is not None
+
+    def _recalled(self) -> tuple[Choice, bool]:
+        """The same for a recomputation in a backward, whatever holds now: as when the node was made that is being run."""
         history, node = _local.history.get(self.token) or self.trained, torch._C._current_autograd_node()
         if not history or node is None:
             return self.default, False
@@ -129,15 +133,14 @@ class Switch:
             )
         return then, block
 
-    def note(self) -> None:
-        """Remember what holds from now on in this thread."""
+    def note(self, choice: Choice, block: bool) -> None:
+        """Remember that the choice holds from now on in this thread."""
         history = _local.history.get(self.token)
         task = torch._C._current_graph_task_id()
         if history is None:
             if task != -1:  # a thread of autograd's own: its clock is not that of the forward
                 return
             history = _local.history[self.token] = deque(maxlen=1024)
-        choice, block = self._holds()
         if not history or history[-1][1]() is not choice:
             now = torch._C._autograd._get_sequence_nr()
             if history and history[-1][0] == now:
@@ -168,8 +171,8 @@ _local = _Local()
 
 
 def _mirror(switch: Switch) -> None:
-    _local.mirror[switch.token] = switch._holds()
-    switch.note()
+    _local.mirror[switch.token] = holds = switch.holds()
+    switch.note(*holds)
 
 
 @contextmanager

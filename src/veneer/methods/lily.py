@@ -22,9 +22,9 @@ from ..ops import Between
 class LilyConfig(Targeted, peft_type="LILY"):
     """y += scaling · h Σ_e p_e B_e,  h = x Aᵀ,  p = softmax(h Rᵀ), averaged over all tokens of all rows.   Zhong & Zhou 2024, arXiv:2407.09946.
 
-    A (r, n_in) is one tensor for `stride_A` neighbouring layers of one target and shape, B (num_B, r, n_out) for all of them, R (num_B, r) each
-    layer's own; in the file the shared ones stand under every layer. What a row gets depends on the rows it shares the batch with, padding
-    included: in a mixed batch, on those with this adapter.
+    A (r, n_in) is one tensor for `stride_A` neighbouring layers of one entry of `target_modules` and one shape, B (num_B, r, n_out) for all of
+    them, R (num_B, r) each layer's own; in the file the shared ones stand under every layer. An entry that is a whole name shares with nobody.
+    What a row gets depends on the rows it shares the batch with, padding included: in a mixed batch, on those with this adapter.
     """
 
     r: int = 32

@@ -78,6 +78,8 @@ class XLoraConfig(Method, peft_type="XLORA"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.adapters and all(n.isdecimal() for n in self.adapters):  # PEFT's; its files put 10 before 2
+            self.adapters = dict(sorted(self.adapters.items(), key=lambda item: int(item[0])))
         self.scalings = Scalings()
         self._unfilled: list[str] = []
         self._layers = 0

@@ -77,7 +77,7 @@ def per_row(fact: Tensor, rows: int) -> Tensor:
     if len(fact) == rows:
         return fact
     if rows % len(fact):
-        raise ValueError(f"There are facts about {len(fact)} rows, and {rows} rows in the batch.")
+        raise RouteError(f"There are facts about {len(fact)} rows, and {rows} rows in the batch.")
     return torch.repeat_interleave(fact, rows // len(fact), 0)
 
 

@@ -31,8 +31,8 @@ def last_hidden_state(call: Any, facts: Mapping[str, Tensor] | None) -> Tensor:
         raise RouteError(
             f"The call goes on with {before} tokens of a cache, and the router has to see the whole sequence. Use generate, or no cache."
         )
-    if cache is not None and cache.get_seq_length() > before:
-        cache.crop(before)  # tokens that generate has taken back
+    if cache is not None and (surplus := cache.get_seq_length() - before) > 0:
+        cache.crop(-surplus)  # tokens that generate has taken back
     out = call.run(facts, **_asked(call, cache))
     if call.prompt is not None:
         call.memory["cache"] = getattr(out, "past_key_values", None)
