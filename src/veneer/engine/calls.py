@@ -57,6 +57,13 @@ class Call:
         return places
 
     @property
+    def unseen(self) -> list[Place]:
+        """The same at the first call of a `generate`, in which nothing of the model changes; then none."""
+        first = "seen" not in self.memory
+        self.memory["seen"] = True
+        return self.places if first else []
+
+    @property
     def rows(self) -> int | None:
         """How many rows the batch has now, beams counted; None if no argument tells."""
         return next((t.shape[0] for n in ROWS if isinstance(t := self.inputs.get(n), Tensor)), None)

@@ -17,7 +17,7 @@ from ..errors import ConfigError, LoadError, PeftWarning, RouteError, SaveError
 from ..method import Leaf, Method
 from ..ops import LowRank, Sum, gated, per_token
 from ..routes.classifier import Classifier
-from ..routes.experts import kept, plain, stacked, trained
+from ..routes.experts import Kept, kept, plain, stacked
 from ..routes.passes import last_hidden_state
 from ..routes.scalings import Scalings
 
@@ -158,8 +158,8 @@ class XLoraConfig(Method, peft_type="XLORA"):
                 f"The adapter {call.adapter!r} mixes {gone}, which the model has no more. Load them: load_adapter(folder, name)."
             )
         self._check_filled(places[0])
-        for each in places:  # outside of what may be compiled
-            kept(each, self._here(each), functools.partial(self._terms, each))
+        for each in call.unseen:
+            self._known(each)
         hidden, training = self._hidden(call), places[0].training
         # of each row's dropout: a recomputation has to drop the same
         seeds = torch.randint(2**62, (len(hidden),)) if training else torch.full((len(hidden),), -1)
@@ -201,15 +201,18 @@ class XLoraConfig(Method, peft_type="XLORA"):
         if gates.requires_grad and site.apart:
             gates = self._chosen(self._scalings(site, site.fact("hidden"), site.fact("seeds")))
         gates = gates[:, :, site.index if gates.shape[2] > 1 else 0]
-        names, make = self._here(site), functools.partial(self._terms, site)
+        known = self._known(site)
 
         def gate(x: Tensor, which: list[int]) -> Tensor:
             return per_token(gates.to(x.device), x.shape[:-1] if x.is_floating_point() else x.shape, site.name)[..., which]
 
         terms = []
-        for which, dropout, up, down, ranks in make() if trained(site, names) else kept(site, names, make):
+        for which, dropout, up, down, ranks in self._terms(site) if known.trained else known.value:
             terms.append(gated(up, down, ranks, functools.partial(gate, which=which), dropout, self.unmergeable))
         return Change(add=Sum(terms))
+
+    def _known(self, site: Any) -> Kept[list[tuple[list[int], float, Tensor, Tensor, list[int]]]]:
+        return kept(site, functools.partial(self._here, site), functools.partial(self._terms, site))
 
     def _terms(self, site: Any) -> list[tuple[list[int], float, Tensor, Tensor, list[int]]]:
         """The experts of a layer, those of one dropout together: (numbers, dropout, up, down, ranks)."""

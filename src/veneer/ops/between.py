@@ -43,7 +43,12 @@ class Between(Op):
         up = self.up if isinstance(self.up, Tensor) else self.up(h)
         if self.g is not None:
             h = self.g(h, x).to(h.dtype)
-        return geo.mix(geo.unlast(h), up.to(h.dtype) * self.scale)
+        up = up.to(h.dtype)
+        if self.scale != 1 and h.numel() < up.numel():  # the smaller one
+            h = h * self.scale
+        elif self.scale != 1:
+            up = up * self.scale
+        return geo.mix(geo.unlast(h), up)
 
 
 def gated(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,42 +16,37 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
-class _Kept:
-    value: Any
+class Kept(Generic[T]):
+    """What was made of some adapters' tensors on a layer, without a graph, and which values they had."""
+
+    value: T
     sources: Sequence[tuple[Tensor, int]]
     numbers: Sequence[float]
 
+    @property
+    def trained(self) -> bool:
+        """Whether a graph has to lead to the adapters, so that their part of it has to be made anew."""
+        return torch.is_grad_enabled() and any(t.requires_grad for t, _ in self.sources)
 
-def kept(site: Any, names: Sequence[str], make: Callable[[], T]) -> T:
-    """What `make` makes of these adapters' tensors on a layer, without a graph; made anew when one of them has changed."""
-    old: _Kept | None = site.memory.get("experts")
-    if old is not None and torch.compiler.is_compiling():
-        value: T = old.value
-        return value
-    tensors = tensors_of(site, names)
-    numbers = [n for a in names for n in (site.layer.attached[a].place.scaling, site.layer.attached[a].place.dropout)]
-    if old is None or not _holds(old, tensors, numbers):
+    def holds(self, tensors: Sequence[Tensor], numbers: Sequence[float]) -> bool:
+        same = numbers == self.numbers and len(tensors) == len(self.sources)
+        return same and all(t is was and t._version == version for t, (was, version) in zip(tensors, self.sources, strict=True))
+
+
+def kept(site: Any, names: Callable[[], Sequence[str]], make: Callable[[], T]) -> Kept[T]:
+    """What `make` makes of these adapters' tensors on a layer; made anew when one of them has changed. `facts` asks it of every place first, so that
+    `change` finds it made, also where compiled code could not make it."""
+    old: Kept[T] | None = site.memory.get("experts")
+    if old is not None and (site.told or torch.compiler.is_compiling()):
+        return old
+    attached = {n: site.layer.attached[n] for n in names()}
+    tensors = [a.tensor(leaf) for a in attached.values() for leaf in a.leaves]
+    numbers = [site.layer.training, *(site.layer.scaling[n] for n in attached)]  # dropout acts in training
+    if old is None or not old.holds(tensors, numbers):
         with torch.no_grad():
-            made = make()
-        old = site.memory["experts"] = _Kept(made, [(t, t._version) for t in tensors], numbers)
-    value = old.value
-    return value
-
-
-def _holds(old: _Kept, tensors: Sequence[Tensor], numbers: Sequence[float]) -> bool:
-    same = numbers == old.numbers and len(tensors) == len(old.sources)
-    return same and all(t is was and t._version == version for t, (was, version) in zip(tensors, old.sources, strict=True))
-
-
-def tensors_of(site: Any, names: Sequence[str]) -> list[Tensor]:
-    """All tensors of these adapters on a layer."""
-    attached = [site.layer.attached[n] for n in names]
-    return [a.tensor(leaf) for a in attached for leaf in a.leaves]
-
-
-def trained(site: Any, names: Sequence[str]) -> bool:
-    """Whether a graph has to lead to these adapters."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(site, names))
+            old = Kept(make(), [(t, t._version) for t in tensors], numbers)
+        site.memory["experts"] = old
+    return old
 
 
 def plain(site: Any, name: str) -> LowRank:

@@ -15,7 +15,7 @@ from ..change import Change
 from ..errors import ConfigError, RouteError
 from ..method import Leaf
 from ..ops import LowRank, gated
-from ..routes.experts import kept, plain, stacked, trained
+from ..routes.experts import Kept, kept, plain, stacked
 from .base import Variant
 
 
@@ -84,13 +84,14 @@ class Arrow(Variant):
         return dict.fromkeys([*(options.task_adapter_names or ()), *((options.use_gks and options.gks_adapter_names) or ())])
 
     def facts(self, config: Any, call: Any) -> Mapping[str, Tensor]:
-        for place in call.places:  # outside of what may be compiled
+        for place in call.unseen:
             _known(config, place)
         return {}
 
     def change(self, config: Any, p: Any, site: Any, add: LowRank) -> Change:
-        v, ranks, up, down = _known(config, site)
-        if trained(site, [n for names in _names(config, site) for n in names]):
+        known = _known(config, site)
+        v, ranks, up, down = known.value
+        if known.trained:
             up, down = stacked(_parts(config, site))
         options: ArrowConfig = config.arrow_config
 
@@ -102,7 +103,7 @@ class Arrow(Variant):
         return Change(add=gated(up, down, ranks, gates, add.dropout, self.unmergeable))
 
 
-def _known(config: Any, site: Any) -> tuple[Tensor, list[int], Tensor, Tensor]:
+def _known(config: Any, site: Any) -> Kept[tuple[Tensor, list[int], Tensor, Tensor]]:
     """The prototypes (experts, n_in) of a layer, its experts' ranks and factors."""
 
     def make() -> tuple[Tensor, list[int], Tensor, Tensor]:
@@ -110,7 +111,7 @@ def _known(config: Any, site: Any) -> tuple[Tensor, list[int], Tensor, Tensor]:
         v = torch.stack([prototype(up, down, config.arrow_config.rng_seed) for up, down in parts])
         return v, [len(down) for _, down in parts], *stacked(parts)
 
-    return kept(site, [n for names in _names(config, site) for n in names], make)
+    return kept(site, lambda: [n for names in _names(config, site) for n in names], make)
 
 
 def _names(config: Any, site: Any) -> tuple[list[str], list[str]]:
