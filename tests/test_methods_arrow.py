@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import veneer as V
+from veneer.engine.inject import adapted_layers
 from veneer.errors import ConfigError, LoadError, MergeError, RouteError
 from veneer.testing.laws import move
 from veneer.variants.arrow import prototype
@@ -209,3 +210,31 @@ def test_experts_of_different_layers(folders: list[str], tmp_path: Path) -> None
     torch.testing.assert_close(mixed[:1], model(x[:1]), atol=1e-6, rtol=0)
     with model.using("task_0"):
         torch.testing.assert_close(mixed[1:], model(x[1:]), atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_both_stacks_of_an_encoder_decoder_are_routed(tmp_path: Path) -> None:
+    """In `generate` the encoder is called on its own: what is known of the decoder's experts is looked at all the same."""
+    from .golden.bases import build
+
+    def t5() -> Any:
+        torch.manual_seed(0)
+        return build(
+            "t5_seq2seq_lm", vocab_size=48, d_model=32, d_kv=8, d_ff=40, num_layers=1, num_heads=4, decoder_start_token_id=0, pad_token_id=0
+        )
+
+    for i in range(2):
+        expert = V.get_peft_model(t5(), V.LoraConfig(r=2, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"))
+        move(expert, seed=i, size=0.5)
+        expert.save_pretrained(tmp_path / str(i))
+    model: Any = V.create_arrow_model(t5(), [str(tmp_path / "0"), str(tmp_path / "1")], V.ArrowConfig(top_k=1)).eval()
+    ids = torch.randint(3, 48, (2, 6))
+    fixed = {"max_new_tokens": 5, "do_sample": False}
+    first = model.generate(input_ids=ids, **fixed)
+    for name, p in model.named_parameters():
+        if ".decoder." in name and "lora_B.task_" in name:
+            p.mul_(-3)
+    changed = model.generate(input_ids=ids, **fixed)
+    for _, layer in adapted_layers(model):  # nothing kept from before
+        layer.attached["arrow_router"].place.memory.clear()
+    assert torch.equal(model.generate(input_ids=ids, **fixed), changed) and not torch.equal(first, changed)

@@ -435,6 +435,8 @@ def test_an_expert_that_is_gone_is_missed(folders: dict[str, str]) -> None:
         model(input_ids=prompts())
     with pytest.raises(RouteError, match="Call the PeftModel itself"):
         model.get_base_model()(input_ids=prompts())
+    with pytest.raises(ConfigError, match="get_peft_model loads them"):
+        V.inject_adapter_in_model(V.XLoraConfig(adapters=dict(folders)), llama())
 
 
 def test_golden_case_call() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,20 +48,21 @@ class Call:
     memory: dict[str, Any] = field(default_factory=dict)
     run: Callable[..., Any] = lambda facts, **changed: None
 
-    @property
+    @functools.cached_property
     def places(self) -> list[Place]:
         """Where the adapter is attached."""
-        if "places" not in self.memory:
+        known: dict[nn.Module, list[Place]] = self.memory.setdefault("places", {})  # an encoder may be called on its own
+        if self.model not in known:
             layers = (layer for _, layer in adapted_layers(self.model) if self.adapter in layer.attached)
-            self.memory["places"] = [p for layer in layers if (p := layer.attached[self.adapter].place) is not None]
-        places: list[Place] = self.memory["places"]
-        return places
+            known[self.model] = [p for layer in layers if (p := layer.attached[self.adapter].place) is not None]
+        return known[self.model]
 
     @property
     def unseen(self) -> list[Place]:
         """The same at the first call of a `generate`, in which nothing of the model changes; then none."""
-        first = "seen" not in self.memory
-        self.memory["seen"] = True
+        seen: set[nn.Module] = self.memory.setdefault("seen", set())
+        first = self.model not in seen
+        seen.add(self.model)
         return self.places if first else []
 
     @property

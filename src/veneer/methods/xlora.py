@@ -1,4 +1,7 @@
-"""X-LoRA: a small classifier reads the base's last hidden state and says, token by token, how much of each LoRA adapter acts."""
+"""X-LoRA: a small classifier reads the base's last hidden state and says, token by token, how much of each LoRA adapter acts.
+
+Longer than other methods: it loads adapters, runs the model twice, and reads files that are not whole.
+"""
 
 from __future__ import annotations
 
@@ -117,6 +120,10 @@ class XLoraConfig(Method, peft_type="XLORA"):
         """A regular expression for the layers that experts stand on."""
         names = set(self.adapters or ())
         there = {path: m for path, m in model.named_modules() if names & set(m.__dict__.get("attached", ()))}
+        if not there:
+            raise ConfigError(
+                f"None of the experts {sorted(names)} is in the model. get_peft_model loads them; injecting into a bare model does not."
+            )
         for path, m in there.items():
             if m.site.kind not in self.kinds:  # type: ignore[union-attr]
                 raise ConfigError(f"X-LoRA gates experts of {sorted(self.kinds)} layers, and {path!r} is a {m.site.kind} one.")  # type: ignore[union-attr]

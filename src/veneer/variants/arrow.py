@@ -1,4 +1,7 @@
-"""Arrow: a router that sends each token to the LoRA adapters whose change would move it most, without any training."""
+"""Arrow: a router that sends each token to the LoRA adapters whose change would move it most, without any training.
+
+Longer than other variants: GenKnowSub and PEFT's way to the prototypes are in it.
+"""
 
 from __future__ import annotations
 
