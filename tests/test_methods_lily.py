@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import veneer as V
-from veneer.errors import ConfigError, LoadError
+from veneer.errors import ConfigError, LoadError, MergeError
 from veneer.testing.laws import move
 
 from .golden.bases import DeepMlp
@@ -108,6 +108,23 @@ def test_adapters_come_and_go_apart() -> None:
     model.delete_adapter("other")
     assert torch.equal(model(x), first)
     assert not [n for n, _ in model.named_parameters() if "other" in n]
+
+
+def test_together_with_lora_the_changes_add_up() -> None:
+    torch.manual_seed(0)
+    model: Any = V.get_peft_model(nn.Sequential(nn.Linear(6, 4)), V.LilyConfig(r=2, target_modules=["0"]), "one", mixed=True)
+    model.add_adapter("two", V.LoraConfig(r=2, target_modules=["0"]))
+    model.set_adapter(["one", "two"])
+    move(model, size=0.5)
+    x, outs = torch.randn(3, 5, 6), {}
+    for name in ("one", "two"):
+        with model.using(name):
+            outs[name] = model(x)
+    with model.disable_adapter():
+        base = model(x)
+    torch.testing.assert_close(model(x), outs["one"] + outs["two"] - base)
+    with pytest.raises(MergeError, match="depends on the input"):
+        model.merge_adapter()
 
 
 @pytest.mark.parametrize(("fields", "name"), [({"num_B": 1}, "num_B"), ({"stride_A": 0}, "stride_A"), ({"r": 0}, "`r`")])
