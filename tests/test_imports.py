@@ -68,9 +68,10 @@ ALLOWED = {
     "change": {"ops", "errors"},
     "bases": set(),
     "deltas": {"errors"},
-    "methods": {"change", "ops", "method", "config", "types", "errors", "inits", "kernels", "schedules", "variants"},
+    "methods": {"change", "ops", "method", "config", "types", "errors", "inits", "kernels", "schedules", "variants", "routes"},
     "schedules": set(),
-    "variants": {"change", "ops", "method", "types", "errors", "inits", "kernels", "schedules"},
+    "variants": {"change", "ops", "method", "types", "errors", "inits", "kernels", "schedules", "routes"},
+    "routes": {"ops", "method", "errors"},
 }
 
 

@@ -19,6 +19,7 @@ _HOME: dict[str, str] = {
         "checkpoint": "get_base_model_state_dict get_peft_model_state_dict load_peft_weights set_base_model_state_dict set_peft_model_state_dict",
         "config": "PeftConfig PeftConfigMixin PromptLearningConfig",
         "engine.merge": "MergeReport",
+        "arrow": "create_arrow_model",
         "convert": "convert_to_lora save_as_lora",
         "engine.combine": "CombineReport",
         "errors": "ConfigError ConversionError LoadError MergeError NoMatchingPeftModuleError PeftError PeftWarning RouteError SaveError SwapError",
@@ -35,7 +36,7 @@ _HOME: dict[str, str] = {
         "tasks": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification",
         "types": "PeftType TaskType",
-        "variants": "BdLoraConfig KasaConfig MontecloraConfig VeloraConfig",
+        "variants": "ArrowConfig BdLoraConfig KasaConfig MontecloraConfig VeloraConfig",
     }.items()
     for name in names.split()
 }

@@ -103,7 +103,8 @@ class PeftConfigMixin:
         values = self.to_dict()
         if kwargs.get("auto_mapping_dict") is not None:
             values["auto_mapping"] = kwargs["auto_mapping_dict"]
-        text = json.dumps({k: _plain(v, k) for k, v in values.items()}, indent=2, sort_keys=True)
+        # within a field, order may matter: of patterns the first that fits counts, and experts are known by their place
+        text = json.dumps({k: _plain(values[k], k) for k in sorted(values)}, indent=2)
         folder.mkdir(parents=True, exist_ok=True)
         beside = folder / f".{CONFIG_NAME}.{uuid.uuid4().hex}"
         try:

@@ -11,7 +11,7 @@ import functools
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -81,6 +81,7 @@ class Method(PeftConfig):
             after another.
         offers: names of methods `(sites, *args)` that `model.base_model` has too, such as a schedule's step for loops that drive it themselves.
         tools: names of methods `(tuner, *args, **kwargs)` that `model.base_model` has too.
+        answers: methods that `model.base_model` has too: name -> path in the config of the adapter that acts, which is called.
         unmergeable: why no weight holds the change, for one that depends on the input; empty if it can be merged.
         linear_in: the tensor in which the change is linear if all others are the same: then adapters add up to one of their own kind.
         patterns: which field has the values of another by module, as `rank_pattern` those of `r`.
@@ -95,6 +96,7 @@ class Method(PeftConfig):
     stacking: ClassVar[Literal["sum", "chain"]] = "chain"
     offers: ClassVar[tuple[str, ...]] = ()
     tools: ClassVar[tuple[str, ...]] = ()
+    answers: ClassVar[Mapping[str, str]] = MappingProxyType({})
     unmergeable: ClassVar[str] = ""
     linear_in: ClassVar[str] = ""
     patterns: ClassVar[Mapping[str, str]] = MappingProxyType({})
@@ -136,6 +138,11 @@ class Method(PeftConfig):
         """Tensors that all adapted layers of one adapter share; `change` gets them among `p`. They belong to the model, not to a layer."""
         return {}
 
+    def common(self, sites: Sequence[Place]) -> Mapping[str, Sequence[Hashable]]:
+        """Leaves that groups of layers have in common: by leaf, a key for each site. Sites of one key have one tensor, which is in the file under
+        each of their names; in memory the first keeps it."""
+        return {}
+
     def modules(self, model: nn.Module, sites: Sequence[Place], *, empty: bool = False) -> Mapping[str, nn.Module]:
         """Whole modules that the adapter trains outside the model's layers, by their names in the file: the tuner keeps them.
 
@@ -158,6 +165,26 @@ class Method(PeftConfig):
     def finish(self, call: Call, output: Any) -> Any:
         """For methods that route: what a call of the model returns, from what the model gave."""
         return output
+
+    def generating(self, asked: Callable[[str], Any]) -> Mapping[str, Any]:
+        """For methods that route: arguments of `generate` that have to be other than they are; `asked(name)` tells one as given or configured."""
+        return {}
+
+    def experts(self) -> Mapping[str, str | None]:
+        """LoRA adapters of the model that this one mixes: by name, where each is loaded from if it is not there; None: from beside this one's own
+        file only."""
+        return {}
+
+    def along(self) -> Sequence[str]:
+        """Other adapters that train whenever this one does."""
+        return ()
+
+    def meet(self, model: nn.Module) -> None:
+        """Fill fields that the user's model tells. Called before the adapter is attached.
+
+        Raises:
+            ConfigError: if the model does not suit the method.
+        """
 
     def example_call(self, rows: int) -> dict[str, Tensor]:
         """For methods that take arguments of their own: those of a call with so many rows, for the laws."""

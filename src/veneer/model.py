@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import threading
 import warnings
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from .checkpoint import LoadReport, folder_of, load_into, read_adapter, save_adapter, update_card
 from .config import PeftConfig
 from .engine import inject
-from .engine.calls import knowing, knowing_each, taken
+from .engine.calls import ROWS, by_name, hold, knowing, knowing_each, routing, taken
 from .engine.route import disabled, find_switch, mixed, the_switch, using
 from .errors import ConfigError, PeftError, PeftWarning, RouteError, hint
 from .prompts.base import Prompt
@@ -27,8 +28,6 @@ from .tuner import Tuner, tuner_class
 
 if TYPE_CHECKING:
     from .status import TunerLayerStatus, TunerModelStatus
-
-_ROWS = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_values", "input_features", "inputs")
 
 
 class PeftModel(nn.Module):
@@ -240,9 +239,11 @@ class PeftModel(nn.Module):
                 return self._prompts.run(model, args, kwargs)
             if not self.base_model.routes:
                 return model(*args, **kwargs)
-            given = taken(self.peft_config, kwargs)
-            with knowing(the_switch(model), self.base_model, model, args, kwargs, given, {}) as finish:
-                return finish(model(*args, **kwargs))
+            given, switch = taken(self.peft_config, kwargs), the_switch(model)
+            with knowing(switch, self.base_model, model, args, kwargs, given, {}) as finish:
+                out = finish(model(*args, **kwargs))
+                hold(switch, out)
+                return out
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The user's model's generate; `adapter_names` as in `forward`, one per prompt, whatever the number of beams."""
@@ -257,7 +258,11 @@ class PeftModel(nn.Module):
             if rows is not None:
                 stack.enter_context(_expanded(self, model, rows, copies))
             if routes:
-                stack.enter_context(knowing_each(the_switch(model), self.base_model, given))
+                switch = the_switch(model)
+                for name in routing(self.peft_config, switch.chosen()):
+                    kwargs |= self.peft_config[name].generating(functools.partial(_asked, model, kwargs))
+                prompt = by_name(model.generate, args, kwargs)
+                stack.enter_context(knowing_each(switch, self.base_model, given, prompt))
             return model.generate(*args, **kwargs)
 
     @staticmethod
@@ -268,7 +273,7 @@ class PeftModel(nn.Module):
             return None
         if isinstance(rows, str):
             raise RouteError(f"`adapter_names` is one name per row of the batch, as a list. For all rows: model.using({rows!r}).")
-        named = next((kwargs[k] for k in _ROWS if isinstance(kwargs.get(k), Tensor)), None)
+        named = next((kwargs[k] for k in ROWS if isinstance(kwargs.get(k), Tensor)), None)
         first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.ndim), None) if named is None else named
         # a plain model may have its batch second (nn.Transformer); the layers know
         if first is not None and len(rows) not in first.shape[: 1 if named is not None else 2]:
@@ -395,13 +400,15 @@ class PeftModel(nn.Module):
             ephemeral_gpu_offload: noted in the config's `runtime_config`.
             low_cpu_mem_usage: allocate the tensors only when the file's are there.
             key_mapping: regular expression -> text, for the names of another version of the model.
-            kwargs: `subfolder, revision, cache_dir, token, ...`. Others are not used, which a warning says.
+            kwargs: `subfolder, revision, cache_dir, token, ...`, and for X-LoRA `adapters`, its experts by name, where they are not the config's.
+                Others are not used, which a warning says.
 
         Raises:
             LoadError: unless every tensor of the file finds its place and every place its tensor. The model is as it was then.
             ConfigError, NoMatchingPeftModuleError: if the config does not fit the model.
             PeftError: if the model has adapters already.
         """
+        experts = kwargs.pop("adapters", None)
         hub = _hub_options(kwargs, "from_pretrained")
         if isinstance(model, (PeftModel, Tuner)):
             raise PeftError(f"The model is a {type(model).__name__} already. Call model.load_adapter(folder, name) for a further adapter.")
@@ -409,7 +416,12 @@ class PeftModel(nn.Module):
             config = PeftConfig.from_pretrained(model_id, **hub)
         elif not isinstance(config, PeftConfig):
             raise ValueError(f"The input config must be a PeftConfig, got {type(config)}")
-        _for_loading(config, is_trainable, ephemeral_gpu_offload)
+        _for_loading(config, model_id, hub, is_trainable, ephemeral_gpu_offload)
+        if experts is not None:
+            if not hasattr(config, "adapters"):
+                raise ValueError(f"`adapters` are the experts of X-LoRA; {type(config).__name__} has none.")
+            mixing: Any = config
+            mixing.adapters, mixing.origin = dict(experts), None
         file = read_adapter(model_id, key_mapping=key_mapping or getattr(model, "_checkpoint_conversion_mapping", None), **hub)
         out = cls._class_for(config)(
             model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage, empty=True
@@ -440,10 +452,10 @@ class PeftModel(nn.Module):
         errors are those of `from_pretrained`.
         """
         hub = _hub_options(kwargs, "load_adapter")
-        new = adapter_name not in self.peft_config
+        new, before = adapter_name not in self.peft_config, set(self.peft_config)
         if new:
             config = PeftConfig.from_pretrained(model_id, **hub)
-            _for_loading(config, is_trainable, ephemeral_gpu_offload)
+            _for_loading(config, model_id, hub, is_trainable, ephemeral_gpu_offload)
         mapping = key_mapping or getattr(self.get_base_model(), "_checkpoint_conversion_mapping", None)
         file = read_adapter(model_id, device=torch_device or "cpu", key_mapping=mapping, **hub)
         if new:
@@ -451,8 +463,8 @@ class PeftModel(nn.Module):
         try:
             report = load_into(self, adapter_name, file, upcast=is_trainable and autocast_adapter_dtype)
         except BaseException:
-            if new:
-                self._tuner.delete_adapter(adapter_name)
+            for name in set(self.peft_config) - before:  # it may have brought others
+                self._tuner.delete_adapter(name)
             raise
         if not is_trainable:
             self.eval()
@@ -622,12 +634,13 @@ def _name_of(model: nn.Module) -> str | None:
 
 def _copies(model: Any, kwargs: Mapping[str, Any]) -> int:
     """How many rows of the batch each prompt becomes in `generate`."""
+    return max(int(_asked(model, kwargs, n) or 1) for n in ("num_beams", "num_return_sequences"))
+
+
+def _asked(model: Any, kwargs: Mapping[str, Any], name: str) -> Any:
+    """An argument of `generate`, as given or configured."""
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-
-    def asked(name: str) -> int:
-        return int(kwargs.get(name) or getattr(config, name, None) or 1)
-
-    return max(asked("num_beams"), asked("num_return_sequences"))
+    return kwargs[name] if kwargs.get(name) is not None else getattr(config, name, None)
 
 
 @contextmanager
@@ -664,14 +677,16 @@ def _refuse_wrapped(model: nn.Module) -> None:
         )
 
 
-def _for_loading(config: PeftConfig, is_trainable: bool, ephemeral_gpu_offload: bool) -> None:
-    """Set in a config how its adapter is to be loaded."""
+def _for_loading(
+    config: Any, model_id: str | os.PathLike[str], hub: Mapping[str, Any], is_trainable: bool, ephemeral_gpu_offload: bool
+) -> None:
+    """Set in a config how its adapter is to be loaded, and where it comes from: what it needs beside its own tensors may be there."""
     if isinstance(config, Prompt) and is_trainable and not config.resumable:
         raise ValueError(
             "Cannot set a prompt learning adapter to trainable when loading pretrained adapter: the file holds what its network gave, "
             "not the network."
         )
-    config.inference_mode = not is_trainable
+    config.inference_mode, config.origin = not is_trainable, (os.fspath(model_id), dict(hub))
     if ephemeral_gpu_offload and hasattr(config, "runtime_config"):
         config.runtime_config.ephemeral_gpu_offload = True
 

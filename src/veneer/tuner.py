@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -10,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from .checkpoint.experts import load_experts
 from .checkpoint.keys import slots as file_slots
 from .config import PeftConfig
 from .engine import inject, merge
@@ -18,7 +20,7 @@ from .engine.holders import Attached, drop, slots
 from .engine.merge import MergeReport
 from .engine.modules import Part, drop_parts
 from .engine.parts import Recipe
-from .engine.route import check_known, the_switch
+from .engine.route import check_known, find_switch, the_switch
 from .engine.steps import ask
 from .errors import ConfigError, PeftWarning
 from .method import Method, config_class
@@ -78,14 +80,34 @@ class Tuner(nn.Module):
         empty: bool = False,
     ) -> inject.Plan:
         """Attach one more adapter; returns what that did."""
-        plan = inject.attach(
-            self.model, config, adapter_name,
-            low_cpu_mem_usage=low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype, state_dict=state_dict,
-            empty=empty, home=self,
-        )  # fmt: skip
+        first = find_switch(self.model) is None
+        experts = load_experts(self, config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype)
+        try:
+            plan = inject.attach(
+                self.model, config, adapter_name,
+                low_cpu_mem_usage=low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype, state_dict=state_dict,
+                empty=empty, home=self,
+            )  # fmt: skip
+        except BaseException:
+            self.take_off(experts, first)
+            raise
         self.peft_config[adapter_name] = config
-        self._train_outside(adapter_name, adapter_name in self.active_adapters and not config.inference_mode)
+        if first and experts:  # they came before it, and so would act
+            inject.set_adapter(self.model, adapter_name, config.inference_mode)
+        trains = adapter_name in self.active_adapters and not config.inference_mode
+        self._train_outside(adapter_name, trains)
+        if trains:
+            inject.mark_trainable(self.model, self._along([adapter_name]))
         return plan
+
+    def take_off(self, names: Sequence[str], last: bool) -> None:
+        """Take off adapters that have just been put on; `last`: the model has no others."""
+        for name in names:
+            del self.peft_config[name]
+            if not last:
+                inject.detach(self.model, name)
+        if names and last:
+            inject.unload(self.model)
 
     def inject_adapter(
         self,
@@ -128,6 +150,8 @@ class Tuner(nn.Module):
         inject.set_adapter(self.model, names, inference_mode)
         for name in self.peft_config:
             self._train_outside(name, name in names and not inference_mode)
+        if not inference_mode:
+            inject.mark_trainable(self.model, self._along(names))
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let these adapters' tensors get gradients, or not.
@@ -137,9 +161,13 @@ class Tuner(nn.Module):
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         check_known(names, list(self.peft_config))
-        inject.mark_trainable(self.model, names, requires_grad)
+        inject.mark_trainable(self.model, [*names, *self._along(names)], requires_grad)
         for name in names:
             self._train_outside(name, requires_grad)
+
+    def _along(self, names: Sequence[str]) -> list[str]:
+        """Other adapters that train with these."""
+        return [n for name in names for n in self.peft_config[name].along() if n in self.peft_config]
 
     def _train_outside(self, adapter_name: str, requires_grad: bool) -> None:
         """What an adapter trains outside its layers: tensors that they share, modules of its own, and biases of the model."""
@@ -351,6 +379,7 @@ def _class_for(config: Any) -> type[Tuner]:
     prefix = config.prefix if issubclass(config, Method) else ""
     name = config.__name__.removesuffix("Config") + "Model"
     offered = {n: _offered(n) for n in getattr(config, "offers", ())} | {n: _tool(config, n) for n in getattr(config, "tools", ())}
+    offered |= {n: _answered(n, path) for n, path in getattr(config, "answers", {}).items()}
     return type(name, (Tuner,), {"prefix": prefix, "__module__": __name__, "__doc__": f"The tuner of {config.__name__}.", **offered})
 
 
@@ -367,6 +396,15 @@ def _tool(config: Any, name: str) -> Any:
         return getattr(next(iter(self.peft_config.values())), name)(self, *args, **kwargs)
 
     call.__name__, call.__doc__ = name, getattr(config, name).__doc__
+    return call
+
+
+def _answered(name: str, path: str) -> Any:
+    def call(self: Tuner, *args: Any) -> Any:
+        config = next(c for n in (*self.active_adapters, *self.peft_config) if name in (c := self.peft_config[n]).answers)
+        return operator.attrgetter(path)(config)(*args)
+
+    call.__name__, call.__doc__ = name, f"`{path}` of the config of the adapter that acts."
     return call
 
 

@@ -188,12 +188,12 @@ class ShadowConfig(Method, peft_type="SHADOW"):
         names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache")
         hidden, call.memory["cache"] = small.run(parts[_BACKBONE], {**{n: given.get(n) for n in names}, "return_dict": True})
         start = parts[_PROJECTION](hidden) if _PROJECTION in parts else hidden
-        if call.rows is not None:
-            start = start.index_select(0, torch.tensor(call.rows, device=start.device))
-        return {"states": {0: start}, "start": start}
+        if call.at is not None:
+            start = start.index_select(0, torch.tensor(call.at, device=start.device))
+        return {"states": {0: start}, "start": [start]}
 
     def finish(self, call: Any, output: Any) -> Any:
-        states, start = call.facts["states"], call.facts.pop("start")
+        states, (start,) = call.facts["states"], call.facts.pop("start")
         for at, s in states.items():  # for blocks that a backward runs again; the graph need not be kept for them
             states[at] = s.detach().requires_grad_(s.requires_grad)
         keep(output, call.memory.pop("cache"), call.adapter)
@@ -215,7 +215,7 @@ class ShadowConfig(Method, peft_type="SHADOW"):
 
     def _loss(self, call: Any, start: Tensor, labels: Tensor) -> Tensor | None:
         """The task's loss of the head on s₀, of the adapter's own rows, as their part of that of the whole batch."""
-        own = labels if call.rows is None else labels[torch.tensor(call.rows, device=labels.device)]
+        own = labels if call.at is None else labels[torch.tensor(call.at, device=labels.device)]
         heads = call.home.modules_of(call.adapter)
         if self.task_type == "CAUSAL_LM":
             logits = call.model.get_output_embeddings()(start)[:, :-1].float()
@@ -228,7 +228,7 @@ class ShadowConfig(Method, peft_type="SHADOW"):
         mask = call.inputs.get("attention_mask")
         last = torch.full((len(start),), start.shape[1] - 1, device=start.device)
         if mask is not None:
-            mask = mask if call.rows is None else mask[torch.tensor(call.rows, device=mask.device)]
+            mask = mask if call.at is None else mask[torch.tensor(call.at, device=mask.device)]
             last = (mask.ne(0) * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
         logits = heads[_HEAD](start[torch.arange(len(start), device=start.device), last]).float()
         return _classified(logits, own.to(logits.device)) * (len(own) / len(labels))

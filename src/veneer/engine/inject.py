@@ -87,8 +87,12 @@ def attach(
     elif adapter_name in adapter_names(model):
         raise ConfigError(f"There is already an adapter {adapter_name!r}. Choose another name, or delete_adapter({adapter_name!r}) first.")
     replicated = replicate(model, getattr(config, "layer_replication", None)) if first else None
+    targeted, asked = hasattr(config, "target_modules"), getattr(config, "target_modules", None)
     try:
+        config.meet(model)
         selection = select(model, config, supports=lambda m: adaptable(m, config.kinds), state_dict=state_dict, strict=strict)
+        if targeted and selection.resolved_targets is not None:
+            cast(Any, config).target_modules = selection.resolved_targets
         options = _Options(low_cpu_mem_usage, autocast_adapter_dtype, empty)
         count = len(selection.modules)
         staged = [
@@ -104,8 +108,11 @@ def attach(
         tokens = _stage_tokens(model, config, adapter_name, switch, options, staged)
         _check_nesting(model, staged, [path for path, *_ in saved] + [s.path for s, _ in tokens])
         shared = _stage_shared(config, staged, home, options)
+        _stage_common(config, staged)
         parts = _stage_parts(model, config, staged, home, options)
     except BaseException:
+        if targeted:
+            cast(Any, config).target_modules = asked
         undo(model, replicated)
         raise
     # from here on nothing can fail
@@ -132,8 +139,6 @@ def attach(
             _put(model, places, s.layer.base_layer, wrap, s.path.removesuffix(".token_adapter"))
         s.layer.attach(adapter_name, s.attached, s.tensors)
         plan.tokens.append(s.path.removesuffix(".token_adapter"))
-    if selection.resolved_targets is not None and hasattr(config, "target_modules"):
-        config.target_modules = selection.resolved_targets
     watch(switch, adapter_name, config, [s.attached for s in staged] + ([shared[0]] if shared is not None else []))
     acting = switch.chosen().names or ()
     for _, module in adapter_modules(model):
@@ -286,6 +291,17 @@ def _stage_shared(
     for s in staged:
         s.attached.derived |= {name: (attached, name, False) for name in leaves}
     return attached, tensors
+
+
+def _stage_common(config: Method, staged: list[_Staged]) -> None:
+    """Let groups of layers have leaves in common: the first of a group keeps the tensor."""
+    for leaf, keys in config.common([s.attached.place for s in staged if s.attached.place is not None]).items():
+        first: dict[Any, _Staged] = {}
+        for s, key in zip(staged, keys, strict=True):
+            keeps = first.setdefault(key, s)
+            if keeps is not s:
+                s.attached.derived[leaf] = (keeps.attached, leaf, False)
+                del s.tensors[leaf]
 
 
 def _stage_parts(model: nn.Module, config: Method, staged: list[_Staged], home: nn.Module | None, options: _Options) -> list[Part]:

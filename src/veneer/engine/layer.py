@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..change import Change, Stacking
-from ..errors import RouteError
+from ..errors import MergeError, RouteError
 from ..method import Method
 from ..ops import LowRank
 from ..sites import Adaptable, Site
 from ..sites.whole import WholeSite
 from .caching import keeping, stamp
 from .holders import Attached, Kept, Tensors, container_of, drop, get_slot, hold, set_slot, slots
-from .route import BASE, Choice, Facts, Switch
+from .route import BASE, Choice, Facts, Switch, apart
 from .substitute import call_with
 from .wrapper import Wrapper
 
@@ -38,6 +38,7 @@ class Place:
         self.memory: dict[str, Any] = {}  # what a method that acts at optimizer steps remembers here; never saved
         self.new_base: Tensor | None = None  # a start that is defined by another base (LoftQ) leaves it here; W (n_out, n_in)
         self.facts: Facts = {}
+        self.told = False  # whether the method has been asked about the call (see `Method.facts`)
         self.called = name  # what the patterns of a config match
         self.resting = False
 
@@ -50,7 +51,7 @@ class Place:
     def during(self, facts: Facts) -> Place:
         """The same place in one call of the model."""
         here = copy.copy(self)
-        here.facts = facts
+        here.facts, here.told = facts, True
         return here
 
     def fact(self, name: str) -> Any:
@@ -105,6 +106,11 @@ class Place:
     @property
     def training(self) -> bool:
         return self.layer.training and not self.resting
+
+    @property
+    def apart(self) -> bool:
+        """Whether the layer is being recomputed with a graph of its own: what was computed outside of it must be computed again inside."""
+        return apart()
 
 
 class AdaptedLayer(Wrapper):
@@ -359,7 +365,13 @@ class AdaptedLayer(Wrapper):
             inner.delete_adapter(adapter_name)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """W' - W of one adapter, in the layout of the module's own weight."""
+        """W' - W of one adapter, in the layout of the module's own weight.
+
+        Raises:
+            MergeError: if the change depends on the input.
+        """
+        if why := self.attached[adapter].config.unmergeable:
+            raise MergeError(f"{self.name}: no weight holds the change of the adapter {adapter!r}: {why}.")
         site, change = self.weight_site, self.change(adapter, at_rest=True)
         if change.additive:
             return site.stored(change.add.dense()) if change.add is not None else torch.zeros_like(self.get_base_weight())

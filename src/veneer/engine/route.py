@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import RouteError, hint
 from .steps import Watched, enlist
@@ -24,18 +26,19 @@ BASE = "__base__"  # in a mixed batch: this row takes no adapter
 _tokens = itertools.count()
 
 
-Facts = Mapping[str, Any]  # what one adapter's change needs to know of a call, a row of each tensor for a row of the batch
+Facts = Mapping[str, Tensor]  # what one adapter's change needs to know of a call, a row of each tensor for a row of the batch
 
 
 @dataclass(frozen=True)
 class Choice:
     """`names`: the adapters that act, in order;  `rows`: instead, one name per row of the batch;  `enabled`: False for none at all;
-    `facts`: by adapter, what a change that depends on the call has to know of it."""
+    `facts`: by adapter, what a change that depends on the call has to know of it;  `within`: the backward that it was made in, -1 for none."""
 
     names: tuple[str, ...] | None = None
     rows: tuple[str, ...] | None = None
     enabled: bool = True
     facts: Mapping[str, Facts] = field(default_factory=dict)
+    within: int = -1
 
     @property
     def acting(self) -> tuple[str, ...]:
@@ -45,22 +48,26 @@ class Choice:
         return self.names or () if self.rows is None else tuple(n for n in dict.fromkeys(self.rows) if n != BASE)
 
 
+History = deque[tuple[int, Callable[[], Choice | None], bool]]  # (autograd's clock, from then on this choice, whether a block's)
+
+
 class Switch:
     """What all adapted layers of one model share: which adapters act by default."""
 
     def __init__(self, names: Sequence[str] = (), enabled: bool = True) -> None:
         self.token = next(_tokens)
         self.default = Choice(tuple(names), None, enabled)
-        self.trained: Choice | None = None  # of the last forward with gradients: for recomputation in another thread
+        self.trained: History | None = None  # that of the last thread to run with gradients: for recomputation in another thread
         self.frozen_before: dict[str, bool] = {}  # requires_grad of the base's parameters before the first adapter
         self.watched: dict[str, Watched] = {}  # adapters whose methods act when an optimizer steps
         self.untied: list[Any] = []  # configs whose tie_word_embeddings a merge has set False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "token"} | {"trained": None}
+        return {k: v for k, v in self.__dict__.items() if k not in ("token", "trained")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.trained = None
         self.token = next(_tokens)  # a copy of a model has choices of its own
         if self.watched:
             enlist(self)
@@ -81,31 +88,79 @@ class Switch:
 
     def chosen(self) -> Choice:
         """The choice that holds here and now, single layers' own aside."""
-        return _call.get().get(self.token) or _thread.get().get(self.token) or self.default
-
-    def in_block(self) -> bool:
-        """Whether a block (`using` and the like) decides here."""
-        return self.token in _call.get()
+        return self.holds()[0]
 
     def current(self, own: Choice | None) -> Choice:
         """The choice for a layer that is being run; `own`: what was set on that layer alone."""
         if torch.compiler.is_compiling():
             choice, block = _local.mirror.get(self.token, (self.default, False))
             return choice if own is None or block else own
-        if torch._C._current_graph_task_id() != -1:  # recomputation in a backward: as in the forward, whatever holds now
-            return _local.again.get(self.token) or _local.last.get(self.token) or self.trained or self.default
-        block_choice = _call.get().get(self.token)
-        choice = block_choice or own or _thread.get().get(self.token) or self.default
-        _local.last[self.token] = choice
-        if torch.is_grad_enabled():
-            self.trained = choice
-        return choice
+        made, task = _call.get().get(self.token), torch._C._current_graph_task_id()
+        if task != -1 and (made is None or made.within != task):
+            choice, block = self._recalled()
+            return choice if own is None or block else own
+        choice = made or _thread.get().get(self.token) or self.default
+        history = _local.history.get(self.token)
+        if history is None or history[-1][1]() is not choice:
+            self.note(choice, made is not None)
+        elif torch.is_grad_enabled():
+            self.trained = history
+        return choice if own is None or made is not None else own
+
+    def recalls(self) -> bool:
+        """Whether what holds here is what held in a forward that a backward is recomputing; a block inside of what is recomputed holds as any other."""
+        made, task = _call.get().get(self.token), torch._C._current_graph_task_id()
+        return task != -1 and (made is None or made.within != task)
+
+    def holds(self) -> tuple[Choice, bool]:
+        """(the choice that holds here and now, whether a block made it)."""
+        if self.recalls():
+            return self._recalled()
+        made = _call.get().get(self.token)
+        return made or _thread.get().get(self.token) or self.default, made is not None
+
+    def _recalled(self) -> tuple[Choice, bool]:
+        """The same for a recomputation in a backward, whatever holds now: as when the node was made that is being run."""
+        history, node = _local.history.get(self.token) or self.trained, torch._C._current_autograd_node()
+        if not history or node is None:
+            return self.default, False
+        at = node._sequence_nr()
+        _, choice, block = next((entry for entry in reversed(history) if entry[0] <= at), history[0])
+        then = choice()
+        if then is None:
+            raise RouteError(
+                "What was known of a call is gone, and its layers are being recomputed in a backward. Keep the model's output until then."
+            )
+        return then, block
+
+    def note(self, choice: Choice, block: bool) -> None:
+        """Remember that the choice holds from now on in this thread."""
+        history = _local.history.get(self.token)
+        task = torch._C._current_graph_task_id()
+        if history is None:
+            if task != -1:  # a thread of autograd's own: its clock is not that of the forward
+                return
+            history = _local.history[self.token] = deque(maxlen=1024)
+        if not history or history[-1][1]() is not choice:
+            now = torch._C._autograd._get_sequence_nr()
+            if history and history[-1][0] == now:
+                history.pop()  # nothing was made meanwhile that could be recomputed
+            history.append((now, weakref.ref(choice) if choice.facts else lambda: choice, block))
+        if torch.is_grad_enabled() and task == -1:
+            self.trained = history
+
+
+def apart() -> bool:
+    """Whether this is a recomputation with a graph of its own (reentrant checkpointing), which ends where it begins."""
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return False
+    node = torch._C._current_autograd_node()
+    return node is not None and torch.is_grad_enabled() and node.name().startswith("CheckpointFunction")
 
 
 class _Local(threading.local):
     def __init__(self) -> None:
-        self.last: dict[int, Choice] = {}
-        self.again: dict[int, Choice] = {}  # chosen by code that is run again in a backward: it has chosen so in its forward
+        self.history: dict[int, History] = {}
         self.mirror: dict[int, tuple[Choice, bool]] = {}  # compiled code cannot read context variables
 
 
@@ -116,25 +171,23 @@ _local = _Local()
 
 
 def _mirror(switch: Switch) -> None:
-    _local.mirror[switch.token] = (switch.chosen(), switch.in_block())
+    _local.mirror[switch.token] = holds = switch.holds()
+    switch.note(*holds)
 
 
 @contextmanager
 def choosing(switch: Switch, choice: Choice) -> Iterator[None]:
     """Let `choice` hold for the code inside, in this thread (and asyncio task) only."""
-    reset = _call.set({**_call.get(), switch.token: choice})
-    before = _local.again.pop(switch.token, None)
-    if torch._C._current_graph_task_id() != -1:
-        _local.again[switch.token] = choice
+    task, before = torch._C._current_graph_task_id(), _local.mirror.get(switch.token)
+    reset = _call.set({**_call.get(), switch.token: choice if task == choice.within else replace(choice, within=task)})
     _mirror(switch)
     try:
         yield
     finally:
         _call.reset(reset)
-        _local.again.pop(switch.token, None)
-        if before is not None:
-            _local.again[switch.token] = before
         _mirror(switch)
+        if task != -1 and before is not None:
+            _local.mirror[switch.token] = before
 
 
 def find_switch(model: nn.Module) -> Switch | None:

@@ -22,7 +22,17 @@ from ..kernels.norms import row_norm_sq
 from ..method import Leaf, Method, by_pattern
 from ..ops import LowRank
 from ..ops.grouped import spread
-from ..variants import VARIANTS, BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig, layout, read_options, variant_of
+from ..variants import (
+    VARIANTS,
+    ArrowConfig,
+    BdLoraConfig,
+    KasaConfig,
+    MontecloraConfig,
+    VeloraConfig,
+    layout,
+    read_options,
+    variant_of,
+)  # fmt: skip
 
 __all__ = ["LoraConfig", "LoraRuntimeConfig"]
 
@@ -78,7 +88,7 @@ class LoraConfig(Method, peft_type="LORA"):
     lora_bias: bool = False
     target_parameters: list[str] | None = None
     use_bdlora: BdLoraConfig | dict[str, Any] | None = None
-    arrow_config: Any = None
+    arrow_config: ArrowConfig | dict[str, Any] | None = None
     kasa_config: KasaConfig | dict[str, Any] | None = None
     ensure_weight_tying: bool = False
 
@@ -110,11 +120,10 @@ class LoraConfig(Method, peft_type="LORA"):
             raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.")
         if self.layer_replication is not None:
             self.layer_replication = [(int(a), int(b)) for a, b in self.layer_replication]
-        for name in ("alora_invocation_tokens", "arrow_config", "megatron_config"):
-            if getattr(self, name):
-                raise ConfigError(
-                    f"`{name}` is not available in this version of veneer. Without it the adapter would compute something else, so nothing was built."
-                )
+        if self.megatron_config:
+            raise ConfigError(
+                "`megatron_config` is not available in this version of veneer. Without it the adapter would compute something else, so nothing was built."
+            )
         read_options(self)
 
     def scale(self) -> float:
@@ -217,6 +226,23 @@ class LoraConfig(Method, peft_type="LORA"):
     @property
     def unmergeable(self) -> str:  # type: ignore[override]
         return variant_of(self).unmergeable
+
+    @property
+    def routes(self) -> bool:  # type: ignore[override]
+        return variant_of(self).routes
+
+    @property
+    def takes(self) -> tuple[str, ...]:  # type: ignore[override]
+        return variant_of(self).takes
+
+    def facts(self, call: Any) -> Mapping[str, Tensor]:
+        return variant_of(self).facts(self, call)
+
+    def experts(self) -> Mapping[str, str | None]:
+        return variant_of(self).experts(self)
+
+    def example_call(self, rows: int) -> dict[str, Tensor]:
+        return variant_of(self).example_call(rows)
 
     def acts(self) -> bool:
         return variant_of(self).acts

@@ -60,8 +60,9 @@ class PolyConfig(Targeted, peft_type="POLY"):
         ids = call.given.get("task_ids")
         if ids is None:
             raise RouteError("Poly needs the task of each row of the batch: pass task_ids=torch.tensor([...]).")
-        if int(ids.max()) >= self.n_tasks or int(ids.min()) < 0:
-            raise RouteError(f"Only {self.n_tasks} tasks available. Found task id = {int(ids.max())}.")
+        mine = ids if call.mine is None else per_row(ids, len(call.mine))[torch.tensor(call.mine, device=ids.device)]
+        if (wrong := mine[(mine < 0) | (mine >= self.n_tasks)]).numel():
+            raise RouteError(f"Only {self.n_tasks} tasks available. Found task id = {int(wrong[0])}.")
         return {"task_ids": ids}
 
     def example_call(self, rows: int) -> dict[str, Tensor]:

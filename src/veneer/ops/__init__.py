@@ -1,7 +1,7 @@
 """Structured matrices: what the parts of a change are made of."""
 
 from .base import Geometry, Op, Rows
-from .between import Between, per_row
+from .between import Between, gated, per_row, per_token
 from .dense import Dense, Sum
 from .diag import Diag
 from .lowrank import LowRank
@@ -10,5 +10,5 @@ from .rows import ReplaceRows
 
 __all__ = [
     "Between", "BlockDiag", "Dense", "Diag", "Geometry", "LowRank", "Op", "Pairs",
-    "Permuted", "Product", "Reflections", "ReplaceRows", "Rows", "Sum", "cayley", "per_row", "skew",
+    "Permuted", "Product", "Reflections", "ReplaceRows", "Rows", "Sum", "cayley", "gated", "per_row", "per_token", "skew",
 ]  # fmt: skip

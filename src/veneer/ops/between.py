@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..errors import MergeError
+from ..errors import MergeError, RouteError
 from .base import Geometry, Op
 
 
@@ -20,16 +20,17 @@ class Between(Op):
     It is no matrix where g depends on the input, so it cannot be formed: `dense` raises.
 
     Args:
-        g: gets V x and x itself, in the geometry's own layout.
+        up: U, or a function that makes it of V x.
+        g: gets V x and x itself, in the geometry's own layout; V x as it is if not given.
         why: the reason `dense` gives.
     """
 
     fixed: ClassVar[bool] = False
 
-    up: Tensor
+    up: Tensor | Callable[[Tensor], Tensor]
     down: Tensor
-    g: Callable[[Tensor, Tensor], Tensor]
-    scale: float = 1.0
+    g: Callable[[Tensor, Tensor], Tensor] | None = None
+    scale: float | Tensor = 1.0
     dropout: float = 0.0
     why: str = "its change depends on the input"
 
@@ -38,11 +39,37 @@ class Between(Op):
 
     def rows(self, x: Tensor, geo: Geometry) -> Tensor:
         dropped = geo.drop(x, self.dropout) if self.dropout > 0 else x
-        down, up = self.down, self.up
-        if x.is_floating_point():
-            down, up = down.to(x.dtype), up.to(x.dtype)
-        h = geo.last(geo.contract(dropped, down))
-        return geo.mix(geo.unlast(self.g(h, x).to(h.dtype)), up * self.scale)
+        h = geo.last(geo.contract(dropped, self.down.to(x.dtype) if x.is_floating_point() else self.down))
+        up = self.up if isinstance(self.up, Tensor) else self.up(h)
+        if self.g is not None:
+            h = self.g(h, x).to(h.dtype)
+        up = up.to(h.dtype)
+        if self.scale != 1 and h.numel() < up.numel():  # the smaller one
+            h = h * self.scale
+        elif self.scale != 1:
+            up = up * self.scale
+        return geo.mix(geo.unlast(h), up)
+
+
+def gated(
+    up: Tensor, down: Tensor, ranks: Sequence[int], gates: Callable[[Tensor], Tensor], dropout: float = 0.0, why: str = ""
+) -> Between:
+    """y += Σ_e c_e U_e V_e x: low-rank changes, one after another in `up` (n_out, Σ ranks) and `down` (Σ ranks, n_in), each with a gate.
+
+    Args:
+        ranks: of each change.
+        gates: makes c (..., number of changes) of x; its leading dimensions are those of x without features.
+    """
+    same = len(set(ranks)) == 1
+
+    def gate(h: Tensor, x: Tensor) -> Tensor:
+        c = gates(x).to(h.dtype)
+        if same:
+            gated: Tensor = (h.unflatten(-1, (len(ranks), -1)) * c.unsqueeze(-1)).flatten(-2)
+            return gated
+        return h * torch.cat([c[..., i : i + 1].expand(*c.shape[:-1], r) for i, r in enumerate(ranks)], -1)
+
+    return Between(up, down, gate, dropout=dropout, why=why)
 
 
 def per_row(fact: Tensor, rows: int) -> Tensor:
@@ -55,5 +82,29 @@ def per_row(fact: Tensor, rows: int) -> Tensor:
     if len(fact) == rows:
         return fact
     if rows % len(fact):
-        raise ValueError(f"There are facts about {len(fact)} rows, and {rows} rows in the batch.")
+        raise RouteError(f"There are facts about {len(fact)} rows, and {rows} rows in the batch.")
     return torch.repeat_interleave(fact, rows // len(fact), 0)
+
+
+def per_token(fact: Tensor, shape: Sequence[int], where: str) -> Tensor:
+    """A fact of each token of each row, in the form of what a layer sees: all of them, its tokens in one row, or the last one of each row.
+
+    Args:
+        fact: (rows, tokens, ...).
+        shape: of the layer's input without its features.
+        where: the layer's name.
+
+    Raises:
+        RouteError: if the layer sees anything else.
+    """
+    rows, tokens = fact.shape[:2]
+    if tuple(shape) == (rows, tokens):
+        return fact
+    if tuple(shape) == (rows * tokens,):
+        return fact.flatten(0, 1)
+    if tuple(shape) == (rows, 1):
+        return fact[:, -1:]
+    raise RouteError(
+        f"The layer {where!r} gets an input of shape {tuple(shape)} where the batch has {rows} rows of {tokens} tokens, so it cannot be told which "
+        "tokens it sees. Leave it out of target_modules."
+    )

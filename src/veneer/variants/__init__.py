@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError
+from .alora import ALora
+from .arrow import Arrow, ArrowConfig
 from .base import Plain, Variant
 from .bdlora import BdLora, BdLoraConfig
 from .dora import Dora
@@ -14,7 +15,7 @@ from .monteclora import Monteclora, MontecloraConfig
 from .qalora import QALora
 from .velora import Velora, VeloraConfig
 
-VARIANTS: dict[str, Variant] = {v.field: v for v in (Dora(), BdLora(), Velora(), Monteclora(), Kasa(), QALora())}
+VARIANTS: dict[str, Variant] = {v.field: v for v in (Dora(), BdLora(), Velora(), Monteclora(), Kasa(), QALora(), ALora(), Arrow())}
 PLAIN = Plain()
 
 
@@ -29,17 +30,23 @@ def read_options(config: Any) -> None:
     Raises:
         ConfigError: if two variants are asked for, or one with a start it cannot have.
     """
-    asked = [v for name, v in VARIANTS.items() if getattr(config, name)]
+    asked = [v for name, v in VARIANTS.items() if (value := getattr(config, name)) or value == []]
     if len(asked) > 1:
         raise ConfigError(f"{' and '.join(f'`{v.field}`' for v in asked)} do not go together: each has a form of its own. Set one of them.")
     for v in asked:
-        value = getattr(config, v.field)
-        if v.options is not None and isinstance(value, Mapping):
-            setattr(config, v.field, v.options(**value))
-        elif v.options is not None and not isinstance(value, v.options):
-            raise ConfigError(f"`{v.field}` takes a {v.options.__name__}, got {value!r}.")
+        setattr(config, v.field, v.read(getattr(config, v.field)))
         if v.starts is not None and config.init_lora_weights not in v.starts:
             raise ConfigError(f"`{v.field}` starts with init_lora_weights in {v.starts}, not {config.init_lora_weights!r}.")
 
 
-__all__ = ["VARIANTS", "BdLoraConfig", "KasaConfig", "MontecloraConfig", "Variant", "VeloraConfig", "read_options", "variant_of"]
+__all__ = [
+    "VARIANTS",
+    "ArrowConfig",
+    "BdLoraConfig",
+    "KasaConfig",
+    "MontecloraConfig",
+    "Variant",
+    "VeloraConfig",
+    "read_options",
+    "variant_of",
+]

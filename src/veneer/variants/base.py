@@ -24,7 +24,7 @@ class Variant:
         starts: the `init_lora_weights` it goes with; None: any.
         starts_as_identity: whether a fresh adapter changes nothing.
         acts: whether it does something when an optimizer steps.
-        example, exceptions, unmergeable: as of a method, `example` being the one field's value or all it takes.
+        example, exceptions, unmergeable, routes, takes: as of a method, `example` being the one field's value or all it takes.
     """
 
     field: ClassVar[str]
@@ -36,6 +36,20 @@ class Variant:
     example: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     exceptions: ClassVar[Mapping[str, str]] = MappingProxyType({})
     unmergeable: ClassVar[str] = ""
+    routes: ClassVar[bool] = False
+    takes: ClassVar[tuple[str, ...]] = ()
+
+    def read(self, value: Any) -> Any:
+        """The field's value, as a user or a file gives it, as the variant wants it.
+
+        Raises:
+            ConfigError: if it cannot be that.
+        """
+        if self.options is None or isinstance(value, self.options):
+            return value
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"`{self.field}` takes a {self.options.__name__}, got {value!r}.")
+        return self.options(**value)
 
     def check(self, config: Any, site: Any) -> None:
         """Raise ConfigError if the variant cannot act at `site`."""
@@ -55,6 +69,18 @@ class Variant:
     def change(self, config: Any, p: Any, site: Any, add: LowRank) -> Change:
         """The change of the frozen weight; `add`: LoRA's own."""
         return Change(add=add)
+
+    def facts(self, config: Any, call: Any) -> Mapping[str, Tensor]:
+        """What `change` has to know of a call of the model; see `Method.facts`."""
+        return {}
+
+    def experts(self, config: Any) -> Mapping[str, str | None]:
+        """Other adapters that it needs; see `Method.experts`."""
+        return {}
+
+    def example_call(self, rows: int) -> dict[str, Tensor]:
+        """Arguments for the laws; see `Method.example_call`."""
+        return {}
 
     def before_step(self, config: Any, sites: Sequence[Any]) -> None:
         """Act when an optimizer is about to step."""

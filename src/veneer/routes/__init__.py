@@ -1,0 +1,1 @@
+"""What changes that depend on the call have in common: experts, a classifier for them, and what it said."""
