@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .change import Change
     from .engine.calls import Call
     from .engine.layer import Place
+    from .sites import Site
 
 T = TypeVar("T")
 Init = Callable[[Tensor], object]
@@ -124,6 +125,9 @@ class Method(PeftConfig):
         """Start values that depend on the frozen weight, by leaf name; `only_frozen` when a file brings the trained ones."""
         return {}
 
+    def survey(self, sites: Mapping[str, Site]) -> None:
+        """All the layers that the adapter will be on, by path, before it has tensors on any: for what is shared out between them."""
+
     def shared(self, sites: Sequence[Place]) -> Mapping[str, Leaf]:
         """Tensors that all adapted layers of one adapter share; `change` gets them among `p`. They belong to the model, not to a layer."""
         return {}
@@ -174,6 +178,10 @@ class Method(PeftConfig):
 
     def dropout(self) -> float:
         """The probability with which entries of the input are dropped before the additive part, in training."""
+        return 0.0
+
+    def skip(self) -> float:
+        """The probability with which, in training, the additive part does not act on a layer for a call."""
         return 0.0
 
 

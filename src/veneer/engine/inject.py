@@ -88,6 +88,8 @@ def attach(
     try:
         selection = select(model, config, supports=lambda m: _kind(m) in config.kinds, state_dict=state_dict, strict=strict)
         options = _Options(low_cpu_mem_usage, autocast_adapter_dtype, empty)
+        if type(config).survey is not Method.survey:
+            config.survey({p: m.site if isinstance(m, AdaptedLayer) else site_for(m) for p, m in selection.modules.items()})
         staged = [_stage(m, p, config, adapter_name, switch, options, name=selection.names.get(p)) for p, m in selection.modules.items()]
         for s in list(staged):
             if s.layer.site.kind == "attention":

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..change import Change, Stacking
 from ..errors import RouteError
 from ..method import Method
+from ..ops import Gated
 from ..sites import Site
 from .holders import Attached, Kept, Keyed, Tensors, drop, get_slot, hold, set_slot, slots
 from .route import BASE, Choice, Facts, Switch
@@ -34,6 +35,13 @@ class Place:
         self.memory: dict[str, Any] = {}  # what a method that acts at optimizer steps remembers here; never saved
         self.new_base: Tensor | None = None  # a start that is defined by another base (LoftQ) leaves it here; W (n_out, n_in)
         self.facts: Facts = {}
+        self.resting = False
+
+    def at_rest(self) -> Place:
+        """The same place outside training, whatever the layer's mode: for what is to hold for good, such as a merge."""
+        here = copy.copy(self)
+        here.resting = True
+        return here
 
     def during(self, facts: Facts) -> Place:
         """The same place in one call of the model."""
@@ -85,11 +93,11 @@ class Place:
     def dropout(self) -> float:
         """The probability of input dropout that acts now: 0 outside training."""
         drop = self.layer.dropouts.get(self.adapter)
-        return float(drop.p) if isinstance(drop, nn.Dropout) and drop.training else 0.0
+        return float(drop.p) if isinstance(drop, nn.Dropout) and drop.training and not self.resting else 0.0
 
     @property
     def training(self) -> bool:
-        return self.layer.training
+        return self.layer.training and not self.resting
 
 
 class AdaptedLayer(nn.Module):
@@ -145,14 +153,19 @@ class AdaptedLayer(nn.Module):
                 return module._modules  # type: ignore[return-value]
         return {}
 
-    def change(self, adapter: str, facts: Mapping[str, Facts] = NO_FACTS) -> Change:
-        """What the adapter does to the frozen weight, from its present tensors and, for methods that route, what is known of the call."""
+    def change(self, adapter: str, facts: Mapping[str, Facts] = NO_FACTS, *, at_rest: bool = False) -> Change:
+        """What the adapter does to the frozen weight, from its present tensors and, for methods that route, what is known of the call.
+
+        Args:
+            at_rest: without what acts in training alone, dropout above all.
+        """
         a = self.attached[adapter]
         assert a.place is not None
-        if adapter in facts:
-            return a.config.change(Tensors(a), a.place.during(facts[adapter]))
-        if self.training or torch.compiler.is_compiling():
-            return a.config.change(Tensors(a), a.place)
+        if self.training and at_rest:
+            return a.config.change(Tensors(a), a.place.at_rest())
+        if self.training or adapter in facts or torch.compiler.is_compiling():
+            change = a.config.change(Tensors(a), a.place.during(facts[adapter]) if adapter in facts else a.place)
+            return self._skipped(change, a) if self.training else change
         scaling = a.place.scaling
         if a.kept is None or not a.kept.holds(scaling):
             change = a.config.change(Tensors(a), a.place)
@@ -160,11 +173,21 @@ class AdaptedLayer(nn.Module):
             return change
         return a.kept.change
 
-    def changes(self, names: Sequence[str], facts: Mapping[str, Facts] = NO_FACTS) -> list[tuple[Change, Stacking]]:
+    @staticmethod
+    def _skipped(change: Change, a: Attached) -> Change:
+        """The change, or none of it with the probability that the method asks for."""
+        rate, some = a.config.skip(), a.tensor(next(iter(a.leaves)))
+        if rate > 0 and change.add is not None:
+            change.add = Gated(change.add, torch.rand((), device=some.device) >= rate)
+        return change
+
+    def changes(
+        self, names: Sequence[str], facts: Mapping[str, Facts] = NO_FACTS, *, at_rest: bool = False
+    ) -> list[tuple[Change, Stacking]]:
         configs = [self.attached[n].config for n in names]
         for i, config in enumerate(configs[:-1]):
             config.check_together(configs[i + 1 :])
-        return [(self.change(n, facts), c.stacking) for n, c in zip(names, configs, strict=True)]
+        return [(self.change(n, facts, at_rest=at_rest), c.stacking) for n, c in zip(names, configs, strict=True)]
 
     def leaf(self, adapter: str, name: str) -> Tensor:
         """One of the adapter's tensors."""
@@ -340,7 +363,7 @@ class AdaptedLayer(nn.Module):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """W' - W of one adapter, in the layout of the module's own weight."""
-        change = self.change(adapter)
+        change = self.change(adapter, at_rest=True)
         if change.additive:
             return self.site.stored(change.add.dense()) if change.add is not None else torch.zeros_like(self.get_base_weight())
         w = self.frozen_weight()

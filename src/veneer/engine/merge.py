@@ -99,7 +99,7 @@ def _merged(path: str, layer: AdaptedLayer, names: list[str]) -> tuple[Tensor, T
     wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
     frozen = layer.frozen_weight().to(wide)
     kept_bias = layer._originals().get(site.bias_name, site.bias(base))
-    changes = layer.changes(names)
+    changes = layer.changes(names, at_rest=True)
     try:
         exact = changed_weight(changes, frozen)
     except MergeError as e:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from ..change import Change
 from ..errors import ConfigError
 from ..method import Leaf, Targeted
 from ..ops import Dense
+from .fourierft import at_pattern
 
 
 @dataclass
@@ -30,10 +30,7 @@ class C3AConfig(Targeted, peft_type="C3A"):
     examples: ClassVar[Any] = ({"block_size": 4, "init_weights": True},)
 
     def at(self, name: str) -> C3AConfig:
-        for key, b in (self.block_size_pattern or {}).items():
-            if re.match(rf".*\.{key}$", name) or name == key:
-                return dataclasses.replace(self, block_size=b)
-        return self
+        return dataclasses.replace(self, block_size=at_pattern(self.block_size_pattern, name, self.block_size))
 
     def check(self, site: Any) -> None:
         for n in (site.n_in, site.n_out):

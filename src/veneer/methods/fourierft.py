@@ -31,10 +31,7 @@ class FourierFTConfig(Targeted, peft_type="FOURIERFT"):
     examples: ClassVar[Any] = ({"n_frequency": 20, "init_weights": True},)
 
     def at(self, name: str) -> FourierFTConfig:
-        for key, n in (self.n_frequency_pattern or {}).items():
-            if re.match(rf".*\.{key}$", name) or name == key:
-                return dataclasses.replace(self, n_frequency=n)
-        return self
+        return dataclasses.replace(self, n_frequency=at_pattern(self.n_frequency_pattern, name, self.n_frequency))
 
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
         return {
@@ -56,3 +53,8 @@ def seeded_places(entries: int, count: int, seed: int | None) -> Leaf:
         t.copy_(torch.randperm(entries, generator=generator)[:count])
 
     return Leaf((count,), choose, trainable=False, dtype=torch.int64, saved=False)
+
+
+def at_pattern(table: Mapping[str, int] | None, name: str, default: int) -> int:
+    """The value for a module in a `n_frequency_pattern` or `block_size_pattern`: its name is a key, or ends with one after a dot."""
+    return next((n for key, n in (table or {}).items() if name == key or re.match(rf".*\.{key}$", name)), default)

@@ -45,8 +45,8 @@ class VeraConfig(Targeted, peft_type="VERA"):
 
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
         return {
-            "vera_lambda_b": Leaf((site.n_out,), nn.init.zeros_ if self.init_weights else nn.init.normal_),
-            "vera_lambda_d": Leaf((self.r,), lambda t: t.fill_(self.d_initial)),
+            "vera_lambda_b": Leaf((site.n_out,), nn.init.zeros_ if self.init_weights else nn.init.ones_),
+            "vera_lambda_d": Leaf((self.r,), (lambda t: t.fill_(self.d_initial)) if self.init_weights else nn.init.normal_),
         }
 
     def change(self, p: Any, site: Any) -> Change:

@@ -4,11 +4,14 @@ from .base import Geometry, Op, Rows
 from .between import Between, per_row
 from .dense import Dense, Sum
 from .diag import Diag
-from .lowrank import LowRank
-from .rotations import BlockDiag, Pairs, Permuted, Product, Reflections, cayley, skew
+from .kron import Kron
+from .lowrank import Deflated, LowRank
+from .noise import Dropped, Gated
+from .rotations import BlockDiag, Pairs, Product, Reflections, Swap, blocks_dropped, cayley, skew
 from .rows import ReplaceRows
+from .tiled import Tiled
 
 __all__ = [
-    "Between", "BlockDiag", "Dense", "Diag", "Geometry", "LowRank", "Op", "Pairs",
-    "Permuted", "Product", "Reflections", "ReplaceRows", "Rows", "Sum", "cayley", "per_row", "skew",
+    "Between", "BlockDiag", "Deflated", "Dense", "Diag", "Dropped", "Gated", "Geometry", "Kron", "LowRank", "Op", "Pairs",
+    "Product", "Reflections", "ReplaceRows", "Rows", "Sum", "Swap", "Tiled", "blocks_dropped", "cayley", "per_row", "skew",
 ]  # fmt: skip
