@@ -6,6 +6,7 @@ frozen weight (`change`). Everything else (injection, training, merging, saving,
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import pkgutil
@@ -274,8 +275,16 @@ class Targeted(Method):
     fan_in_fan_out: bool = False
     init_weights: Any = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = list(dict.fromkeys(("none", "all", f"{self.prefix}only", f"{self._peft_type_name.lower()}_only")))
+        if self.bias not in known:
+            raise ConfigError(f"`bias` is one of {', '.join(known)}, got {self.bias!r}.{hint(str(self.bias), known)}")
+
     def to_dict(self) -> dict[str, Any]:
         # not every config of PEFT has all of these: at their defaults they are left out, so that PEFT reads our files without a word
         # (PEFT's own fields of each class are there even so where the method defines them itself)
         common = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "bias": "none", "fan_in_fan_out": False}
+        if any(re.fullmatch("init_.+_weights", f.name) for f in dataclasses.fields(self)):  # of this method it has another name
+            common["init_weights"] = True
         return {k: v for k, v in super().to_dict().items() if k not in common or v != common[k]}

@@ -99,6 +99,7 @@ def attach(
         saved = _stage_saved(model, selection, config, adapter_name, switch)
         tokens = _stage_tokens(model, config, adapter_name, switch, options, staged)
         shared = _stage_shared(config, staged, home, options)
+        _tell_dry(staged, adapter_name)
     except BaseException:
         undo(model, replicated)
         raise
@@ -144,6 +145,18 @@ def attach_saved(model: nn.Module, config: Any, adapter_name: str, switch: Switc
         _freeze(model, switch)
     _put_saved(model, _places(model), saved, adapter_name, plan)
     return plan
+
+
+def _tell_dry(staged: Sequence[_Staged], adapter: str) -> None:
+    """Warn of layers whose inputs cannot be dropped for the adapter alone."""
+    dry = [s.path for s in staged if s.attached.config.dropout() > 0 and (s.layer.site.own_forward or s.layer.site.kind == "embedding")]
+    if dry:
+        warnings.warn(
+            f"The dropout of the adapter {adapter!r} does not act on {dry[0]!r}{f' and {len(dry) - 1} more' * (len(dry) > 1)}: an embedding reads no "
+            "numbers, and a module with a forward of its own is run with whole weights.",
+            PeftWarning,
+            stacklevel=4,
+        )
 
 
 def _freeze(model: nn.Module, switch: Switch) -> None:

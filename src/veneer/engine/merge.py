@@ -106,7 +106,7 @@ def _merged(path: str, layer: AdaptedLayer, names: list[str]) -> tuple[Tensor, T
         raise MergeError(f"{path}: {e}") from None
     if any(c.shift is not None for c, _ in changes) and kept_bias is None:
         raise MergeError(
-            f"{path}: the adapter trains a bias (lora_bias), and the layer has none to merge it into. Keep it unmerged, or give the layer a bias of zeros."
+            f"{path}: the adapter trains a bias, and the layer has none to merge it into. Keep it unmerged, or give the layer a bias of zeros."
         )
     new_bias = changed_bias(changes, None if kept_bias is None else kept_bias.to(wide))
     rounded = exact.to(stored.dtype)

@@ -80,7 +80,7 @@ class BOFTConfig(Targeted, peft_type="BOFT"):
         factors: list[Op] = []
         for k, blocks in enumerate(q.mT):  # Bₖᵀ, the first one next to W
             turn, half = BlockDiag(blocks), r.shape[-1] // 2
-            sides = [Swap(a, b, half, site.n_in, blocks) for a, b in ((2, 2**k), (2**k, 2))] if k else []
+            sides = [Swap(a, b, half, site.n_in, blocks) for a, b in ((2**k, 2), (2, 2**k))] if k else []
             factors += [sides[0], turn, sides[1]] if k else [turn]
         return Change(left=Diag(p.boft_s.flatten()), right=Product(factors))
 

@@ -36,7 +36,7 @@ class DeftConfig(Targeted, peft_type="DEFT"):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
     stacking: ClassVar[Any] = "sum"
     examples: ClassVar[Any] = (
-        {"r": 3, "deft_dropout": 0.2},
+        {"r": 3},
         {"r": 3, "decomposition_method": "qr", "alpha": 6},
         {"r": 3, "decomposition_method": "qr", "para": True},
     )

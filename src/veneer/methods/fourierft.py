@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..change import Change
+from ..errors import ConfigError
 from ..method import Leaf, Targeted
 from ..ops import Dense
 
@@ -33,6 +34,15 @@ class FourierFTConfig(Targeted, peft_type="FOURIERFT"):
     def at(self, name: str) -> FourierFTConfig:
         return dataclasses.replace(self, n_frequency=at_pattern(self.n_frequency_pattern, name, self.n_frequency))
 
+    def scale(self) -> float:
+        return self.scaling
+
+    def check(self, site: Any) -> None:
+        if not 0 < self.n_frequency <= site.n_out * site.n_in:
+            raise ConfigError(
+                f"FourierFT: `n_frequency` is {self.n_frequency} for {site.name!r}, which has {site.n_out * site.n_in} entries. Lower it."
+            )
+
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
         return {
             "fourierft_spectrum": Leaf((self.n_frequency,), nn.init.zeros_ if self.init_weights else nn.init.normal_),
@@ -42,7 +52,7 @@ class FourierFTConfig(Targeted, peft_type="FOURIERFT"):
     def change(self, p: Any, site: Any) -> Change:
         values: Tensor = p.fourierft_spectrum
         spectrum = values.new_zeros(site.n_out * site.n_in).index_put((p.fourierft_places,), values).view(site.n_out, site.n_in)
-        return Change(add=Dense(torch.fft.ifft2(spectrum.float()).real.to(values.dtype) * self.scaling))
+        return Change(add=Dense(torch.fft.ifft2(spectrum.float()).real.to(values.dtype) * site.scaling))
 
 
 def seeded_places(entries: int, count: int, seed: int | None) -> Leaf:

@@ -32,7 +32,7 @@ class GraloraConfig(Targeted, peft_type="GRALORA"):
 
     prefix: ClassVar[str] = "gralora_"
     stacking: ClassVar[Any] = "sum"
-    examples: ClassVar[Any] = ({"r": 4}, {"r": 4, "gralora_k": 4, "hybrid_r": 2, "gralora_dropout": 0.2})
+    examples: ClassVar[Any] = ({"r": 4}, {"r": 4, "gralora_k": 4, "hybrid_r": 2})
 
     def __post_init__(self) -> None:
         super().__post_init__()
