@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..change import Change
 from ..errors import ConfigError, hint
 from ..method import Init, Leaf, Targeted
-from ..ops import Dense
+from ..ops import Derived
 from .fourierft import at_pattern
 
 STARTS = ("xavier_uniform", "kaiming_uniform", "gaussian")
@@ -60,8 +60,11 @@ class C3AConfig(Targeted, peft_type="C3A"):
         return {"c3a_kernel": Leaf((site.n_out // b, site.n_in // b, b), start)}
 
     def change(self, p: Any, site: Any) -> Change:
-        k: Tensor = p.c3a_kernel
-        b = k.shape[-1]
-        i = torch.arange(b, device=k.device)
-        blocks = k[..., (i[None, :] - i[:, None]) % b]  # (m, n, b, b) circulant
-        return Change(add=Dense(blocks.transpose(1, 2).reshape(site.n_out, site.n_in) / site.n_in))
+        return Change(add=Derived(_circulant, (p.c3a_kernel / site.n_in,)))
+
+
+def _circulant(k: Tensor) -> Tensor:
+    """The matrix of circulant blocks that have the kernels k (m, n, b) as their first rows."""
+    i = torch.arange(k.shape[-1], device=k.device)
+    blocks: Tensor = k[..., (i[None, :] - i[:, None]) % len(i)]  # (m, n, b, b)
+    return blocks.transpose(1, 2).flatten(2).flatten(0, 1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..change import Change
 from ..errors import ConfigError
 from ..method import Leaf, Targeted
-from ..ops import Dense
+from ..ops import Derived
 
 
 @dataclass
@@ -50,9 +50,15 @@ class FourierFTConfig(Targeted, peft_type="FOURIERFT"):
         }
 
     def change(self, p: Any, site: Any) -> Change:
-        values: Tensor = p.fourierft_spectrum
-        spectrum = values.new_zeros(site.n_out * site.n_in).index_put((p.fourierft_places,), values).view(site.n_out, site.n_in)
-        return Change(add=Dense(torch.fft.ifft2(spectrum.float()).real.to(values.dtype) * site.scaling))
+        sides, at = (site.n_out, site.n_in), p.fourierft_places
+
+        def make(values: Tensor) -> Tensor:
+            spectrum = values.new_zeros(sides[0] * sides[1]).index_put((at,), values).view(sides)
+            wide = spectrum.float() if spectrum.dtype in (torch.float16, torch.bfloat16) else spectrum
+            d: Tensor = torch.fft.ifft2(wide).real
+            return d.to(values.dtype)
+
+        return Change(add=Derived(make, (p.fourierft_spectrum * site.scaling,)))
 
 
 def seeded_places(entries: int, count: int, seed: int | None) -> Leaf:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..change import Change
 from ..errors import ConfigError
 from ..method import Init, Leaf, Targeted, by_pattern
-from ..ops import Dense, Dropped
+from ..ops import Derived, Dropped
 
 
 @dataclass
@@ -59,8 +59,8 @@ class HiraConfig(Targeted, peft_type="HIRA"):
 
     def change(self, p: Any, site: Any) -> Change:
         a, b = (p.hira_embedding_A, p.hira_embedding_B) if site.kind == "embedding" else (p.hira_A.flatten(1), p.hira_B.flatten(1))
-        d: Tensor = b @ a
-        add = Dense(site.weight().to(d.dtype) * d)
+        w: Tensor = site.weight()
+        add = Derived(lambda b, a: w.to(a.dtype) * (b @ a), (b, a))
         return Change(add=Dropped(add, site.dropout) if site.dropout > 0 else add)
 
 

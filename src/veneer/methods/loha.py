@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..change import Change
 from ..method import Leaf, Targeted, by_pattern
-from ..ops import Dense, Diag, Op, Product
+from ..ops import Derived, Diag, Op, Product
 
 
 @dataclass
@@ -63,17 +63,17 @@ class LoHaConfig(Targeted, peft_type="LOHA"):
         return out
 
     def change(self, p: Any, site: Any) -> Change:
-        one: Tensor
-        two: Tensor
+        parts: tuple[Tensor, ...] = (p.hada_w1_a * site.scaling, p.hada_w1_b, p.hada_w2_a, p.hada_w2_b)
         if hasattr(p, "hada_t1"):
-            one, two = (
-                torch.einsum("ij...,ip,jq->pq...", t, a, b).reshape(site.n_out, site.n_in)
-                for t, a, b in ((p.hada_t1, p.hada_w1_a, p.hada_w1_b), (p.hada_t2, p.hada_w2_a, p.hada_w2_b))
-            )
-        else:
-            one, two = p.hada_w1_a @ p.hada_w1_b, p.hada_w2_a @ p.hada_w2_b
+            parts = (*parts, p.hada_t1, p.hada_t2)
         rate = self.rank_dropout if site.training else 0.0
-        return Change(add=rank_dropped(Dense(one * two * site.scaling), rate, site.n_out, one, rescale=True))
+        return Change(add=rank_dropped(Derived(_hadamard, parts), rate, site.n_out, parts[0], rescale=True))
+
+
+def _hadamard(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, t1: Tensor | None = None, t2: Tensor | None = None) -> Tensor:
+    one, two = (a @ b if t is None else torch.einsum("ij...,ip,jq->pq...", t, a, b).flatten(1) for a, b, t in ((a1, b1, t1), (a2, b2, t2)))
+    whole: Tensor = one * two
+    return whole
 
 
 def rank_dropped(add: Op, rate: float, rows: int, like: Tensor, *, rescale: bool) -> Op:

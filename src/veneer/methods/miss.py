@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..change import Change
 from ..errors import ConfigError
 from ..method import Leaf, Targeted
-from ..ops import Dense, Dropped, Op, Tiled
+from ..ops import Derived, Dropped, Op, Tiled
 
 
 @dataclass
@@ -64,10 +65,16 @@ class MissConfig(Targeted, peft_type="MISS"):
         block: Tensor = p.miss_block
         add: Op = Tiled(block, site.n_out, site.n_in)
         if self.init_weights == "bat":
-            r = self.r
-            w = site.weight().to(block.dtype).reshape(len(block), r, site.n_in // r, r)
-            add = Dense((w @ block.unsqueeze(1) + block.unsqueeze(2)).reshape(site.n_out, site.n_in))
+            w: Tensor = site.weight()
+            add = Derived(lambda m: _bat(w, m), (block,))
         return Change(add=Dropped(add, site.dropout) if site.dropout > 0 else add)
+
+
+def _bat(w: Tensor, m: Tensor) -> Tensor:
+    """(W + 1) M for each block of W, M that of its row of blocks; m (rows of blocks, r, r)."""
+    k, r, _ = m.shape
+    strips = torch.bmm(w.to(m.dtype).reshape(k, -1, r), m).view(k, r, -1, r) + m.unsqueeze(2)
+    return strips.view(w.shape)
 
 
 def _kaiming(t: Tensor) -> Tensor:

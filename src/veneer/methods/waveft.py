@@ -11,12 +11,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..change import Change
 from ..errors import ConfigError, hint
 from ..method import Leaf, Targeted
-from ..ops import Dense
+from ..ops import Derived
 from .fourierft import at_pattern, seeded_places
 
 LAST = {"db": 38, "sym": 20, "coif": 17}  # the families of wavelets, and the last of each
@@ -85,21 +84,10 @@ class WaveFTConfig(Targeted, peft_type="WAVEFT"):
         }
 
     def change(self, p: Any, site: Any) -> Change:
-        values: Tensor = p.waveft_spectrum * site.scaling
         sides = (site.n_out, site.n_in)
-        i, j = p.waveft_places // site.n_in, p.waveft_places % site.n_in
-        if not self.use_idwt:
-            return Change(add=Dense(values.new_zeros(sides).index_put((i, j), values)))
-        low, high = taps(self.wavelet_family)
-        h, w = (n + len(low) - 2 + n % 2 for n in sides)
-        s = values.new_zeros(h, w).index_put((i + (h - sides[0]) // 2, j + (w - sides[1]) // 2), values)
-        # S has the details across where a separable transform has those down
-        s = torch.cat(
-            [torch.cat([s[: h // 2, : w // 2], s[h // 2 :, : w // 2]], 1), torch.cat([s[: h // 2, w // 2 :], s[h // 2 :, w // 2 :]], 1)]
-        )
-        bank = torch.tensor([low, high], dtype=s.dtype, device=s.device).unsqueeze(1)
-        whole = _synthesis(_synthesis(s, bank).T, bank).T
-        return Change(add=Dense(whole[: sides[0], : sides[1]]))
+        at = p.waveft_places // site.n_in, p.waveft_places % site.n_in
+        bank = taps(self.wavelet_family) if self.use_idwt else None
+        return Change(add=Derived(lambda values: _dense(values, at, sides, bank), (p.waveft_spectrum * site.scaling,)))
 
 
 def taps(wavelet: str) -> tuple[Sequence[float], Sequence[float]]:
@@ -118,8 +106,21 @@ def taps(wavelet: str) -> tuple[Sequence[float], Sequence[float]]:
     return found.rec_lo, found.rec_hi
 
 
-def _synthesis(s: Tensor, bank: Tensor) -> Tensor:
-    """Rows of coefficients, low ones first, to rows of numbers. bank (2, 1, taps)."""
-    cut = bank.shape[-1] - 2
-    rows: Tensor = F.conv_transpose1d(s.unflatten(1, (2, -1)), bank, stride=2, padding=cut).squeeze(1)
-    return rows
+def _dense(values: Tensor, at: Sequence[Tensor], sides: tuple[int, int], bank: tuple[Sequence[float], Sequence[float]] | None) -> Tensor:
+    """The matrix whose coefficients at the places `at` are `values`: each adds the outer product of two filters, length of the filters wide."""
+    out = values.new_zeros(sides)
+    if bank is None:
+        return out.index_put(tuple(at), values)
+    filters = torch.tensor(bank, dtype=values.dtype, device=values.device)
+    length = filters.shape[1]
+    step = torch.arange(length, device=values.device) + 2 - length
+    half = [(n + length - 2 + n % 2) // 2 for n in sides]
+    i, j = (k + (2 * h - n) // 2 for k, h, n in zip(at, half, sides, strict=True))
+    places, weights = [], []
+    # a coefficient right of the middle is a detail across, in PEFT's order high-pass along the rows' number; one below the middle the other way round
+    for k, h, n, high in ((i, half[0], sides[0], j >= half[1]), (j, half[1], sides[1], i >= half[0])):
+        place = 2 * (k % h).unsqueeze(1) + step
+        weights.append(filters[high.long()] * ((place >= 0) & (place < n)))
+        places.append(place.clamp(0, n - 1))
+    patches = values.view(-1, 1, 1) * weights[0].unsqueeze(2) * weights[1].unsqueeze(1)
+    return out.index_put((places[0].unsqueeze(2), places[1].unsqueeze(1)), patches, accumulate=True)

@@ -2,7 +2,7 @@
 
 from .base import Geometry, Op, Rows
 from .between import Between, per_row
-from .dense import Dense, Sum
+from .dense import Dense, Derived, Sum
 from .diag import Diag
 from .kron import Kron
 from .lowrank import Deflated, LowRank
@@ -12,6 +12,6 @@ from .rows import ReplaceRows
 from .tiled import Tiled
 
 __all__ = [
-    "Between", "BlockDiag", "Deflated", "Dense", "Diag", "Dropped", "Gated", "Geometry", "Kron", "LowRank", "Op", "Pairs",
+    "Between", "BlockDiag", "Deflated", "Dense", "Derived", "Diag", "Dropped", "Gated", "Geometry", "Kron", "LowRank", "Op", "Pairs",
     "Product", "Reflections", "ReplaceRows", "Rows", "Sum", "Swap", "Tiled", "blocks_dropped", "cayley", "per_row", "skew",
 ]  # fmt: skip
