@@ -375,3 +375,22 @@ def test_bias_is_checked() -> None:
     for wrong in ("lora_only", "All", "yes"):
         with pytest.raises(ConfigError, match="`bias` is one of none, all, oft_only"):
             V.OFTConfig(bias=wrong)
+
+
+SCALED = [
+    V.LoraConfig(r=4), V.AdaLoraConfig(init_r=4, total_step=10), V.VeraConfig(r=4), V.DeloraConfig(r=4), V.HiraConfig(r=4), V.LoHaConfig(r=4),
+    V.LoKrConfig(r=4), V.MissConfig(r=4), V.MissConfig(r=4, init_weights="bat"), V.GraloraConfig(r=4), V.C3AConfig(block_size=4), V.ShiraConfig(r=1),
+    V.FourierFTConfig(n_frequency=9), V.WaveFTConfig(n_frequency=9), V.PsoftConfig(r=4), V.PeanutConfig(r=4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", SCALED, ids=lambda c: type(c).__name__)
+def test_scale_of_an_added_change(config: Any) -> None:
+    """Half the scale is half the change, and `scale_layer` multiplies it further."""
+    _, layer = adapted(config)
+    whole = layer.get_delta_weight("default")
+    layer.set_scale("default", 0.5)
+    layer.scale_layer(0.5)
+    torch.testing.assert_close(layer.get_delta_weight("default"), whole / 4)
+    layer.unscale_layer()
+    torch.testing.assert_close(layer.get_delta_weight("default"), whole)

@@ -22,4 +22,4 @@ class BeftConfig(Targeted, peft_type="BEFT"):
         return {"beft_bias": Leaf((1, site.n_out), nn.init.zeros_ if self.init_weights else nn.init.normal_)}
 
     def change(self, p: Any, site: Any) -> Change:
-        return Change(shift=p.beft_bias.flatten())
+        return Change(shift=p.beft_bias.flatten() * site.scaling)

@@ -60,7 +60,7 @@ class C3AConfig(Targeted, peft_type="C3A"):
         return {"c3a_kernel": Leaf((site.n_out // b, site.n_in // b, b), start)}
 
     def change(self, p: Any, site: Any) -> Change:
-        return Change(add=Derived(_circulant, (p.c3a_kernel / site.n_in,)))
+        return Change(add=Derived(_circulant, (p.c3a_kernel * (site.scaling / site.n_in),)))
 
 
 def _circulant(k: Tensor) -> Tensor:

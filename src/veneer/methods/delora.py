@@ -62,7 +62,7 @@ class DeloraConfig(Targeted, peft_type="DELORA"):
     def change(self, p: Any, site: Any) -> Change:
         a, b = p.delora_A, p.delora_B
         length = a.norm(dim=1).clamp_min(1e-4) * b.norm(dim=0).clamp_min(1e-4)
-        return Change(add=LowRank(b * (p.delora_lambda / (self.r * length)), a * p.delora_w_norm))
+        return Change(add=LowRank(b * (p.delora_lambda / (self.r * length)), a * p.delora_w_norm, site.scaling))
 
 
 def _kaiming(t: Tensor) -> Tensor:

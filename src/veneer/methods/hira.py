@@ -60,7 +60,7 @@ class HiraConfig(Targeted, peft_type="HIRA"):
     def change(self, p: Any, site: Any) -> Change:
         a, b = (p.hira_embedding_A, p.hira_embedding_B) if site.kind == "embedding" else (p.hira_A.flatten(1), p.hira_B.flatten(1))
         w: Tensor = site.weight()
-        add = Derived(lambda b, a: w.to(a.dtype) * (b @ a), (b, a))
+        add = Derived(lambda b, a: w.to(a.dtype) * (b @ a), (b * site.scaling, a))
         return Change(add=Dropped(add, site.dropout) if site.dropout > 0 else add)
 
 

@@ -62,7 +62,7 @@ class MissConfig(Targeted, peft_type="MISS"):
         return {"miss_block": Leaf(shape, nn.init.zeros_ if self.init_weights else _kaiming)}
 
     def change(self, p: Any, site: Any) -> Change:
-        block: Tensor = p.miss_block
+        block: Tensor = p.miss_block * site.scaling
         add: Op = Tiled(block, site.n_out, site.n_in)
         if self.init_weights == "bat":
             w: Tensor = site.weight()

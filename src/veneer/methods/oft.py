@@ -81,7 +81,8 @@ class OFTConfig(Targeted, peft_type="OFT"):
 
     def change(self, p: Any, site: Any) -> Change:
         flat = p.oft_embedding_R if site.kind == "embedding" else p.oft_R
-        count, b = self._blocks(site)
+        b = (1 + math.isqrt(1 + 8 * flat.shape[1])) // 2
+        count = self._width(site) // b
         q = skew(self._held(flat) if self.coft else flat, b)
         rotation = cayley(q, self.num_cayley_neumann_terms if self.use_cayley_neumann else None)
         if site.training and self.module_dropout > 0:

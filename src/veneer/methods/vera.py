@@ -52,7 +52,7 @@ class VeraConfig(Targeted, peft_type="VERA"):
     def change(self, p: Any, site: Any) -> Change:
         up = p.vera_lambda_b.unsqueeze(1) * p.vera_B[: site.n_out].to(p.vera_lambda_b.dtype)
         down = p.vera_lambda_d.unsqueeze(1) * p.vera_A[:, : site.n_in].to(p.vera_lambda_d.dtype)
-        return Change(add=LowRank(up, down, 1.0, site.dropout))
+        return Change(add=LowRank(up, down, site.scaling, site.dropout))
 
 
 def kaiming(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
