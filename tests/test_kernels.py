@@ -189,7 +189,7 @@ def test_a_part_without_gradient_gets_none_and_none_is_needed() -> None:
 
 
 @pytest.mark.parametrize("config", [
-    veneer.LoHaConfig(r=4), veneer.HiraConfig(r=4), veneer.C3AConfig(block_size=32), veneer.FourierFTConfig(n_frequency=50), veneer.ShiraConfig(r=1),
+    veneer.LoHaConfig(r=4), veneer.HiraConfig(r=4), veneer.C3AConfig(block_size=32), veneer.FourierFTConfig(n_frequency=50),
     veneer.WaveFTConfig(n_frequency=50), veneer.MissConfig(r=8, init_weights="bat"),
 ], ids=lambda c: type(c).__name__)  # fmt: skip
 def test_a_dense_change_is_not_kept(config: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..change import Change
 from ..errors import ConfigError
 from ..method import Leaf, Targeted
-from ..ops import Derived
+from ..ops import Dense
 
 
 @dataclass
@@ -77,5 +77,6 @@ class ShiraConfig(Targeted, peft_type="SHIRA"):
         return at.to(torch.int32)
 
     def change(self, p: Any, site: Any) -> Change:
-        sides, (i, j) = (site.n_out, site.n_in), p.shira_indices.long()
-        return Change(add=Derived(lambda values: values.new_zeros(sides).index_put((i, j), values), (p.shira_weight * site.scaling,)))
+        values: Tensor = p.shira_weight * site.scaling
+        i, j = p.shira_indices.long()
+        return Change(add=Dense(values.new_zeros(site.n_out, site.n_in).index_put((i, j), values)))

@@ -13,10 +13,10 @@ class Geometry(Protocol):
     """How a site turns its input into features: plain rows, sliding windows (convolution) or looked-up rows (embedding).
 
     Attributes:
-        flat: whether the features are the input's last dimension itself, so that a matrix may take them apart.
+        plain: whether `contract` is the product x Mᵀ and nothing else.
     """
 
-    flat: ClassVar[bool]
+    plain: ClassVar[bool]
 
     def contract(self, x: Tensor, m: Tensor) -> Tensor:
         """x Mᵀ with M (m, n_in); the m features stand where the site has its output features."""
@@ -36,7 +36,7 @@ class Geometry(Protocol):
 class Rows:
     """The plain geometry: x (..., n_in)."""
 
-    flat: ClassVar[bool] = True
+    plain: ClassVar[bool] = True
 
     def contract(self, x: Tensor, m: Tensor) -> Tensor:
         return F.linear(x, m)

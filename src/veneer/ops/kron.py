@@ -30,7 +30,7 @@ class Kron(Op):
         return whole
 
     def rows(self, x: Tensor, geo: Geometry) -> Tensor:
-        if not geo.flat:
+        if not geo.plain:
             return super().rows(x, geo)
         (l, m), (k, n) = self.w1.shape, self.w2.shape  # noqa: E741
         w1, w2, down = self.w1.to(x.dtype), self.w2.to(x.dtype), self.down

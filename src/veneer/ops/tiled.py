@@ -27,13 +27,13 @@ class Tiled(Op):
         return whole[:, : self.n_in]
 
     def rows(self, x: Tensor, geo: Geometry) -> Tensor:
-        if not geo.flat:
+        if not geo.plain:
             return super().rows(x, geo)
         y = self._thin(x)
         return y.repeat(*(1,) * (y.ndim - 1), self.n_out // self.block.shape[1])
 
     def add_to(self, y: Tensor, x: Tensor, geo: Geometry) -> Tensor:
-        if not geo.flat:
+        if not geo.plain:
             return super().add_to(y, x, geo)
         tiles: Tensor = y.unflatten(-1, (-1, self.block.shape[1])) + self._thin(x).unsqueeze(-2).to(y.dtype)
         return tiles.flatten(-2)

@@ -21,7 +21,7 @@ class Lookup:
     change as well.
     """
 
-    flat: ClassVar[bool] = False
+    plain: ClassVar[bool] = False
 
     def __init__(self, module: nn.Embedding, own: bool) -> None:
         self.module = module
