@@ -20,6 +20,7 @@ from veneer.testing.laws import move
 METHODS: list[Any] = [m for m in load_methods().values() if issubclass(m, Method)]
 COMMON = {f.name for f in dataclasses.fields(Targeted)} - {"init_weights"}
 
+_ASA = {"num_subspaces": 3, "use_asa": True, "init_warmup": 0, "final_warmup": 4, "mask_interval": 1, "asa_target_subspaces": 1}
 # (method, field): (what stands beside it, a value of the field[, the value it is compared with]), where the rule of `_other` finds none that tells
 VALUES: dict[tuple[str, str], tuple[Any, ...]] = {
     ("AdaLoraConfig", "beta1"): ({"target_r": 1}, 0.0),
@@ -30,6 +31,15 @@ VALUES: dict[tuple[str, str], tuple[Any, ...]] = {
     ("AdaLoraConfig", "rank_pattern"): ({}, {"site.lora_E": [True, False, True, False]}),
     ("AdaLoraConfig", "tinit"): ({"target_r": 1}, 2),
     ("AdaLoraConfig", "tfinal"): ({"target_r": 1}, 7),
+    ("AdamssConfig", "asa_importance_beta"): (_ASA, 0.0, 0.99),
+    ("AdamssConfig", "asa_schedule_exponent"): (_ASA, 1.0, 9.0),
+    ("AdamssConfig", "asa_target_subspaces"): (_ASA, 2),
+    ("AdamssConfig", "final_warmup"): (_ASA, 6),
+    ("AdamssConfig", "init_warmup"): (_ASA, 2),
+    ("AdamssConfig", "mask_interval"): (_ASA, 3),
+    ("AdamssConfig", "svd_threshold"): ({"use_dynamic_rank": True}, 0.9999, 1e-9),
+    ("AdamssConfig", "use_asa"): (_ASA, True, False),
+    ("AdamssConfig", "use_dynamic_rank"): ({"svd_threshold": 0.9999}, True),
     ("BOFTConfig", "boft_block_num"): ({"boft_block_size": 0}, 2, 3),
     ("BOFTConfig", "boft_block_size"): ({}, 6),
     ("C3AConfig", "block_size"): ({}, 2),
@@ -62,8 +72,11 @@ VALUES: dict[tuple[str, str], tuple[Any, ...]] = {
     ("PsoftConfig", "random_seed"): ({"psoft_svd": "lowrank", "psoft_svd_lowrank_niter": 0}, 1),
     ("PolyConfig", "n_splits"): ({}, 4),
     ("PolyConfig", "n_tasks"): ({}, 3),
+    ("PveraConfig", "generator_seed"): ({}, 3),
     ("RoadConfig", "group_size"): ({}, 2),
     ("RoadConfig", "variant"): ({}, "road_2"),
+    ("SupertuningConfig", "lora_dropout"): ({"r": 2}, 0.5),
+    ("TinyLoraConfig", "init_v_bound"): ({"init_weights": "uniform"}, 0.5),
     ("TrainableTokensConfig", "token_indices"): ({}, [1, 2]),
     ("WaveFTConfig", "n_frequency"): ({"proportional_parameters": False}, 11),
     ("WaveFTConfig", "proportional_parameters"): ({"n_frequency": 9, "n_frequency_pattern": {"site": 5}}, True),
@@ -80,6 +93,12 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "runtime_config": "of this run only",
         "total_step": "required",
     },
+    "AdamssConfig": {"asa_uncertainty_beta": "of schedules.Importance, as AdaLoRA's beta2"},
+    "FrodConfig": {
+        "progressbar": "it shows, and changes nothing",
+        "regularization_alpha": "the basis of one layer alone is the same whatever it is",
+    },
+    "TinyLoraConfig": {"weight_tying": "one layer has no neighbours"},
     "LoraConfig": dict.fromkeys((
         "trainable_token_indices", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config",
         "layer_replication", "runtime_config", "target_parameters", "use_bdlora", "kasa_config", "ensure_weight_tying", "megatron_core",
