@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import veneer
 from veneer.kernels import reference
+from veneer.kernels.derived import derived_linear
 from veneer.kernels.lowrank import lowrank_linear
 from veneer.kernels.norms import row_norm_sq
 
@@ -157,3 +160,62 @@ def test_no_weight_sized_tensor_is_made_in_a_step() -> None:
     with Sizes() as sizes:
         model(x).sum().backward()
     assert sizes.largest == 16 * 512
+
+
+def _made(a: Tensor, up: Tensor) -> Tensor:
+    return torch.tanh(up @ a)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_derived_matrix_has_the_gradients_of_finite_differences(biased: bool, wide: bool) -> None:
+    """Added to W for one product, and, for a W of fewer bits, with a product of its own."""
+    t = _tensors(torch.float64)
+    w = t["w"] if wide else t["w"].float()
+    names = ["x", "a", "up"] + ["b"] * biased
+    if wide:
+
+        def run(*values: Tensor) -> Tensor:
+            v = dict(zip(names, values, strict=True))
+            return derived_linear(v["x"], w, v.get("b"), _made, (v["a"], v["up"]))
+
+        assert torch.autograd.gradcheck(run, [t[n].requires_grad_() for n in names])
+    t = {k: v.detach().float() if k in "xb" else v.detach().requires_grad_() for k, v in t.items()}
+    t["x"].requires_grad_()
+    results = []
+    for linear in (derived_linear, reference.derived_linear):
+        y = linear(t["x"], w.float(), t["b"] if biased else None, _made, (t["a"], t["up"]))
+        results.append([y, *torch.autograd.grad(y.square().sum(), [t["x"], t["a"], t["up"]])])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_part_without_gradient_gets_none_and_none_is_needed() -> None:
+    t = _tensors(torch.float32)
+    up = t["up"].requires_grad_()
+    derived_linear(t["x"], t["w"], t["b"], _made, (t["a"], up)).sum().backward()
+    assert up.grad is not None and t["a"].grad is None and t["x"].grad is None
+    with torch.no_grad():
+        torch.testing.assert_close(
+            derived_linear(t["x"], t["w"], t["b"], _made, (t["a"], up)),
+            reference.derived_linear(t["x"], t["w"], t["b"], _made, (t["a"], up)),
+        )
+
+
+@pytest.mark.parametrize("config", [
+    veneer.LoHaConfig(r=4), veneer.HiraConfig(r=4), veneer.C3AConfig(block_size=32), veneer.FourierFTConfig(n_frequency=50),
+    veneer.WaveFTConfig(n_frequency=50), veneer.MissConfig(r=8, init_weights="bat"),
+], ids=lambda c: type(c).__name__)  # fmt: skip
+def test_a_dense_change_is_not_kept(config: Any) -> None:
+    """Between forward and backward there is nothing of the weight's size but the weight."""
+    config.target_modules = {"lin"}
+    model = veneer.get_peft_model(nn.ModuleDict({"lin": nn.Linear(256, 256)}), config)
+    lin, kept = model.get_base_model().lin, {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.data_ptr()] = t.numel() if t.data_ptr() != lin.base_layer.weight.data_ptr() else 0
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        lin(torch.randn(16, 256))
+    assert sum(kept.values()) < 256 * 256 / 4

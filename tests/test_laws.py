@@ -21,7 +21,7 @@ def _lora(sites: list[str], **fields: object) -> tuple[Method, list[str], tuple[
 # what the methods' own examples leave out
 OPTIONS = [
     _lora(["linear", "embedding", "conv2d"], use_rslora=True),
-    _lora(["linear", "linear_subclass", "conv2d", "conv1d_transformers"], lora_dropout=0.3),
+    _lora(["linear", "conv2d", "conv1d_transformers"], lora_dropout=0.3),
     _lora(["linear", "conv2d", "attention"], lora_bias=True),
     _lora(["linear"], use_dora=True, init_lora_weights="pissa"),
     *[_lora(["linear", "embedding", "parameter_2d"], init_lora_weights=k) for k in ("pissa", "olora", "orthogonal")],

@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from .errors import MergeError
-from .ops import Diag, Geometry, LowRank, Op
+from .ops import Derived, Diag, Geometry, LowRank, Op
 
 Base = Callable[[Tensor], Tensor]
 
@@ -158,3 +158,9 @@ def fused(changes: Sequence[tuple[Change, Stacking]]) -> tuple[LowRank, Tensor |
     if not isinstance(c.add, LowRank) or c.left is not None or c.right is not None or c.base is not None:
         return None
     return c.add, c.gain
+
+
+def derived(changes: Sequence[tuple[Change, Stacking]]) -> Derived | None:
+    """The dense matrix that is added, if the changes are just that and it can be made anew."""
+    add = changes[0][0].add if len(changes) == 1 and changes[0][0].additive else None
+    return add if isinstance(add, Derived) else None

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .engine.calls import Call
     from .engine.layer import Place
     from .engine.parts import Parts
+    from .sites import Site
 
 T = TypeVar("T")
 Init = Callable[[Tensor], object]
@@ -133,6 +134,9 @@ class Method(PeftConfig):
     def start(self, site: Place, *, only_frozen: bool = False) -> Mapping[str, Tensor]:
         """Start values that depend on the frozen weight, by leaf name; `only_frozen` when a file brings the trained ones."""
         return {}
+
+    def survey(self, sites: Mapping[str, Site]) -> None:
+        """All the layers that the adapter will be on, by path, before it has tensors on any: for what is shared out between them."""
 
     def shared(self, sites: Sequence[Place]) -> Mapping[str, Leaf]:
         """Tensors that all adapted layers of one adapter share; `change` gets them among `p`. They belong to the model, not to a layer."""
@@ -248,6 +252,10 @@ class Method(PeftConfig):
 
     def dropout(self) -> float:
         """The probability with which entries of the input are dropped before the additive part, in training."""
+        return 0.0
+
+    def skip(self) -> float:
+        """The probability with which, in training, the additive part does not act on a layer for a call."""
         return 0.0
 
 
@@ -367,8 +375,16 @@ class Targeted(Method):
     fan_in_fan_out: bool = False
     init_weights: Any = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = list(dict.fromkeys(("none", "all", f"{self.prefix}only", f"{self._peft_type_name.lower()}_only")))
+        if self.bias not in known:
+            raise ConfigError(f"`bias` is one of {', '.join(known)}, got {self.bias!r}.{hint(str(self.bias), known)}")
+
     def to_dict(self) -> dict[str, Any]:
         # not every config of PEFT has all of these: at their defaults they are left out, so that PEFT reads our files without a word
         # (PEFT's own fields of each class are there even so where the method defines them itself)
         common = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "bias": "none", "fan_in_fan_out": False}
+        if any(re.fullmatch("init_.+_weights", f.name) for f in dataclasses.fields(self)):  # of this method it has another name
+            common["init_weights"] = True
         return {k: v for k, v in super().to_dict().items() if k not in common or v != common[k]}

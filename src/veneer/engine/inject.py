@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, PeftWarning, hint
 from ..method import Leaf, Method
-from ..sites import Adaptable, ParameterSite, adaptable
+from ..sites import Adaptable, ParameterSite, Site, adaptable, site_for
 from .holders import Attached, Holder, hold
 from .layer import AdaptedLayer, Place
 from .modules import Part, hold_parts, parts_of
@@ -95,6 +95,8 @@ def attach(
             cast(Any, config).target_modules = selection.resolved_targets
         options = _Options(low_cpu_mem_usage, autocast_adapter_dtype, empty)
         count = len(selection.modules)
+        if type(config).survey is not Method.survey:
+            config.survey({p: m.weight_site if isinstance(m, AdaptedLayer) else site_for(m) for p, m in selection.modules.items()})
         staged = [
             _stage(m, p, config, adapter_name, switch, options, name=selection.names.get(p), index=i, count=count)
             for i, (p, m) in enumerate(selection.modules.items())
@@ -110,6 +112,7 @@ def attach(
         shared = _stage_shared(config, staged, home, options)
         _stage_common(config, staged)
         parts = _stage_parts(model, config, staged, home, options)
+        _tell_dry(staged, adapter_name)
     except BaseException:
         if targeted:
             cast(Any, config).target_modules = asked
@@ -159,6 +162,22 @@ def attach_saved(model: nn.Module, config: Any, adapter_name: str, switch: Switc
         _freeze(model, switch)
     _put_saved(model, _places(model), saved, adapter_name, plan)
     return plan
+
+
+def _tell_dry(staged: Sequence[_Staged], adapter: str) -> None:
+    """Warn of layers whose inputs cannot be dropped for the adapter alone."""
+
+    def heeded(site: Any) -> bool:
+        return not isinstance(site, Site) or (not site.own_forward and site.kind != "embedding")
+
+    dry = [s.path for s in staged if s.attached.config.dropout() > 0 and not heeded(s.layer.site)]
+    if dry:
+        warnings.warn(
+            f"The dropout of the adapter {adapter!r} does not act on {dry[0]!r}{f' and {len(dry) - 1} more' * (len(dry) > 1)}: an embedding reads no "
+            "numbers, and a module with a forward of its own is run with whole weights.",
+            PeftWarning,
+            stacklevel=4,
+        )
 
 
 def _freeze(model: nn.Module, switch: Switch) -> None:

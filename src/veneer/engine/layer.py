@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..change import Change, Stacking
 from ..errors import MergeError, RouteError
 from ..method import Method
-from ..ops import LowRank
+from ..ops import LowRank, Switched
 from ..sites import Adaptable, Site
 from ..sites.whole import WholeSite
 from .caching import keeping, stamp
@@ -171,10 +171,9 @@ class AdaptedLayer(Wrapper):
         assert a.place is not None
         if self.training and at_rest:
             return a.config.change(Tensors(a), a.place.at_rest())
-        if adapter in facts:
-            return a.config.change(Tensors(a), a.place.during(facts[adapter]))
-        if self.training or torch.compiler.is_compiling():
-            return a.config.change(Tensors(a), a.place)
+        if self.training or adapter in facts or torch.compiler.is_compiling():
+            change = a.config.change(Tensors(a), a.place.during(facts[adapter]) if adapter in facts else a.place)
+            return self._skipped(change, a) if self.training else change
         if keeping() and not torch.is_grad_enabled() and isinstance(self.site, Site):
             return self._cached(a)
         scaling = a.place.scaling
@@ -183,6 +182,15 @@ class AdaptedLayer(Wrapper):
             a.kept = Kept.of(change, a, scaling)
             return change
         return a.kept.change
+
+    @staticmethod
+    def _skipped(change: Any, a: Attached) -> Any:
+        """The change, or none of it with the probability that the method asks for."""
+        rate = a.config.skip()
+        if rate > 0 and change.add is not None:
+            some = a.tensor(next(iter(a.leaves)))
+            change.add = Switched(change.add, torch.rand((), device=some.device) >= rate)
+        return change
 
     def _cached(self, a: Attached) -> Change:
         """The change as it was the last time, if nothing it is made of has been written to since."""

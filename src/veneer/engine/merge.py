@@ -103,7 +103,7 @@ def _merged(path: str, layer: AdaptedLayer, names: list[str]) -> tuple[dict[str,
         raise MergeError(f"{path}: {e}") from None
     if set(exact) - set(frozen):
         raise MergeError(
-            f"{path}: the adapter trains a bias (lora_bias), and the layer has none to merge it into. Keep it unmerged, or give the layer a bias of zeros."
+            f"{path}: the adapter trains a bias, and the layer has none to merge it into. Keep it unmerged, or give the layer a bias of zeros."
         )
     rounded = {k: t.to(frozen[k].dtype).contiguous() for k, t in exact.items() if t is not wide[k]}
     if not all(bool(torch.isfinite(t).all()) for t in rounded.values()):

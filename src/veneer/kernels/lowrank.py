@@ -38,7 +38,7 @@ def lowrank_linear(
     """
     if isinstance(scale, Tensor):
         up, scale = up * scale, 1.0
-    if not _ordinary(w) or not _ordinary(a) or not _ordinary(up) or dropout >= 1 or (dropout > 0 and torch.compiler.is_compiling()):
+    if not ordinary(w) or not ordinary(a) or not ordinary(up) or dropout >= 1 or (dropout > 0 and torch.compiler.is_compiling()):
         return reference.lowrank_linear(x, w, b, a, up, scale, dropout=dropout, gain=gain)
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
@@ -49,7 +49,8 @@ def lowrank_linear(
     return _run(x, w, b, a, up, scale, dropout, gain, seed)
 
 
-def _ordinary(t: Tensor) -> bool:
+def ordinary(t: Tensor) -> bool:
+    """Whether the fused functions know how to handle it: no sharded or otherwise special tensor."""
     return type(t) in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling()
 
 

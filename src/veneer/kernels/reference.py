@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,6 +18,12 @@ def lowrank_linear(
     if gain is not None:
         y = y * gain.to(y.dtype)
     return y if b is None else y + b.to(y.dtype)
+
+
+def derived_linear(x: Tensor, w: Tensor, b: Tensor | None, make: Callable[..., Tensor], parts: Sequence[Tensor]) -> Tensor:
+    """y = x Wᵀ + x Dᵀ + b, D = make(*parts), by ordinary autograd."""
+    y = F.linear(x, w.detach(), b)
+    return y + F.linear(x, make(*parts).to(x.dtype))
 
 
 def row_norm_sq(w: Tensor, a: Tensor, up: Tensor, scale: float) -> Tensor:

@@ -15,8 +15,13 @@ from ..errors import ConfigError, PeftWarning, SaveError
 from ..method import Leaf, Targeted
 from ..ops import LowRank
 from ..schedules import Importance, add_gradient, cut, row_means, widen
+from .lora import LoraRuntimeConfig
 
 _IDLE = ("alpha_pattern", "use_rslora", "loftq_config", "lora_bias", "layer_replication")  # LoRA's, without effect here
+_OTHER = (
+    "use_dora", "use_qalora", "megatron_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "alora_invocation_tokens",
+    "monteclora_config", "target_parameters", "use_bdlora", "arrow_config", "kasa_config",
+)  # fmt: skip
 
 
 @dataclass
@@ -45,11 +50,22 @@ class AdaLoraConfig(Targeted, peft_type="ADALORA"):
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     loftq_config: dict[str, Any] = field(default_factory=dict)
+    eva_config: Any = None
+    corda_config: Any = None
+    lora_ga_config: Any = None
     use_dora: bool = False
+    velora_config: Any = None
+    alora_invocation_tokens: list[int] | None = None
     use_qalora: bool = False
     qalora_group_size: int = 16
+    monteclora_config: Any = None
     layer_replication: list[tuple[int, int]] | None = None
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    use_bdlora: Any = None
+    arrow_config: Any = None
+    kasa_config: Any = None
     ensure_weight_tying: bool = False
     target_r: int = 8
     init_r: int = 12
@@ -80,13 +96,13 @@ class AdaLoraConfig(Targeted, peft_type="ADALORA"):
             raise ConfigError(
                 f"init_r and deltaT must be positive and target_r not negative, got {self.init_r}, {self.deltaT}, {self.target_r}."
             )
-        if self.use_dora or self.use_qalora or self.megatron_config:
-            raise ConfigError("ADALORA does not support DoRA, QALoRA or Megatron layers. Use LoraConfig for these.")
-        if idle := [n for n in _IDLE if getattr(self, n)] + ["init_lora_weights"] * isinstance(self.init_lora_weights, str):
-            warnings.warn(f"{', '.join(f'`{n}`' for n in idle)} has no effect in AdaLoRA.", PeftWarning, stacklevel=4)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in super().to_dict().items() if k != "init_weights"}  # this method's is init_lora_weights
+        if other := [n for n in _OTHER if getattr(self, n)]:
+            raise ConfigError(f"AdaLoRA does not support {', '.join(f'`{n}`' for n in other)}. Use LoraConfig for that.")
+        idle = [n for n in _IDLE if getattr(self, n)] + ["init_lora_weights"] * isinstance(self.init_lora_weights, str)
+        if idle := idle + ["r"] * (self.r != 8):
+            warnings.warn(
+                f"{', '.join(f'`{n}`' for n in idle)} has no effect in AdaLoRA, whose rank is `init_r`.", PeftWarning, stacklevel=4
+            )
 
     def scale(self) -> float:
         return (self.lora_alpha if self.lora_alpha > 0 else self.init_r) / (self.init_r + 1e-5)

@@ -26,4 +26,4 @@ class BeftConfig(Targeted, peft_type="BEFT"):
         return False  # no weight changes
 
     def change(self, p: Any, site: Any) -> Change:
-        return Change(shift=p.beft_bias.flatten())
+        return Change(shift=p.beft_bias.flatten() * site.scaling)

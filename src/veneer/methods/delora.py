@@ -11,13 +11,18 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..change import Change
+from ..errors import ConfigError
 from ..method import Leaf, Targeted, by_pattern
 from ..ops import LowRank
 
 
 @dataclass
 class DeloraConfig(Targeted, peft_type="DELORA"):
-    """W' = W + B diag(λ / (r ‖B_j‖ ‖A_j‖)) A ⊙ w,  w the column norms of W when the adapter was made.   Bini et al. 2025, arXiv:2503.18225."""
+    """W' = W + B diag(λ / (r ‖B_j‖ ‖A_j‖)) A ⊙ w,  w the column norms of W when the adapter was made.   Bini et al. 2025, arXiv:2503.18225.
+
+    λ (`delora_lambda`) trains, w (`delora_w_norm`) does not. `module_dropout` is the probability that a layer's change does not act in a call of the
+    training, as PEFT documents it; what PEFT does is to drop entries of the input.
+    """
 
     r: int = 8
     delora_lambda: int = 15
@@ -28,6 +33,16 @@ class DeloraConfig(Targeted, peft_type="DELORA"):
     prefix: ClassVar[str] = "delora_"
     stacking: ClassVar[Any] = "sum"
     examples: ClassVar[Any] = ({"r": 4},)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if any(r <= 0 for r in (self.r, *(self.rank_pattern or {}).values())):
+            raise ConfigError(
+                f"`r` should be a positive integer value but the value passed is {self.r} (rank_pattern: {self.rank_pattern})."
+            )
+
+    def skip(self) -> float:
+        return self.module_dropout
 
     def at(self, name: str) -> DeloraConfig:
         strength = by_pattern(self.lambda_pattern, name, self.delora_lambda)
@@ -47,7 +62,7 @@ class DeloraConfig(Targeted, peft_type="DELORA"):
     def change(self, p: Any, site: Any) -> Change:
         a, b = p.delora_A, p.delora_B
         length = a.norm(dim=1).clamp_min(1e-4) * b.norm(dim=0).clamp_min(1e-4)
-        return Change(add=LowRank(b * (p.delora_lambda / (self.r * length)), a * p.delora_w_norm))
+        return Change(add=LowRank(b * (p.delora_lambda / (self.r * length)), a * p.delora_w_norm, site.scaling))
 
 
 def _kaiming(t: Tensor) -> Tensor:

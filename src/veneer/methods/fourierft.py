@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..change import Change
+from ..errors import ConfigError
 from ..method import Leaf, Targeted
-from ..ops import Dense
+from ..ops import Derived
 
 
 @dataclass
@@ -32,10 +33,16 @@ class FourierFTConfig(Targeted, peft_type="FOURIERFT"):
     examples: ClassVar[Any] = ({"n_frequency": 20, "init_weights": True},)
 
     def at(self, name: str) -> FourierFTConfig:
-        for key, n in (self.n_frequency_pattern or {}).items():
-            if re.match(rf".*\.{key}$", name) or name == key:
-                return dataclasses.replace(self, n_frequency=n)
-        return self
+        return dataclasses.replace(self, n_frequency=at_pattern(self.n_frequency_pattern, name, self.n_frequency))
+
+    def scale(self) -> float:
+        return self.scaling
+
+    def check(self, site: Any) -> None:
+        if not 0 < self.n_frequency <= site.n_out * site.n_in:
+            raise ConfigError(
+                f"FourierFT: `n_frequency` is {self.n_frequency} for {site.name!r}, which has {site.n_out * site.n_in} entries. Lower it."
+            )
 
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
         return {
@@ -44,9 +51,15 @@ class FourierFTConfig(Targeted, peft_type="FOURIERFT"):
         }
 
     def change(self, p: Any, site: Any) -> Change:
-        values: Tensor = p.fourierft_spectrum
-        spectrum = values.new_zeros(site.n_out * site.n_in).index_put((p.fourierft_places,), values).view(site.n_out, site.n_in)
-        return Change(add=Dense(torch.fft.ifft2(spectrum.float()).real.to(values.dtype) * self.scaling))
+        sides, at = (site.n_out, site.n_in), p.fourierft_places
+
+        def make(values: Tensor) -> Tensor:
+            spectrum = values.new_zeros(sides[0] * sides[1]).index_put((at,), values).view(sides)
+            wide = spectrum.float() if spectrum.dtype in (torch.float16, torch.bfloat16) else spectrum
+            d: Tensor = torch.fft.ifft2(wide).real
+            return d.to(values.dtype)
+
+        return Change(add=Derived(make, (p.fourierft_spectrum * site.scaling,)))
 
 
 def seeded_places(entries: int, count: int, seed: int | None) -> Leaf:
@@ -57,3 +70,8 @@ def seeded_places(entries: int, count: int, seed: int | None) -> Leaf:
         t.copy_(torch.randperm(entries, generator=generator)[:count])
 
     return Leaf((count,), choose, trainable=False, dtype=torch.int64, saved=False)
+
+
+def at_pattern(table: Mapping[str, int] | None, name: str, default: int) -> int:
+    """The value for a module in a `n_frequency_pattern` or `block_size_pattern`: its name is a key, or ends with one after a dot."""
+    return next((n for key, n in (table or {}).items() if name == key or re.match(rf".*\.{key}$", name)), default)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..change import Change
 from ..errors import ConfigError
-from ..method import Leaf, Targeted
+from ..method import Init, Leaf, Targeted
 from ..ops import Dense, Diag, LowRank, Op
 
 KINDS = {
@@ -26,7 +26,7 @@ class GloraConfig(Targeted, peft_type="GLORA"):
     """W' = W + W ⊙ A + B,  b' = b + b ⊙ D + E + W C.   Chavan et al. 2023, arXiv:2306.07967.
 
     A and B (n_out, n_in) are low-rank, one number per output, one number, or absent; C (n_in, 1) low-rank, a vector, or absent; D and E (n_out,)
-    a vector, one number, or absent. All start as zero.
+    a vector, one number, or absent. All start as zero. On a layer without a bias C, D and E are absent.
     """
 
     r: int = 8
@@ -48,11 +48,19 @@ class GloraConfig(Targeted, peft_type="GLORA"):
             if getattr(self, name) not in kinds:
                 raise ConfigError(f"`{name}` is one of {', '.join(kinds)}, got {getattr(self, name)!r}.")
 
+    def _kinds(self, site: Any) -> tuple[str, str, str]:
+        """The kinds of A and B, of C, of D and E."""
+        biased = site.bias() is not None
+        return self.config_A_B, self.config_C if biased else "none", self.config_D_E if biased else "none"
+
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
         o, i = site.n_out, site.n_in
-        start = nn.init.zeros_ if self.init_weights else _small
+        start: dict[str, Init] = (
+            {"constant": _small, "vector": _vector} if not self.init_weights else dict.fromkeys(KINDS["config_D_E"], nn.init.zeros_)
+        )
         out: dict[str, Leaf] = {}
-        for path, kind, rows, columns in (("A", self.config_A_B, o, i), ("B", self.config_A_B, o, i), ("C", self.config_C, i, 1)):
+        of_w, of_c, of_b = self._kinds(site)
+        for path, kind, rows, columns in (("A", of_w, o, i), ("B", of_w, o, i), ("C", of_c, i, 1)):
             box = f"glora_{path}"
             if kind == "lora":
                 out[f"{path}d"] = Leaf((rows, self.r), nn.init.zeros_ if self.init_weights else _kaiming, container=box, attr="Xd")
@@ -60,35 +68,30 @@ class GloraConfig(Targeted, peft_type="GLORA"):
             elif kind == "none":
                 out[path] = Leaf((rows, columns), nn.init.zeros_, container=box, attr="zeros", trainable=False)
             else:
-                out[path] = Leaf((1,) if kind == "constant" else (rows, 1), start, container=box, attr="X")
+                out[path] = Leaf((1,) if kind == "constant" else (rows, 1), start[kind], container=box, attr="X")
         for path in "DE":
-            if self.config_D_E == "none":
-                out[path] = Leaf((o,), nn.init.zeros_, container=f"glora_{path}", attr="zeros", trainable=False)
-            else:
-                trains = path == "E" or site.bias() is not None  # D scales the bias
-                out[path] = Leaf(
-                    (1,) if self.config_D_E == "constant" else (o,), start, container=f"glora_{path}", attr="X", trainable=trains
-                )
+            shape, init = ((1,) if of_b == "constant" else (o,)), start.get(of_b, nn.init.zeros_)
+            out[path] = Leaf(shape, init, container=f"glora_{path}", attr="zeros" if of_b == "none" else "X", trainable=of_b != "none")
         return out
 
     def change(self, p: Any, site: Any) -> Change:
+        of_w, of_c, of_b = self._kinds(site)
         left: Op | None = None
         add: Op | None = None
         base: Tensor | None = None
-        if self.config_A_B == "lora":
+        if of_w == "lora":
             w = site.weight()
             base = w * (1 + p.Ad @ p.Au).to(w.dtype)
             add = LowRank(p.Bd, p.Bu)
-        elif self.config_A_B != "none":
+        elif of_w != "none":
             left = Diag(1 + p.A.flatten().expand(site.n_out))
             add = Dense(p.B.expand(site.n_out, site.n_in))
         shift: Tensor | None = None
-        if self.config_D_E != "none":
-            b = site.bias()
-            shift = p.E.expand(site.n_out) if b is None else p.E + b * p.D
-        if self.config_C != "none":
+        if of_b != "none":
+            shift = p.E + site.bias() * p.D
+        if of_c != "none":
             w = site.weight()
-            through = w @ (p.C if self.config_C == "vector" else p.Cd @ p.Cu).to(w.dtype)
+            through = w @ (p.C if of_c == "vector" else p.Cd @ p.Cu).to(w.dtype)
             shift = through.squeeze(-1) if shift is None else shift + through.squeeze(-1)
         return Change(left=left, add=add, base=base, shift=shift)
 
@@ -99,3 +102,7 @@ def _kaiming(t: Tensor) -> Tensor:
 
 def _small(t: Tensor) -> Tensor:
     return nn.init.normal_(t, std=0.02)
+
+
+def _vector(t: Tensor) -> Tensor:
+    return nn.init.kaiming_uniform_(t.unsqueeze(0) if t.ndim == 1 else t, a=math.sqrt(5))

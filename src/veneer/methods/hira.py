@@ -12,13 +12,17 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..change import Change
-from ..method import Leaf, Targeted, by_pattern
-from ..ops import Dense
+from ..errors import ConfigError
+from ..method import Init, Leaf, Targeted, by_pattern
+from ..ops import Derived, Dropped
 
 
 @dataclass
 class HiraConfig(Targeted, peft_type="HIRA"):
-    """W' = W + W ⊙ (B A).   A Kaiming-uniform, B zeros; an embedding's A zeros, B normal.   Huang et al. 2025, openreview TwJrTz9cRS."""
+    """W' = W + W ⊙ (B A).   A Kaiming-uniform, B zeros; an embedding's A zeros, B normal.   Huang et al. 2025, openreview TwJrTz9cRS.
+
+    PEFT 0.21.2 ignores `rank_pattern`; here it acts.
+    """
 
     r: int = 32
     hira_dropout: float = 0.0
@@ -30,17 +34,29 @@ class HiraConfig(Targeted, peft_type="HIRA"):
     patterns: ClassVar[Mapping[str, str]] = MappingProxyType({"r": "rank_pattern"})
     examples: ClassVar[Any] = ({"r": 4},)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if any(r <= 0 for r in (self.r, *(self.rank_pattern or {}).values())):
+            raise ConfigError(
+                f"`r` should be a positive integer value but the value passed is {self.r} (rank_pattern: {self.rank_pattern})."
+            )
+        if self.init_weights not in (True, False, "gaussian"):
+            raise ConfigError(f"`init_weights` is True, False or 'gaussian', got {self.init_weights!r}.")
+
+    def dropout(self) -> float:
+        return self.hira_dropout
+
     def at(self, name: str) -> HiraConfig:
         return dataclasses.replace(self, r=by_pattern(self.rank_pattern, name, self.r))
 
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
-        zero = nn.init.zeros_ if self.init_weights is not False else _kaiming
+        zero: Init = nn.init.zeros_ if self.init_weights else nn.init.normal_
+        first: Init = {True: _kaiming, "gaussian": _narrow(1 / self.r)}.get(self.init_weights, nn.init.normal_)
         a, b = (self.r, site.n_in), (site.n_out, self.r)
         if site.kind == "embedding":
             return {"hira_embedding_A": Leaf(a, zero), "hira_embedding_B": Leaf(b, nn.init.normal_)}
         if site.kind == "conv":
             a, b = (self.r, site.n_in // math.prod(site.kernel), *site.kernel), (*b, *(1,) * len(site.kernel))
-        first = (lambda t: nn.init.normal_(t, std=1 / self.r)) if self.init_weights == "gaussian" else _kaiming
         return {"hira_A": Leaf(a, first), "hira_B": Leaf(b, zero)}
 
     def combine(self, parts: Any, site: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -51,9 +67,14 @@ class HiraConfig(Targeted, peft_type="HIRA"):
 
     def change(self, p: Any, site: Any) -> Change:
         a, b = (p.hira_embedding_A, p.hira_embedding_B) if site.kind == "embedding" else (p.hira_A.flatten(1), p.hira_B.flatten(1))
-        d: Tensor = b @ a
-        return Change(add=Dense(site.weight().to(d.dtype) * d))
+        w: Tensor = site.weight()
+        add = Derived(lambda b, a: w.to(a.dtype) * (b @ a), (b * site.scaling, a))
+        return Change(add=Dropped(add, site.dropout) if site.dropout > 0 else add)
 
 
 def _kaiming(t: Tensor) -> Tensor:
     return nn.init.kaiming_uniform_(t, a=math.sqrt(5))
+
+
+def _narrow(std: float) -> Init:
+    return lambda t: nn.init.normal_(t, std=std)

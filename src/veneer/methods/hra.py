@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..change import Change
+from ..errors import ConfigError, PeftWarning
 from ..method import Leaf, Targeted
 from ..ops import Reflections
 
@@ -19,7 +21,8 @@ from ..ops import Reflections
 class HRAConfig(Targeted, peft_type="HRA"):
     """W' = W H₁ … H_r,  Hᵢ = I - 2 uᵢ uᵢᵀ, the uᵢ normalised;  with `apply_GS` W' = W (I - 2 U Uᵀ), U orthonormalised.
 
-    `hra_u` (n_in, r) starts in equal pairs of columns, which cancel.   Yuan et al. 2024, arXiv:2405.17484.
+    `hra_u` (n_in, r) starts in equal pairs of columns, which cancel, if r is even. With `apply_GS` no start is the identity, and equal columns have
+    no orthonormal form, so the start is random (PEFT's has pairs there too, and so gradients without bounds).   Yuan et al. 2024, arXiv:2405.17484.
     """
 
     r: int = 8
@@ -27,21 +30,29 @@ class HRAConfig(Targeted, peft_type="HRA"):
 
     prefix: ClassVar[str] = "hra_"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
-    examples: ClassVar[Any] = ({"r": 4},)
+    examples: ClassVar[Any] = ({"r": 4}, {"r": 3, "apply_GS": True})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r <= 0:
+            raise ConfigError(f"`r` should be a positive integer value but the value passed is {self.r}.")
+        if self.r % 2 and self.init_weights and not self.apply_GS:
+            warnings.warn(f"HRA with an odd number of reflections (r={self.r}) does not start as the identity.", PeftWarning, stacklevel=4)
+
+    @property
+    def starts_as_identity(self) -> bool:
+        return bool(self.init_weights) and self.r % 2 == 0 and not self.apply_GS
 
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
-        return {"hra_u": Leaf((site.n_in, self.r), _pairs if self.init_weights and self.r > 1 else _kaiming)}
+        return {"hra_u": Leaf((site.n_in, self.r), _pairs if self.starts_as_identity else _kaiming)}
 
     def change(self, p: Any, site: Any) -> Change:
-        u = p.hra_u
+        u: Tensor = p.hra_u
         if not self.apply_GS:
             return Change(right=Reflections(u / u.norm(dim=0)))
-        q: list[Tensor] = []
-        for column in u.T:
-            for done in q:
-                column = column - (done @ column) * done
-            q.append(column / column.norm())
-        return Change(right=Reflections(torch.stack(q, 1)))  # of orthonormal columns: I - 2 U Uᵀ
+        with torch.autocast(u.device.type, enabled=False):
+            q = torch.linalg.qr(u.float() if u.dtype in (torch.float16, torch.bfloat16) else u).Q
+        return Change(right=Reflections(q.to(u.dtype)))  # of orthonormal columns: I - 2 U Uᵀ
 
 
 def _kaiming(t: Tensor) -> Tensor:
@@ -50,5 +61,4 @@ def _kaiming(t: Tensor) -> Tensor:
 
 def _pairs(t: Tensor) -> Tensor:
     half = _kaiming(torch.empty(t.shape[0], t.shape[1] // 2, dtype=t.dtype, device=t.device))
-    _kaiming(t)
-    return t[:, : 2 * half.shape[1]].copy_(half.repeat_interleave(2, 1)) if t.shape[1] % 2 == 0 else t
+    return t.copy_(half.repeat_interleave(2, 1))

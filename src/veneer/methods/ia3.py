@@ -59,7 +59,4 @@ class IA3Config(Targeted, peft_type="IA3"):
         if site.kind != "conv":
             return Change(right=Diag(scale))
         taps = site.n_in * site.groups // site.channels
-        if site.groups == 1:
-            return Change(right=Diag(scale.repeat_interleave(taps)))
-        per_group = scale.repeat_interleave(taps).view(site.groups, -1).repeat_interleave(site.n_out // site.groups, 0)
-        return Change(base=site.weight() * per_group)
+        return Change(right=Diag(scale.repeat_interleave(taps), site.groups))

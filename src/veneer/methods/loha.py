@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -12,14 +13,16 @@ from torch import Tensor, nn
 
 from ..change import Change
 from ..method import Leaf, Targeted, by_pattern
-from ..ops import Dense
+from ..ops import Derived, Diag, Op, Product
 
 
 @dataclass
 class LoHaConfig(Targeted, peft_type="LOHA"):
-    """W' = W + alpha / r · (w1_a w1_b) ⊙ (w2_a w2_b).   w1_a starts as zeros.   Hyeon-Woo et al. 2021, arXiv:2108.06098.
+    """W' = W + alpha / r · (w1_a w1_b) ⊙ (w2_a w2_b).   w2_b starts as zeros.   Hyeon-Woo et al. 2021, arXiv:2108.06098.
 
-    With `use_effective_conv2d` a convolution with a kernel over 1 has a Tucker form per factor: t (r, r, *kernel), a (r, n_out), b (r, channels).
+    With `use_effective_conv2d` a convolution with a kernel over 1 has a Tucker form per factor: t (r, r, *kernel), a (r, n_out), b (r, channels). In
+    training `rank_dropout` drops rows of the change and scales up what is left, and `module_dropout` is the probability that a layer's change does not
+    act in a call.
     """
 
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
@@ -43,50 +46,43 @@ class LoHaConfig(Targeted, peft_type="LOHA"):
     def scale(self) -> float:
         return self.alpha / self.r
 
+    def skip(self) -> float:
+        return self.module_dropout
+
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
-        r, start = self.r, nn.init.zeros_ if self.init_weights else _narrow
+        r, last = self.r, nn.init.zeros_ if self.init_weights else _kaiming
+        sides: tuple[tuple[int, ...], tuple[int, ...]] = (site.n_out, r), (r, site.n_in)
+        out: dict[str, Leaf] = {}
         if site.kind == "conv" and self.use_effective_conv2d and max(site.kernel) > 1:
             kernel = site.kernel if len(site.kernel) > 1 else (*site.kernel, 1)
-            channels = site.channels // site.groups
-            return {
-                key: leaf
-                for i in (1, 2)
-                for key, leaf in {
-                    f"hada_t{i}": Leaf((r, r, *kernel), _narrow),
-                    f"hada_w{i}_a": Leaf((r, site.n_out), start if i == 1 else nn.init.normal_),
-                    f"hada_w{i}_b": Leaf((r, channels), _wide),
-                }.items()
-            }
-        return {
-            "hada_w1_a": Leaf((site.n_out, r), start),
-            "hada_w1_b": Leaf((r, site.n_in), _wide),
-            "hada_w2_a": Leaf((site.n_out, r), _narrow),
-            "hada_w2_b": Leaf((r, site.n_in), _wide),
-        }
+            sides = (r, site.n_out), (r, site.channels // site.groups)
+            out = {f"hada_t{i}": Leaf((r, r, *kernel), _kaiming) for i in (1, 2)}
+        for i in (1, 2):
+            out[f"hada_w{i}_a"] = Leaf(sides[0], _kaiming)
+            out[f"hada_w{i}_b"] = Leaf(sides[1], last if i == 2 else _kaiming)
+        return out
 
     def change(self, p: Any, site: Any) -> Change:
-        one: Tensor
-        two: Tensor
+        parts: tuple[Tensor, ...] = (p.hada_w1_a * site.scaling, p.hada_w1_b, p.hada_w2_a, p.hada_w2_b)
         if hasattr(p, "hada_t1"):
-            one, two = (
-                torch.einsum("ijkl,jr,ip->prkl", t, b, a).reshape(site.n_out, site.n_in)
-                for t, a, b in ((p.hada_t1, p.hada_w1_a, p.hada_w1_b), (p.hada_t2, p.hada_w2_a, p.hada_w2_b))
-            )
-        else:
-            one, two = p.hada_w1_a @ p.hada_w1_b, p.hada_w2_a @ p.hada_w2_b
-        return Change(add=Dense(rank_dropped(one * two * site.scaling, self.rank_dropout if site.training else 0.0)))
+            parts = (*parts, p.hada_t1, p.hada_t2)
+        rate = self.rank_dropout if site.training else 0.0
+        return Change(add=rank_dropped(Derived(_hadamard, parts), rate, site.n_out, parts[0], rescale=True))
 
 
-def rank_dropped(delta: Tensor, rate: float) -> Tensor:
-    """Whole output rows of ΔW dropped with probability `rate`, as LyCORIS does."""
+def _hadamard(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, t1: Tensor | None = None, t2: Tensor | None = None) -> Tensor:
+    one, two = (a @ b if t is None else torch.einsum("ij...,ip,jq->pq...", t, a, b).flatten(1) for a, b, t in ((a1, b1, t1), (a2, b2, t2)))
+    whole: Tensor = one * two
+    return whole
+
+
+def rank_dropped(add: Op, rate: float, rows: int, like: Tensor, *, rescale: bool) -> Op:
+    """ΔW with whole rows dropped with probability `rate`; `rescale`: what is left is scaled up, so that the mean stays."""
     if rate == 0:
-        return delta
-    return delta * (torch.rand(delta.shape[0], device=delta.device) > rate).to(delta.dtype).unsqueeze(1)
+        return add
+    kept = (torch.rand(rows, device=like.device) >= rate).to(like.dtype)
+    return Product([Diag(kept / kept.mean().clamp_min(1 / rows) if rescale else kept), add])
 
 
-def _narrow(t: Tensor) -> Tensor:
-    return nn.init.normal_(t, std=0.1)
-
-
-def _wide(t: Tensor) -> Tensor:
-    return nn.init.normal_(t, std=1.0)
+def _kaiming(t: Tensor) -> Tensor:
+    return nn.init.kaiming_uniform_(t, a=math.sqrt(5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..change import Change
-from ..errors import ConfigError
+from ..errors import ConfigError, PeftWarning
 from ..method import Leaf, Targeted, by_pattern
 from ..ops import LowRank
 
@@ -34,6 +35,8 @@ class OSFConfig(Targeted, peft_type="OSF"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.target_svd_config:
+            warnings.warn("`target_svd_config` has no effect: give `effective_rank` and `rank_pattern`.", PeftWarning, stacklevel=4)
         for value in (self.effective_rank, *(self.rank_pattern or {}).values()):
             if value is not None and value <= 0:
                 raise ConfigError(f"`effective_rank` should be a positive integer, or a share of the weight's smaller side; got {value}.")
@@ -54,7 +57,7 @@ class OSFConfig(Targeted, peft_type="OSF"):
         shapes = {"U_low": (site.n_out, rest), "S_low": (rest,), "V_low": (rest, site.n_in)}
         frozen = {"osf_U_high": (site.n_out, k), "osf_V_high": (k, site.n_in)}
         return {
-            **{n: Leaf(s, nn.init.zeros_, container="osf_svd_params", attr=n) for n, s in shapes.items()},
+            **{n: Leaf(s, nn.init.normal_, container="osf_svd_params", attr=n) for n, s in shapes.items()},
             **{n: Leaf(s, nn.init.zeros_, trainable=False, saved=False) for n, s in frozen.items()},
         }
 
@@ -63,7 +66,7 @@ class OSFConfig(Targeted, peft_type="OSF"):
         u, s, v = torch.linalg.svd(w.float() if w.dtype in (torch.float16, torch.bfloat16) else w, full_matrices=False)
         k = self._split(site)[0]
         frozen = {"osf_U_high": u[:, :k], "osf_V_high": v[:k]}
-        return frozen if only_frozen else {**frozen, "U_low": u[:, k:], "S_low": s[k:], "V_low": v[k:]}
+        return frozen if only_frozen or self.init_weights is False else {**frozen, "U_low": u[:, k:], "S_low": s[k:], "V_low": v[k:]}
 
     def change(self, p: Any, site: Any) -> Change:
         return Change(left=LowRank(p.osf_U_high, p.osf_U_high.mT), add=LowRank(p.U_low * p.S_low, p.V_low))

@@ -39,7 +39,7 @@ class PsoftConfig(Targeted, peft_type="PSOFT"):
 
     prefix: ClassVar[str] = "psoft_"
     stacking: ClassVar[Any] = "sum"
-    examples: ClassVar[Any] = ({"r": 4}, {"r": 4, "psoft_orth": False, "psoft_dropout": 0.2, "ab_svd_init": "pissa_init"})
+    examples: ClassVar[Any] = ({"r": 4}, {"r": 4, "psoft_orth": False, "ab_svd_init": "pissa_init"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

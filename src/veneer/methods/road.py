@@ -44,7 +44,7 @@ class RoadConfig(Targeted, peft_type="ROAD"):
 
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
         n = int(site.n_out * _SHARE[self.variant])
-        start = (nn.init.zeros_, nn.init.ones_) if self.init_weights else (nn.init.normal_, nn.init.normal_)
+        start = (nn.init.zeros_, nn.init.ones_) if self.init_weights else (_near(0.0), _near(1.0))
         return {"road_theta": Leaf((n,), start[0]), "road_alpha": Leaf((n,), start[1])}
 
     def change(self, p: Any, site: Any) -> Change:
@@ -58,3 +58,7 @@ class RoadConfig(Targeted, peft_type="ROAD"):
         first = (at % self.group_size) < half
         partner = torch.where(first, at + half, at - half)
         return Change(left=Pairs(cos, torch.where(first, -sin, sin), partner), left_on_bias=True)
+
+
+def _near(mean: float) -> Any:
+    return lambda t: nn.init.normal_(t, mean, 0.5)

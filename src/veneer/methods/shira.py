@@ -17,7 +17,11 @@ from ..ops import Dense
 
 @dataclass
 class ShiraConfig(Targeted, peft_type="SHIRA"):
-    """W' = W + D,  D zero but for r (n_out + n_in) trained entries `shira_weight` at `shira_indices`.   Bhardwaj et al. 2024, arXiv:2406.13175."""
+    """W' = W + D,  D zero but for r (n_out + n_in) trained entries `shira_weight` at `shira_indices`.   Bhardwaj et al. 2024, arXiv:2406.13175.
+
+    The places are drawn at random (`random_seed`), or those of the ones in a mask: `config.mask_fn(layer, r, **kwargs)`, set on the config, gives a mask
+    of each layer's weight, with the seed among kwargs if `mask_type` is "random".
+    """
 
     r: int = 32
     mask_type: str = "random"
@@ -31,8 +35,6 @@ class ShiraConfig(Targeted, peft_type="SHIRA"):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.mask_fn: Any = None  # called with (layer, r, **kwargs) for a 0/1 mask of the weight's shape
-        if self.mask_type != "random":
-            raise ConfigError(f"`mask_type` can be 'random', got {self.mask_type!r}. For a mask of your own set config.mask_fn.")
 
     def _count(self, site: Any) -> int:
         n: int = self.r * (site.n_out + site.n_in)
@@ -52,11 +54,28 @@ class ShiraConfig(Targeted, peft_type="SHIRA"):
             return {}
         if self.mask_fn is not None:
             mask = self.mask_fn(site.module, self.r, **{"random_seed": self.random_seed} if self.mask_type == "random" else {})
-            return {"shira_indices": mask.nonzero().T.to(torch.int32)}
+            return {"shira_indices": self._of_mask(mask, site)}
+        if self.mask_type != "random":
+            raise ConfigError(
+                f"There is no `mask_type` {self.mask_type!r} but 'random'. For a mask of your own give config.mask_fn, a function (layer, r) -> mask."
+            )
         generator = torch.Generator()
         generator = generator.manual_seed(self.random_seed) if self.random_seed is not None else torch.default_generator
-        at = torch.randperm(site.n_out * site.n_in, generator=generator)[: self._count(site)]
+        at = torch.randperm(site.n_out * site.n_in, generator=generator)[: self._count(site)].sort().values
         return {"shira_indices": torch.stack([at // site.n_in, at % site.n_in]).to(torch.int32)}
+
+    def _of_mask(self, mask: Tensor, site: Any) -> Tensor:
+        """The places of the ones in a mask of the layer's weight, as it is stored."""
+        if tuple(mask.shape) != tuple(site.layer.get_base_weight().shape):
+            raise ConfigError(
+                f"SHiRA: the mask of {site.name!r} is {tuple(mask.shape)}, and the weight {tuple(site.layer.get_base_weight().shape)}."
+            )
+        at: Tensor = site.layer.site.canonical(mask).nonzero().T
+        if at.shape[1] != self._count(site):
+            raise ConfigError(
+                f"SHiRA: the mask of {site.name!r} has {at.shape[1]} ones, and r={self.r} asks for {self._count(site)}: r (n_out + n_in)."
+            )
+        return at.to(torch.int32)
 
     def change(self, p: Any, site: Any) -> Change:
         values: Tensor = p.shira_weight * site.scaling

@@ -46,14 +46,14 @@ class VeraConfig(Targeted, peft_type="VERA"):
 
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
         return {
-            "vera_lambda_b": Leaf((site.n_out,), nn.init.zeros_ if self.init_weights else nn.init.normal_),
-            "vera_lambda_d": Leaf((self.r,), lambda t: t.fill_(self.d_initial)),
+            "vera_lambda_b": Leaf((site.n_out,), nn.init.zeros_ if self.init_weights else nn.init.ones_),
+            "vera_lambda_d": Leaf((self.r,), (lambda t: t.fill_(self.d_initial)) if self.init_weights else nn.init.normal_),
         }
 
     def change(self, p: Any, site: Any) -> Change:
         up = p.vera_lambda_b.unsqueeze(1) * p.vera_B[: site.n_out].to(p.vera_lambda_b.dtype)
         down = p.vera_lambda_d.unsqueeze(1) * p.vera_A[:, : site.n_in].to(p.vera_lambda_d.dtype)
-        return Change(add=LowRank(up, down, 1.0, site.dropout))
+        return Change(add=LowRank(up, down, site.scaling, site.dropout))
 
 
 def kaiming(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -2,13 +2,16 @@
 
 from .base import Geometry, Op, Rows
 from .between import Between, gated, per_row, per_token
-from .dense import Dense, Sum
+from .dense import Dense, Derived, Sum
 from .diag import Diag
-from .lowrank import LowRank
-from .rotations import BlockDiag, Pairs, Permuted, Product, Reflections, cayley, skew
+from .kron import Kron
+from .lowrank import Deflated, LowRank
+from .noise import Dropped, Switched
+from .rotations import BlockDiag, Pairs, Product, Reflections, Shuffle, blocks_dropped, cayley, skew
 from .rows import ReplaceRows
+from .tiled import Tiled
 
 __all__ = [
-    "Between", "BlockDiag", "Dense", "Diag", "Geometry", "LowRank", "Op", "Pairs",
-    "Permuted", "Product", "Reflections", "ReplaceRows", "Rows", "Sum", "cayley", "gated", "per_row", "per_token", "skew",
+    "Between", "BlockDiag", "Deflated", "Dense", "Derived", "Diag", "Dropped", "Geometry", "Kron", "LowRank", "Op", "Pairs", "Product",
+    "Reflections", "ReplaceRows", "Rows", "Shuffle", "Sum", "Switched", "Tiled", "blocks_dropped", "cayley", "gated", "per_row", "per_token", "skew",
 ]  # fmt: skip

@@ -1,8 +1,8 @@
-"""M given whole, and sums of matrices."""
+"""M given whole or made anew, and sums of matrices."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,20 @@ class Dense(Op):
 
     def dense(self) -> Tensor:
         return self.m
+
+
+@dataclass(eq=False)
+class Derived(Op):
+    """M = make(*parts), (n_out, n_in), a dense matrix of a few small tensors. A linear layer keeps those for the backward, and makes M anew.
+
+    `make` gives a new tensor, the same at each call, and every tensor of it that trains is among the parts.
+    """
+
+    make: Callable[..., Tensor]
+    parts: tuple[Tensor, ...]
+
+    def dense(self) -> Tensor:
+        return self.make(*self.parts)
 
 
 @dataclass(eq=False)

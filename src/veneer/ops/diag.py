@@ -12,9 +12,13 @@ from .base import Geometry, Op
 
 @dataclass(eq=False)
 class Diag(Op):
-    """M = diag(d), d (n,)."""
+    """M = diag(d), d (n,).
+
+    With `groups`, M is over the inputs of all groups of a grouped layer, and `right` takes the layer's weight, whose rows have those of their group.
+    """
 
     d: Tensor
+    groups: int = 1
 
     def dense(self) -> Tensor:
         return torch.diag(self.d)
@@ -26,4 +30,7 @@ class Diag(Op):
         return self.d.to(w.dtype).unsqueeze(-1) * w
 
     def right(self, w: Tensor) -> Tensor:
+        if self.groups > 1:
+            parts: Tensor = w.unflatten(0, (self.groups, -1))
+            return (parts * self.d.to(w.dtype).view(self.groups, 1, -1)).flatten(0, 1)
         return w * self.d.to(w.dtype)

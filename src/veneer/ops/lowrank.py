@@ -1,9 +1,10 @@
-"""M = s · U V: the form of LoRA and its many relatives."""
+"""M = s · U V: the form of LoRA and its many relatives; and I - U V."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .base import Geometry, Op
@@ -40,3 +41,23 @@ class LowRank(Op):
         if x.is_floating_point():
             down, up = down.to(x.dtype), up.to(x.dtype)
         return geo.mix(geo.contract(x, down), up * self.scale)
+
+
+@dataclass(eq=False)
+class Deflated(Op):
+    """M = I - up @ down, square: up (n, r), down (r, n)."""
+
+    up: Tensor
+    down: Tensor
+
+    def dense(self) -> Tensor:
+        return torch.eye(self.up.shape[0], dtype=self.up.dtype, device=self.up.device) - self.up @ self.down
+
+    def rows(self, x: Tensor, geo: Geometry) -> Tensor:
+        return x - geo.mix(geo.mix(x, self.down.to(x.dtype)), self.up.to(x.dtype)).to(x.dtype)
+
+    def left(self, w: Tensor) -> Tensor:
+        return w - self.up.to(w.dtype) @ (self.down.to(w.dtype) @ w)
+
+    def right(self, w: Tensor) -> Tensor:
+        return w - (w @ self.up.to(w.dtype)) @ self.down.to(w.dtype)

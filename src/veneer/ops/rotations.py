@@ -13,10 +13,14 @@ from .base import Geometry, Op
 
 @dataclass(eq=False)
 class BlockDiag(Op):
-    """M = blockdiag(blocks), blocks (k, b, b); one block (1, b, b) stands for all of them where `repeat` says how many."""
+    """M = blockdiag(blocks), blocks (k, m, n); one block (1, m, n) stands for all of them where `repeat` says how many.
+
+    With `groups`, M is over the inputs of all groups of a grouped layer, and `right` takes the layer's weight, whose rows have those of their group.
+    """
 
     blocks: Tensor
     repeat: int = 1
+    groups: int = 1
 
     def dense(self) -> Tensor:
         whole: Tensor = torch.block_diag(*self.blocks.expand(max(self.repeat, len(self.blocks)), -1, -1))
@@ -34,6 +38,9 @@ class BlockDiag(Op):
         return self._times(w.mT, self.blocks).mT
 
     def right(self, w: Tensor) -> Tensor:
+        if self.groups > 1 and len(self.blocks) > 1:
+            parts = zip(w.chunk(self.groups), self.blocks.mT.chunk(self.groups), strict=True)
+            return torch.cat([self._times(rows, blocks) for rows, blocks in parts])
         return self._times(w, self.blocks.mT)
 
 
@@ -100,25 +107,41 @@ class Product(Op):
 
 
 @dataclass(eq=False)
-class Permuted(Op):
-    """M = Pᵀ K P with P a permutation of the coordinates: (P x)ᵢ = x[order[i]]."""
+class Shuffle(Op):
+    """M a permutation that changes two axes: coordinates that stand as tables (..., a, b, c) stand as (..., b, a, c) after it.
 
-    inner: Op
-    order: Tensor
+    Mᵀ = Shuffle(b, a, c).
+
+    Args:
+        n: the number of coordinates, a multiple of a · b · c.
+        like: gives `dense` its dtype and device.
+    """
+
+    a: int
+    b: int
+    c: int
+    n: int
+    like: Tensor
 
     def dense(self) -> Tensor:
-        back = torch.argsort(self.order)
-        return self.inner.dense()[back][:, back]
+        return self._swapped(torch.eye(self.n, dtype=self.like.dtype, device=self.like.device)).mT
+
+    def _swapped(self, x: Tensor) -> Tensor:
+        return _exchange(x, self.a, self.b, self.c)
 
     def rows(self, x: Tensor, geo: Geometry) -> Tensor:
-        z = self.inner.rows(geo.unlast(geo.last(x)[..., self.order]), geo)
-        return geo.unlast(geo.last(z)[..., torch.argsort(self.order)])
+        return geo.unlast(self._swapped(geo.last(x)))
 
     def left(self, w: Tensor) -> Tensor:
-        return self.inner.left(w[self.order])[torch.argsort(self.order)]
+        return self._swapped(w.mT).mT
 
     def right(self, w: Tensor) -> Tensor:
-        return self.inner.right(w[:, self.order])[:, torch.argsort(self.order)]
+        return _exchange(w, self.b, self.a, self.c)
+
+
+def _exchange(x: Tensor, a: int, b: int, c: int) -> Tensor:
+    tables: Tensor = x.unflatten(-1, (-1, a, b, c))
+    return tables.transpose(-3, -2).flatten(-4)
 
 
 @dataclass(eq=False)
@@ -167,3 +190,16 @@ def cayley(q: Tensor, terms: int | None) -> Tensor:
         power = power @ q
         r = r + (1 if t == last - 1 else 2) * power
     return r
+
+
+def blocks_dropped(rotations: Tensor, rate: float) -> Tensor:
+    """Multiplicative dropout: in one of the factors, drawn anew, each block is the identity with probability `rate`.
+
+    Args:
+        rotations: (factors, blocks, b, b).
+    """
+    m, count, b, _ = rotations.shape
+    device = rotations.device
+    chosen = torch.arange(m, device=device).view(m, 1) == torch.randint(m, (1,), device=device)
+    gone = (torch.rand(1, count, device=device) < rate) & chosen
+    return torch.where(gone[..., None, None], torch.eye(b, dtype=rotations.dtype, device=device), rotations)

@@ -20,13 +20,15 @@ _KINDS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 class Windows:
     """Geometry of a convolution: contracting with M (m, channels · kernel) is a convolution with m channels."""
 
+    plain: ClassVar[bool] = False
+
     def __init__(self, module: Any, own: bool) -> None:
         self.module, self.own = module, own
 
     def contract(self, x: Tensor, m: Tensor) -> Tensor:
         conv = self.module
         channels = m.shape[1] // math.prod(conv.kernel_size)
-        kernel = m.view(m.shape[0], channels, *conv.kernel_size)
+        kernel = m.reshape(m.shape[0], channels, *conv.kernel_size)
         groups = conv.groups if channels * conv.groups == conv.in_channels and conv.groups > 1 else 1
         if self.own:
             out: Tensor = call_with(conv, {"weight": kernel, "bias": None}, (x,), {}, groups=groups, out_channels=m.shape[0])

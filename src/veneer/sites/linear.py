@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..change import bias, fused, rows
+from ..change import bias, derived, fused, rows
 from ..engine.substitute import call_with
+from ..kernels.derived import derived_linear
 from ..kernels.lowrank import lowrank_linear
 from ..ops import Rows
 from .base import Changes, Site, hooked
@@ -68,6 +69,9 @@ class LinearSite(Site):
         if one is not None:
             low, gain = one
             return lowrank_linear(x, w, b, low.down, low.up, low.scale, dropout=low.dropout, gain=gain)
+        dense = derived(changes)
+        if dense is not None:
+            return derived_linear(x, w, b, dense.make, dense.parts)
         y = rows(changes, lambda z: F.linear(z, w), x, _GEOMETRY)
         return y if b is None else y + b.to(y.dtype)
 

@@ -223,14 +223,15 @@ def fused_equals_reference(case: Case) -> None:
         model = case.trained()
         x = case.inputs()
         x = x.requires_grad_() if x.is_floating_point() else x
-        original = vars(linear)["lowrank_linear"]
-        vars(linear)["lowrank_linear"] = original if fused else reference.lowrank_linear
+        originals = {name: vars(linear)[name] for name in ("lowrank_linear", "derived_linear")}
+        if not fused:
+            vars(linear).update({name: vars(reference)[name] for name in originals})
         try:
             y = case.run(model, x)
             leaves = [p for p in model.parameters() if p.requires_grad] + ([x] if x.requires_grad else [])
             return [y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)]
         finally:
-            vars(linear)["lowrank_linear"] = original
+            vars(linear).update(originals)
 
     for got, expected in zip(run(True), run(False), strict=True):
         case.close(got, expected, 2.0)
