@@ -45,6 +45,8 @@ class Leaf:
         dtype: its dtype where that is not the adapter's, such as for indices.
         running: whether it changes by itself in training, as a running mean does: then it is a buffer.
         saved: True: in the adapter file; "start": in the sidecar of start values; False: never (it can be rebuilt).
+        users: of a tensor that places share: those that do, each of which knows it by its container's name. Not given: all, by its own name.
+        everywhere: of a shared tensor: every layer has it under its own path as well, and so has the file. Then it needs no other home.
     """
 
     shape: tuple[int, ...]
@@ -56,9 +58,11 @@ class Leaf:
     running: bool = False
     saved: bool | Literal["start"] = True
     dtype: torch.dtype | None = None
+    users: Sequence[Place] | None = None
+    everywhere: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "init": _made}  # the tensor has been made; a start may be any local function
+        return {**self.__dict__, "init": _made, "users": None}  # the tensor has been made; a start may be any local function
 
 
 def _made(t: Tensor) -> Tensor:
@@ -78,7 +82,9 @@ class Method(PeftConfig):
         stacking: how several active adapters act together: `"sum"` adds their differences to the frozen weight, `"chain"` applies one
             after another.
         offers: names of methods `(sites, *args)` that `model.base_model` has too, such as a schedule's step for loops that drive it themselves.
+        tuner_methods: further methods of `model.base_model`, by name: functions of the tuner.
         unmergeable: why no weight holds the change, for one that depends on the input; empty if it can be merged.
+        convertible: whether all it does is a ΔW that LoRA can approximate; one that changes the bias too is not, nor one that cannot be merged.
         routes: whether the change depends on the call: then `facts` is asked at each.
         takes: arguments of the model's forward and generate that are meant for the method and not for the base model.
         examples: fields that suit small layers: what the laws hold the method to, and the table in the docs shows.
@@ -89,7 +95,9 @@ class Method(PeftConfig):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     stacking: ClassVar[Literal["sum", "chain"]] = "chain"
     offers: ClassVar[tuple[str, ...]] = ()
+    tuner_methods: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     unmergeable: ClassVar[str] = ""
+    convertible: ClassVar[bool] = True
     routes: ClassVar[bool] = False
     takes: ClassVar[tuple[str, ...]] = ()
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
@@ -127,6 +135,17 @@ class Method(PeftConfig):
     def shared(self, sites: Sequence[Place]) -> Mapping[str, Leaf]:
         """Tensors that all adapted layers of one adapter share; `change` gets them among `p`. They belong to the model, not to a layer."""
         return {}
+
+    def settle(self, here: Sequence[tuple[Place, Any]], loaded: bool) -> None:
+        """Fill, in place, tensors that follow from others: when an adapter has been made, and again when a file has brought its tensors.
+
+        Args:
+            here: each place with its tensors (by attribute, as `change` gets them), in order.
+            loaded: whether they come from a file.
+
+        Raises:
+            LoadError: if what a file has brought does not go with the frozen weights.
+        """
 
     def facts(self, call: Call) -> Mapping[str, Tensor]:
         """For methods that route: what `change` has to know of one call of the model; it finds it as `site.fact(name)`.

@@ -135,9 +135,13 @@ def hold(owner: nn.Module, adapter: str, attached: Attached, tensors: Mapping[st
         container = leaf.container or name
         if name in attached.derived and leaf.attr is None and not attached.derived[name][2]:
             source = attached.derived[name][0].source.get(name)
-            if source is not None:  # the very parameter of the other place, under this one's name as well
+            if source is not None:  # the very tensor of the other place, under this one's name as well
                 tied: Any = owner._modules.setdefault(container, KeyedTensors())
-                tied._parameters, tied._keys = source[0], dict.fromkeys(source[0])
+                same, key = source
+                setattr(tied, "_parameters" if isinstance(same[key], nn.Parameter) else "_buffers", same)
+                tied._keys.update(dict.fromkeys(same))
+                if leaf.saved is not True:
+                    tied._non_persistent_buffers_set.add(adapter)
             continue
         if name in attached.derived:
             if container not in owner._modules:

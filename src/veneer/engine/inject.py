@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, PeftWarning, hint
 from ..method import Leaf, Method
 from ..sites import ParameterSite, Site, site_for, supported
-from .holders import Attached, Holder, hold
+from .holders import Attached, Holder, Tensors, hold
 from .layer import AdaptedLayer, Place
 from .replicate import replicate, undo
 from .route import Switch, adapter_names, check_known, find_switch, the_switch
@@ -44,13 +45,13 @@ class Plan:
 
 @dataclass
 class _Staged:
-    """One layer's share, made but not yet in the model."""
+    """One layer's share, not yet in the model. Its tensors are made once all shares are known."""
 
     path: str
     layer: AdaptedLayer
     attached: Attached
-    tensors: dict[str, Tensor]
     new: bool
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 def attach(
@@ -85,19 +86,29 @@ def attach(
     elif adapter_name in adapter_names(model):
         raise ConfigError(f"There is already an adapter {adapter_name!r}. Choose another name, or delete_adapter({adapter_name!r}) first.")
     replicated = replicate(model, getattr(config, "layer_replication", None)) if first else None
+    staged: list[_Staged] = []
     try:
         selection = select(model, config, supports=lambda m: _kind(m) in config.kinds, state_dict=state_dict, strict=strict)
         options = _Options(low_cpu_mem_usage, autocast_adapter_dtype, empty)
-        staged = [_stage(m, p, config, adapter_name, switch, options, name=selection.names.get(p)) for p, m in selection.modules.items()]
+        for p, m in selection.modules.items():
+            staged.append(_stage(m, p, config, adapter_name, switch, name=selection.names.get(p)))
         for s in list(staged):
             if s.layer.site.kind == "attention":
-                staged.append(_stage_out_proj(s, config, adapter_name, switch, options))
-        staged += _stage_parameters(model, selection, config, adapter_name, switch, options)
-        staged += _tie_targets(model, config, staged, adapter_name, switch, options)
+                staged.append(_stage_out_proj(s, config, adapter_name, switch))
+        staged += _stage_parameters(model, selection, config, adapter_name, switch)
+        staged += _tie_targets(model, config, staged, adapter_name, switch)
+        shared = _share(config, staged, home)
         saved = _stage_saved(model, selection, config, adapter_name, switch)
-        tokens = _stage_tokens(model, config, adapter_name, switch, options, staged)
-        shared = _stage_shared(config, staged, home, options)
+        tokens = _stage_tokens(model, config, adapter_name, switch, staged)
+        for s in [*staged, *(t for t, _ in tokens)]:
+            s.tensors = _tensors(s.attached, s.attached.place, options)
+        held = _tensors(shared, staged[0].attached.place, options) if shared is not None else {}
+        if not empty:
+            _settle_staged(config, staged, held)
     except BaseException:
+        for s in staged:
+            if not s.new:
+                s.layer.scaling.pop(adapter_name, None)
         undo(model, replicated)
         raise
     # from here on nothing can fail
@@ -105,9 +116,10 @@ def attach(
     if first:
         _freeze(model, switch)
     _train_biases(model, config, selection)
-    if shared is not None and home is not None:
-        hold(home, adapter_name, *shared)
-        cast(Any, home).shared[adapter_name] = shared[0]
+    if shared is not None:
+        hold(home if home is not None else staged[0].layer, adapter_name, shared, held)
+        if home is not None:
+            cast(Any, home).shared[adapter_name] = shared
     places = _places(model)
     for s in staged:
         if s.new:
@@ -122,7 +134,7 @@ def attach(
         plan.tokens.append(s.path.removesuffix(".token_adapter"))
     if selection.resolved_targets is not None and hasattr(config, "target_modules"):
         config.target_modules = selection.resolved_targets
-    watch(switch, adapter_name, config, [s.attached for s in staged] + ([shared[0]] if shared is not None else []))
+    watch(switch, adapter_name, config, [s.attached for s in staged] + ([shared] if shared is not None else []))
     acting = switch.chosen().names or ()
     for _, module in adapter_modules(model):
         module.set_requires_grad(adapter_name, adapter_name in acting and not config.inference_mode)
@@ -179,16 +191,9 @@ def _kind(module: nn.Module) -> str | None:
 
 
 def _stage(
-    module: nn.Module,
-    path: str,
-    config: Method,
-    adapter: str,
-    switch: Switch,
-    options: _Options,
-    site: Site | None = None,
-    name: str | None = None,
+    module: nn.Module, path: str, config: Method, adapter: str, switch: Switch, site: Site | None = None, name: str | None = None
 ) -> _Staged:
-    """Make one layer's share of the adapter. `name`: what patterns match, the path if not given."""
+    """One layer's share of the adapter. `name`: what patterns match, the path if not given."""
     new = not isinstance(module, AdaptedLayer) or site is not None
     layer = cast(AdaptedLayer, module) if not new else AdaptedLayer(module, site or site_for(module), switch, path)
     here = config.at(name or path)
@@ -200,16 +205,17 @@ def _stage(
     layer.scaling[adapter] = here.scale()
     try:
         here.check(place)
-        attached = Attached(here, here.leaves(place), place)
-        tensors = _tensors(here, attached.leaves, place, options)
+        return _Staged(path, layer, Attached(here, here.leaves(place), place), new)
     except BaseException:
         if not new:
             layer.scaling.pop(adapter, None)
         raise
-    return _Staged(path, layer, attached, tensors, new)
 
 
-def _tensors(config: Method, leaves: Mapping[str, Leaf], place: Place, options: _Options, shared: bool = False) -> dict[str, Tensor]:
+def _tensors(attached: Attached, place: Place | None, options: _Options) -> dict[str, Tensor]:
+    """The tensors of one layer's share, or of what all share (then `place` is any of them)."""
+    assert place is not None
+    config, leaves = attached.config, {n: leaf for n, leaf in attached.leaves.items() if n not in attached.derived}
     site, base = place.layer.site, place.module
     like = site.codec.weight(base, site.weight_name.rpartition(".")[2])
     dtype = site.codec.dtype(base, site.weight_name.rpartition(".")[2])
@@ -218,7 +224,8 @@ def _tensors(config: Method, leaves: Mapping[str, Leaf], place: Place, options: 
     device = torch.device("meta") if options.meta else like.device
     out: dict[str, Tensor] = {}
     with torch.no_grad():
-        given = {} if shared or like.is_meta else config.start(place, only_frozen=options.empty or options.meta)
+        own = attached.place is not None and not like.is_meta
+        given = config.start(place, only_frozen=options.empty or options.meta) if own else {}
         for name, leaf in leaves.items():
             if name in given:
                 value = given[name]
@@ -240,40 +247,58 @@ def _tensors(config: Method, leaves: Mapping[str, Leaf], place: Place, options: 
     return out
 
 
-def _stage_shared(
-    config: Method, staged: list[_Staged], home: nn.Module | None, options: _Options
-) -> tuple[Attached, dict[str, Tensor]] | None:
-    """The tensors that all layers share, made once."""
+def _share(config: Method, staged: Sequence[_Staged], home: nn.Module | None) -> Attached | None:
+    """Number the places, and let them know the tensors that they share; returns those."""
     places = [s.attached.place for s in staged if s.attached.place is not None]
     for i, place in enumerate(places):
         place.index, place.count = i, len(places)
     leaves = config.shared(places) if places else {}
     if not leaves:
         return None
-    if home is None:
+    if home is None and not all(leaf.everywhere for leaf in leaves.values()):
         raise ConfigError(
             f"{type(config).__name__} keeps tensors that all layers share, so it needs get_peft_model; it cannot be injected into a bare model."
         )
-    tensors = _tensors(config, leaves, places[0], options, shared=True)
-    attached = Attached(config, leaves, None)
+    shared = Attached(config, leaves, None)
     for s in staged:
-        s.attached.derived |= {name: (attached, name, False) for name in leaves}
-    return attached, tensors
+        here = {n: leaf for n, leaf in leaves.items() if leaf.users is None or s.attached.place in leaf.users}
+        s.attached.derived |= {n if leaf.users is None else leaf.container or n: (shared, n, False) for n, leaf in here.items()}
+        s.attached.leaves = {**s.attached.leaves, **{n: leaf for n, leaf in here.items() if leaf.everywhere}}
+    return shared
 
 
-def _stage_out_proj(outer: _Staged, config: Method, adapter: str, switch: Switch, options: _Options) -> _Staged:
+def _settle_staged(config: Method, staged: Sequence[_Staged], held: Mapping[str, Tensor]) -> None:
+    """Let the method fill what follows from other tensors, before anything is in the model."""
+    if type(config).settle is Method.settle or any(t.is_meta for s in staged for t in (*s.tensors.values(), *held.values())):
+        return  # what is on the meta device waits for a file
+    here = []
+    for s in staged:
+        shared = {n: held[of] for n, (_, of, _) in s.attached.derived.items() if of in held}
+        here.append((cast(Place, s.attached.place), SimpleNamespace(**shared, **s.tensors)))
+    with torch.no_grad():
+        config.settle(here, loaded=False)
+
+
+def settle(model: nn.Module, config: Any, adapter: str) -> None:
+    """Let the method fill what follows from the tensors that a file has just brought."""
+    if isinstance(config, Method) and type(config).settle is not Method.settle:
+        attached = [layer.attached[adapter] for _, layer in adapted_layers(model) if adapter in layer.attached]
+        here = [(a.place, Tensors(a)) for a in attached if a.place is not None]
+        with torch.no_grad():
+            config.settle(sorted(here, key=lambda pair: pair[0].index), loaded=True)
+
+
+def _stage_out_proj(outer: _Staged, config: Method, adapter: str, switch: Switch) -> _Staged:
     mha = outer.layer.base_layer
     staged = _stage(
-        cast(nn.Module, mha.out_proj), f"{outer.path}.base_layer.out_proj", config, adapter, switch, options, name=f"{outer.path}.out_proj"
+        cast(nn.Module, mha.out_proj), f"{outer.path}.base_layer.out_proj", config, adapter, switch, name=f"{outer.path}.out_proj"
     )
     # PEFT applies the change of out_proj twice; adapters trained with it mean just that
     staged.layer.factor = 2.0
     return staged
 
 
-def _stage_parameters(
-    model: nn.Module, selection: Selection, config: Method, adapter: str, switch: Switch, options: _Options
-) -> list[_Staged]:
+def _stage_parameters(model: nn.Module, selection: Selection, config: Method, adapter: str, switch: Switch) -> list[_Staged]:
     """target_parameters: one layer per parameter; several of one module nest, the last by name outermost."""
     staged: list[_Staged] = []
     wrapped: dict[str, nn.Module] = {}
@@ -284,13 +309,13 @@ def _stage_parameters(
         module = wrapped.get(path) or model.get_submodule(path)
         found = _parameter_layer(module, name)
         if found is not None:
-            staged.append(_stage(found, found.name, config, adapter, switch, options, name=full))
+            staged.append(_stage(found, found.name, config, adapter, switch, name=full))
             continue
         depth, inner = 0, module
         while isinstance(inner, AdaptedLayer):
             depth, inner = depth + 1, inner.base_layer
         site = ParameterSite(module, "base_layer." * depth + name)
-        s = _stage(module, path, config, adapter, switch, options, site, full)
+        s = _stage(module, path, config, adapter, switch, site, full)
         wrapped[path] = s.layer
         staged.append(s)
     # an outer wrapper pushes the ones before it inwards: their paths are read off the finished model
@@ -305,7 +330,7 @@ def _parameter_layer(module: nn.Module, name: str) -> AdaptedLayer | None:
     return None
 
 
-def _tie_targets(model: nn.Module, config: Method, staged: list[_Staged], adapter: str, switch: Switch, options: _Options) -> list[_Staged]:
+def _tie_targets(model: nn.Module, config: Method, staged: list[_Staged], adapter: str, switch: Switch) -> list[_Staged]:
     """ensure_weight_tying: a head tied to a targeted embedding takes the embedding's factors, transposed, a target itself or not."""
     more: list[_Staged] = []
     if not getattr(config, "ensure_weight_tying", False):
@@ -318,13 +343,12 @@ def _tie_targets(model: nn.Module, config: Method, staged: list[_Staged], adapte
             head = by_module.get(id(other))
             if head is None:
                 at = path.removesuffix(".base_layer")
-                head = _stage(model.get_submodule(at), at, config, adapter, switch, options)
+                head = _stage(model.get_submodule(at), at, config, adapter, switch)
                 more.append(head)
             head.attached.derived = {
                 "lora_A": (s.attached, "lora_embedding_B", True),
                 "lora_B": (s.attached, "lora_embedding_A", True),
             }
-            head.tensors = {k: v for k, v in head.tensors.items() if k not in head.attached.derived}
     return more
 
 
@@ -352,9 +376,7 @@ def _stage_saved(model: nn.Module, selection: Selection, config: Any, adapter: s
     return out
 
 
-def _stage_tokens(
-    model: nn.Module, config: Method, adapter: str, switch: Switch, options: _Options, staged: list[_Staged]
-) -> list[tuple[_Staged, Any]]:
+def _stage_tokens(model: nn.Module, config: Method, adapter: str, switch: Switch, staged: list[_Staged]) -> list[tuple[_Staged, Any]]:
     """trainable_token_indices: (share, wrapper to put in or None) per table, tied heads included."""
     wanted = getattr(config, "trainable_token_indices", None)
     if not wanted:
@@ -371,7 +393,7 @@ def _stage_tokens(
         table = old.token_adapter if old else module
         if not old and (isinstance(module, AdaptedLayer) or id(module) in taken):
             raise ConfigError(f"{path!r} is in target_modules and in trainable_token_indices; it can be trained in one way only.")
-        share = _stage(table, f"{path}.token_adapter", TrainableTokensConfig(token_indices=indices), adapter, switch, options)
+        share = _stage(table, f"{path}.token_adapter", TrainableTokensConfig(token_indices=indices), adapter, switch)
         return share, None if old else TrainableTokensWrapper(share.layer)
 
     for path, (module, indices) in targets.items():
@@ -386,7 +408,6 @@ def _stage_tokens(
             tied.attached.leaves = {
                 "trainable_tokens_delta": Leaf(share.attached.leaves["trainable_tokens_delta"].shape, torch.nn.init.zeros_, saved=False)
             }
-            tied.tensors = {}
             out.append((tied, tied_wrap))
     return out
 

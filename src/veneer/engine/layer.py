@@ -365,7 +365,8 @@ class AdaptedLayer(nn.Module):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter's change is a ΔW, with no part that depends on the input."""
-        return adapter_name in self.attached and self.attached[adapter_name].config.stacking == "sum"
+        config = self.attached[adapter_name].config if adapter_name in self.attached else None
+        return config is not None and config.stacking == "sum" and config.convertible and not config.unmergeable
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Make the scaling `scale` times the nominal one."""

@@ -104,7 +104,7 @@ class _LowRankLinear(torch.autograd.Function):
         y, h, u = _forward(x, w, b, a, up, scale, rate, gain, seed)
         # u is kept where gain trains: neither y (it may be overwritten) nor a division by gain (it may be 0) gives it back
         wants_gain = gain is not None and ctx.needs_input_grad[7]
-        ctx.save_for_backward(x, w, a, up, h, gain, u if wants_gain else None)
+        ctx.save_for_backward(x, w, a, up, h if ctx.needs_input_grad[4] else None, gain, u if wants_gain else None)
         ctx.scale, ctx.rate, ctx.seed = scale, rate, seed
         ctx.b_dtype = None if b is None else b.dtype
         return y

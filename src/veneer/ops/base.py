@@ -10,7 +10,13 @@ from torch.nn import functional as F
 
 
 class Geometry(Protocol):
-    """How a site turns its input into features: plain rows, sliding windows (convolution) or looked-up rows (embedding)."""
+    """How a site turns its input into features: plain rows, sliding windows (convolution) or looked-up rows (embedding).
+
+    Attributes:
+        plain: whether `contract` is the product x Mᵀ and nothing else.
+    """
+
+    plain: ClassVar[bool]
 
     def contract(self, x: Tensor, m: Tensor) -> Tensor:
         """x Mᵀ with M (m, n_in); the m features stand where the site has its output features."""
@@ -29,6 +35,8 @@ class Geometry(Protocol):
 
 class Rows:
     """The plain geometry: x (..., n_in)."""
+
+    plain: ClassVar[bool] = True
 
     def contract(self, x: Tensor, m: Tensor) -> Tensor:
         return F.linear(x, m)

@@ -20,6 +20,8 @@ _KINDS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 class Windows:
     """Geometry of a convolution: contracting with M (m, channels · kernel) is a convolution with m channels."""
 
+    plain: ClassVar[bool] = False
+
     def __init__(self, module: Any, own: bool) -> None:
         self.module, self.own = module, own
 

@@ -21,6 +21,8 @@ class Lookup:
     change as well.
     """
 
+    plain: ClassVar[bool] = False
+
     def __init__(self, module: nn.Embedding, own: bool) -> None:
         self.module = module
         self.own = own

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..change import bias, fused, rows
+from ..change import bias, fused, placed, rows
 from ..engine.substitute import call_with
 from ..kernels.lowrank import lowrank_linear
+from ..kernels.sparse import sparse_linear
 from ..ops import Rows
 from .base import Changes, Site, hooked
 
@@ -68,6 +69,13 @@ class LinearSite(Site):
         if one is not None:
             low, gain = one
             return lowrank_linear(x, w, b, low.down, low.up, low.scale, dropout=low.dropout, gain=gain)
+        some = placed(changes)
+        if some is not None:
+            sparse, rest = some
+            y = sparse_linear(x, w, b, sparse.index, sparse.values, sparse.shape)
+            for op in rest:
+                y = op.add_to(y, x, _GEOMETRY)
+            return y
         y = rows(changes, lambda z: F.linear(z, w), x, _GEOMETRY)
         return y if b is None else y + b.to(y.dtype)
 
