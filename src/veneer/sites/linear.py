@@ -76,6 +76,8 @@ class LinearSite(Site):
             for op in rest:
                 y = op.add_to(y, x, _GEOMETRY)
             return y
+        if all(c.additive for c, _ in changes):  # the frozen product is taken once, of x itself: the bias goes with it
+            return rows(changes, lambda z: F.linear(z, w, b), x, _GEOMETRY)
         y = rows(changes, lambda z: F.linear(z, w), x, _GEOMETRY)
         return y if b is None else y + b.to(y.dtype)
 
