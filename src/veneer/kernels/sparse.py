@@ -12,9 +12,13 @@ from torch.nn import functional as F
 from . import reference
 
 _LOW = (torch.float16, torch.bfloat16)
+_FEW = 8  # rows for which the entries are gone through one by one
+_THIN = 0.05  # the share of entries below which a product of sparse matrices beats a dense one on the CPU
+
+Shape = tuple[int, int]
 
 
-def sparse_linear(x: Tensor, w: Tensor | None, b: Tensor | None, index: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+def sparse_linear(x: Tensor, w: Tensor | None, b: Tensor | None, index: Tensor, values: Tensor, shape: Shape) -> Tensor:
     """A frozen linear layer with some entries changed; without w, the changes alone.
 
     In float16 and bfloat16 the two products stay apart: added to W, small values would be rounded away.
@@ -30,25 +34,21 @@ def sparse_linear(x: Tensor, w: Tensor | None, b: Tensor | None, index: Tensor, 
     with torch.autocast(kind, enabled=False):
         if torch.is_autocast_enabled(kind):
             x, w, b = (t if t is None else t.to(torch.get_autocast_dtype(kind)) for t in (x, w, b))  # type: ignore[assignment]
-        out: Tensor = _SparseLinear.apply(x, w, b, index.long(), values, shape)  # type: ignore[no-untyped-call]
-    return out
-
-
-def _placed(w: Tensor | None, index: Tensor, values: Tensor, x: Tensor, shape: tuple[int, int]) -> Tensor:
-    """W + D, or D, in the dtype of x."""
-    m = x.new_zeros(shape) if w is None else torch.empty(shape, dtype=x.dtype, device=x.device).copy_(w)
-    m.view(-1).scatter_add_(0, index, values.to(x.dtype))
-    return m
+        out: Tensor = _SparseLinear.apply(x.reshape(-1, x.shape[-1]), w, b, index.long(), values, shape)  # type: ignore[no-untyped-call]
+    return out.view(*x.shape[:-1], shape[0])
 
 
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor | None, b: Tensor | None, index: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor | None, b: Tensor | None, index: Tensor, values: Tensor, shape: Shape) -> Tensor:
         ctx.save_for_backward(x, w, index, values)
         ctx.shape, ctx.b_dtype = shape, None if b is None else b.dtype
-        if w is None or x.dtype not in _LOW:
-            return F.linear(x, _placed(w, index, values, x, shape), b)
-        return F.linear(x, w, b).add_(F.linear(x, _placed(None, index, values, x, shape)))
+        if w is None:
+            y = _times(x, index, values, shape)
+            return y if b is None else y.add_(b)
+        if _apart(x):
+            return F.linear(x, w, b).add_(_times(x, index, values, shape))
+        return F.linear(x, _whole(w, index, values), b)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -56,13 +56,74 @@ class _SparseLinear(torch.autograd.Function):
         x, w, index, values = ctx.saved_tensors
         dx = db = dvalues = None
         if ctx.needs_input_grad[0]:
-            if w is None or x.dtype not in _LOW:
-                dx = dy @ _placed(w, index, values, x, ctx.shape)
+            if w is not None and not _apart(x):
+                dx = dy @ _whole(w, index, values)
             else:
-                dx = (dy @ w).add_(dy @ _placed(None, index, values, x, ctx.shape))
-        rows = dy.reshape(-1, dy.shape[-1])
+                dx = _times(dy, index, values, ctx.shape, transposed=True)
+                dx = dx if w is None else (dy @ w).add_(dx)
         if ctx.needs_input_grad[2]:
-            db = rows.sum(0).to(ctx.b_dtype)
+            db = dy.sum(0).to(ctx.b_dtype)
         if ctx.needs_input_grad[4]:
-            dvalues = (rows.mT @ x.reshape(-1, x.shape[-1])).flatten()[index].to(values.dtype)
+            dvalues = _at(dy, x, index, ctx.shape).to(values.dtype)
         return dx, None, db, None, dvalues, None
+
+
+def _whole(w: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """W + D."""
+    m = torch.empty(w.shape, dtype=w.dtype, device=w.device).copy_(w)
+    m.view(-1).scatter_add_(0, index, values.to(w.dtype))
+    return m
+
+
+def _apart(x: Tensor) -> bool:
+    """Whether x Wᵀ and x Dᵀ are two products."""
+    return x.dtype in _LOW or _few(x)
+
+
+def _few(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and len(x) <= _FEW
+
+
+def _thin(x: Tensor, index: Tensor, shape: Shape) -> bool:
+    cpu = x.device.type == "cpu" and torch.backends.mkl.is_available() and not torch.compiler.is_compiling()
+    return cpu and len(index) < _THIN * shape[0] * shape[1]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in _LOW else x
+
+
+def _times(x: Tensor, index: Tensor, values: Tensor, shape: Shape, transposed: bool = False) -> Tensor:
+    """x Dᵀ (or x D), in the dtype of x."""
+    i, j = index // shape[1], index % shape[1]
+    (n, m), (i, j) = (shape[::-1], (j, i)) if transposed else (shape, (i, j))
+    if _few(x):
+        z = _wide(x)
+        return z.new_zeros(len(x), n).index_add_(1, i, z[:, j] * values.to(z.dtype)).to(x.dtype)
+    if _thin(x, index, shape):
+        z = _wide(x)
+        order, starts = _by_rows(i, j, n, m)
+        d = torch.sparse_csr_tensor(starts, j[order], values.to(z.dtype)[order], (n, m), check_invariants=False)
+        return (d @ z.T).to(x.dtype).T.contiguous()
+    d = x.new_zeros(n, m)
+    d.view(-1).scatter_add_(0, i * m + j, values.to(x.dtype))
+    return x @ d.T
+
+
+def _at(dy: Tensor, x: Tensor, index: Tensor, shape: Shape) -> Tensor:
+    """The entries of dyᵀ x at these positions, (k,)."""
+    i, j = index // shape[1], index % shape[1]
+    if _few(x):
+        return (_wide(dy)[:, i] * _wide(x)[:, j]).sum(0)
+    if _thin(x, index, shape):
+        order, starts = _by_rows(i, j, *shape)
+        zero = torch.sparse_csr_tensor(starts, j[order], _wide(x).new_zeros(len(index)), shape, check_invariants=False)
+        some = torch.sparse.sampled_addmm(zero, _wide(dy).T.contiguous(), _wide(x).T.contiguous().T, beta=0.0).values()
+        return torch.empty_like(some).index_copy_(0, order, some)
+    return (dy.mT @ x).flatten()[index]
+
+
+def _by_rows(i: Tensor, j: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+    """(the order of positions row by row, where each row starts and the last ends)."""
+    starts = F.pad(torch.bincount(i, minlength=n).cumsum(0), (1, 0))
+    return torch.argsort(i * m + j), starts

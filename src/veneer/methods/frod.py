@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..change import Change
 from ..errors import ConfigError, PeftWarning
 from ..method import Leaf, Targeted
-from ..ops import Geometry, Op, Sparse
+from ..ops import Diag, Geometry, Op, Sparse, Sum
 
 
 @dataclass
@@ -122,12 +122,10 @@ class FrodConfig(Targeted, peft_type="FROD"):
         return {k: t for k, t in tensors.items() if t.numel() or not k.endswith("frod_lambda_s_values")}  # PEFT writes empty ones
 
     def change(self, p: Any, site: Any) -> Change:
-        n = site.n_in
-        i, j = p.frod_s_indices
-        diagonal = torch.arange(n, device=i.device) * (n + 1)
-        change = (p.frod_lambda_l - p.frod_lambda_0.to(p.frod_lambda_l.dtype)) * site.scaling
-        middle = Sparse(torch.cat([diagonal, i * n + j]), torch.cat([change, p.frod_lambda_s_values * site.scaling]), (n, n))
-        return Change(add=_Inside(p.frod_U, middle, p.frod_V.mT, site.dropout))
+        n, (i, j) = site.n_in, p.frod_s_indices
+        beside = Sparse(i * n + j, p.frod_lambda_s_values * site.scaling, (n, n))
+        along = Diag((p.frod_lambda_l - p.frod_lambda_0.to(p.frod_lambda_l.dtype)) * site.scaling)
+        return Change(add=_Inside(p.frod_U, Sum([beside, along]), p.frod_V.mT, site.dropout))
 
 
 @dataclass(eq=False)
