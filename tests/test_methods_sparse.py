@@ -18,36 +18,63 @@ from veneer.ops import Rows, Sparse
 from veneer.testing.laws import move
 
 
-def _some(n_out: int = 6, n_in: int = 5, k: int = 4, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def _some(n_out: int = 6, n_in: int = 5, k: int = 4, dtype: torch.dtype = torch.float64, rows: int = 3) -> dict[str, Tensor]:
     torch.manual_seed(0)
     at = torch.randperm(n_out * n_in)[:k].int()
-    shapes = {"x": (2, 3, n_in), "w": (n_out, n_in), "b": (n_out,), "values": (k,)}
+    shapes = {"x": (2, rows, n_in), "w": (n_out, n_in), "b": (n_out,), "values": (k,)}
     return {"index": at, **{n: torch.randn(s, dtype=dtype) for n, s in shapes.items()}}
 
 
+SHAPES = {"few rows": (6, 5, 4, 3), "dense": (6, 5, 4, 10), "thin": (14, 12, 5, 10)}  # n_out, n_in, k, rows: each takes a way of its own
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("based", [False, True])
-def test_gradients_are_those_of_finite_differences(biased: bool, based: bool) -> None:
-    t = _some()
+def test_gradients_are_those_of_finite_differences(biased: bool, based: bool, shape: tuple[int, ...]) -> None:
+    n_out, n_in, k, rows = shape
+    t, size = _some(n_out, n_in, k, rows=rows), (n_out, n_in)
     names = ["x", "values"] + ["b"] * biased
 
     def run(*values: Tensor) -> Tensor:
         v = dict(zip(names, values, strict=True))
-        return sparse_linear(v["x"], t["w"] if based else None, v.get("b"), t["index"], v["values"], (6, 5))
+        return sparse_linear(v["x"], t["w"] if based else None, v.get("b"), t["index"], v["values"], size)
 
     inputs = [t[n].requires_grad_() for n in names]
     assert torch.autograd.gradcheck(run, inputs)
     v = dict(zip(names, inputs, strict=True))
-    want = reference.sparse_linear(v["x"], t["w"] if based else None, v.get("b"), t["index"], v["values"], (6, 5))
+    want = reference.sparse_linear(v["x"], t["w"] if based else None, v.get("b"), t["index"], v["values"], size)
     torch.testing.assert_close(run(*inputs), want)
 
 
-def test_small_values_survive_in_bfloat16() -> None:
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_bfloat16_equals_the_reference(shape: tuple[int, ...]) -> None:
+    n_out, n_in, k, rows = shape
+    t, size = _some(n_out, n_in, k, torch.bfloat16, rows), (n_out, n_in)
+    for w in (t["w"], None):
+        grads = []
+        for run in (sparse_linear, reference.sparse_linear):
+            x, values = t["x"].clone().requires_grad_(), t["values"].float().requires_grad_()
+            y = run(x, w, t["b"], t["index"], values, size)
+            assert y.dtype == torch.bfloat16
+            grads.append((y, *torch.autograd.grad(y.float().square().sum(), (x, values))))
+        for got, want in zip(*grads, strict=True):
+            torch.testing.assert_close(got, want, atol=0.06 * float(want.detach().float().abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_small_values_survive_in_bfloat16(rows: int) -> None:
     """Added to a weight of one they would be rounded away; the two products are kept apart."""
-    x, w = torch.ones(1, 4, dtype=torch.bfloat16), torch.tensor([[1.0, -1.0, 0.0, 0.0]], dtype=torch.bfloat16)
+    x, w = torch.ones(rows, 4, dtype=torch.bfloat16), torch.tensor([[1.0, -1.0, 0.0, 0.0]], dtype=torch.bfloat16)
     values = torch.tensor([1e-3])
     got = sparse_linear(x, w, None, torch.tensor([0]), values, (1, 4))
-    torch.testing.assert_close(got.float(), torch.tensor([[1e-3]]), rtol=1e-2, atol=0)
+    torch.testing.assert_close(got.float(), torch.full((rows, 1), 1e-3), rtol=1e-2, atol=0)
+
+
+def test_no_entries_and_no_rows() -> None:
+    t = _some(30, 20, 0)
+    assert not sparse_linear(t["x"].repeat(1, 9, 1), None, None, t["index"], t["values"], (30, 20)).any()
+    assert sparse_linear(t["x"][:0], t["w"], t["b"], t["index"], t["values"], (30, 20)).shape == (0, 3, 30)
 
 
 @pytest.mark.parametrize("config", [veneer.ShiraConfig(r=1, target_modules=["0"]), veneer.SupertuningConfig(target_modules=["0"])])

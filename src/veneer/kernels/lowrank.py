@@ -105,7 +105,7 @@ def _wide(tokens: int, a: Tensor, up: Tensor, trains: bool) -> bool:
     (r, n_in), n_out = a.shape, up.shape[0]
     thin, whole = tokens * r * (n_in + n_out), n_in * n_out
     passes = (a.dtype in _LOW) + trains * (1 + (a.dtype in _LOW))  # of all tokens through a matrix of W's size, beside the frozen layer's
-    return 4 * r > min(n_in, n_out) and thin * (1 + trains) > whole * (r * (1 + 2 * trains) + tokens * passes)
+    return 2 * r > min(n_in, n_out) and thin * (1 + trains) > whole * (r * (1 + 2 * trains) + tokens * passes)
 
 
 def _times(x: Tensor, w: Tensor, b: Tensor | None, d: Tensor) -> Tensor:

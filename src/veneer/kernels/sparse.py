@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from . import reference
 
 _LOW = (torch.float16, torch.bfloat16)
 _FEW = 8  # rows for which the entries are gone through one by one
+_MKL = torch.backends.mkl.is_available()
 _THIN = 0.05  # the share of entries below which a product of sparse matrices beats a dense one on the CPU
 
 Shape = tuple[int, int]
@@ -85,8 +88,24 @@ def _few(x: Tensor) -> bool:
 
 
 def _thin(x: Tensor, index: Tensor, shape: Shape) -> bool:
-    cpu = x.device.type == "cpu" and torch.backends.mkl.is_available() and not torch.compiler.is_compiling()
-    return cpu and len(index) < _THIN * shape[0] * shape[1]
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or not _MKL or len(index) >= _THIN * shape[0] * shape[1]:
+        return False
+    _no_word_of_beta()
+    return True
+
+
+def _rows_of(i: Tensor, j: Tensor, values: Tensor, shape: Shape) -> Tensor:
+    """D as torch's matrix of compressed rows; i, j (k,) in order."""
+    starts = F.pad(torch.bincount(i, minlength=shape[0]).cumsum(0), (1, 0))
+    return torch.sparse_csr_tensor(starts, j, values, shape, check_invariants=False)
+
+
+@functools.cache
+def _no_word_of_beta() -> None:
+    """Torch warns once of sparse matrices; here they are used for two products that are tested."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _rows_of(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(1), (1, 1))
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -102,9 +121,8 @@ def _times(x: Tensor, index: Tensor, values: Tensor, shape: Shape, transposed: b
         return z.new_zeros(len(x), n).index_add_(1, i, z[:, j] * values.to(z.dtype)).to(x.dtype)
     if _thin(x, index, shape):
         z = _wide(x)
-        order, starts = _by_rows(i, j, n, m)
-        d = torch.sparse_csr_tensor(starts, j[order], values.to(z.dtype)[order], (n, m), check_invariants=False)
-        return (d @ z.T).to(x.dtype).T.contiguous()
+        order = torch.argsort(i * m + j)
+        return (_rows_of(i[order], j[order], values.to(z.dtype)[order], (n, m)) @ z.T).to(x.dtype).T.contiguous()
     d = x.new_zeros(n, m)
     d.view(-1).scatter_add_(0, i * m + j, values.to(x.dtype))
     return x @ d.T
@@ -116,14 +134,8 @@ def _at(dy: Tensor, x: Tensor, index: Tensor, shape: Shape) -> Tensor:
     if _few(x):
         return (_wide(dy)[:, i] * _wide(x)[:, j]).sum(0)
     if _thin(x, index, shape):
-        order, starts = _by_rows(i, j, *shape)
-        zero = torch.sparse_csr_tensor(starts, j[order], _wide(x).new_zeros(len(index)), shape, check_invariants=False)
+        order = torch.argsort(index)
+        zero = _rows_of(i[order], j[order], _wide(x).new_zeros(len(index)), shape)
         some = torch.sparse.sampled_addmm(zero, _wide(dy).T.contiguous(), _wide(x).T.contiguous().T, beta=0.0).values()
         return torch.empty_like(some).index_copy_(0, order, some)
     return (dy.mT @ x).flatten()[index]
-
-
-def _by_rows(i: Tensor, j: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
-    """(the order of positions row by row, where each row starts and the last ends)."""
-    starts = F.pad(torch.bincount(i, minlength=n).cumsum(0), (1, 0))
-    return torch.argsort(i * m + j), starts
