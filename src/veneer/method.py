@@ -84,7 +84,6 @@ class Method(PeftConfig):
         offers: names of methods `(sites, *args)` that `model.base_model` has too, such as a schedule's step for loops that drive it themselves.
         tuner_methods: further methods of `model.base_model`, by name: functions of the tuner.
         unmergeable: why no weight holds the change, for one that depends on the input; empty if it can be merged.
-        convertible: whether all it does is a ΔW that LoRA can approximate; one that changes the bias too is not, nor one that cannot be merged.
         routes: whether the change depends on the call: then `facts` is asked at each.
         takes: arguments of the model's forward and generate that are meant for the method and not for the base model.
         examples: fields that suit small layers: what the laws hold the method to, and the table in the docs shows.
@@ -97,7 +96,6 @@ class Method(PeftConfig):
     offers: ClassVar[tuple[str, ...]] = ()
     tuner_methods: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     unmergeable: ClassVar[str] = ""
-    convertible: ClassVar[bool] = True
     routes: ClassVar[bool] = False
     takes: ClassVar[tuple[str, ...]] = ()
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
@@ -184,6 +182,10 @@ class Method(PeftConfig):
     def at(self, name: str) -> Method:
         """This config as it holds for the module called `name` (rank patterns and the like)."""
         return self
+
+    def has_delta(self) -> bool:
+        """Whether what the adapter does to a layer is a ΔW, which other methods can take over."""
+        return not self.unmergeable
 
     def check(self, site: Place) -> None:
         """Raise ConfigError if an option cannot act at `site`."""

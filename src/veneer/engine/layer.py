@@ -364,9 +364,8 @@ class AdaptedLayer(nn.Module):
         unmerge_layer(self)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the adapter's change is a ΔW, with no part that depends on the input."""
-        config = self.attached[adapter_name].config if adapter_name in self.attached else None
-        return config is not None and config.stacking == "sum" and config.convertible and not config.unmergeable
+        """Whether the adapter is on this layer and what it does there is a ΔW, which does not depend on the input."""
+        return adapter_name in self.attached and self.attached[adapter_name].config.has_delta()
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Make the scaling `scale` times the nominal one."""

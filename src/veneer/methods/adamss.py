@@ -60,7 +60,6 @@ class AdamssConfig(Targeted, peft_type="ADAMSS"):
 
     prefix: ClassVar[str] = "adamss_"
     stacking: ClassVar[Any] = "sum"
-    convertible: ClassVar[bool] = False
     offers: ClassVar[tuple[str, ...]] = ("update_and_allocate",)
     examples: ClassVar[Any] = ({"r": 6, "num_subspaces": 2, "subspace_rank": 2}, {"r": 6, "num_subspaces": 3, "use_asa": True})
 
@@ -80,6 +79,9 @@ class AdamssConfig(Targeted, peft_type="ADAMSS"):
                 raise ConfigError(
                     f"`init_warmup` ({self.init_warmup}) must be smaller than `final_warmup` ({self.final_warmup}) when `use_asa=True`."
                 )
+
+    def has_delta(self) -> bool:
+        return False  # it changes the bias too
 
     @property
     def starts_as_identity(self) -> bool:

@@ -104,19 +104,22 @@ class FrodConfig(Targeted, peft_type="FROD"):
         }
 
     def settle(self, here: Sequence[tuple[Any, Any]], loaded: bool) -> None:
-        solvers: dict[int, Callable[[Tensor], Tensor]] = {}
+        roles: dict[int, list[tuple[Any, Any]]] = {}
         for site, p in here:
-            if id(p.frod_V) not in solvers:
-                solvers[id(p.frod_V)] = _solver(p.frod_V)
-            m = solvers[id(p.frod_V)](site.weight())
-            length = m.norm(dim=0)
-            p.frod_U.copy_((m / length).where(length > 1e-12, 0.0))
-            p.frod_lambda_0.copy_(length)
-            if not loaded:
-                p.frod_lambda_l.copy_(length)
-                if not self.init_weights:
-                    p.frod_lambda_l.add_(torch.randn_like(p.frod_lambda_l), alpha=0.1)
-                    nn.init.normal_(p.frod_lambda_s_values, std=0.1)
+            roles.setdefault(id(p.frod_V), []).append((site, p))
+        for group in roles.values():
+            solve = _solver(group[0][1].frod_V)
+            for site, p in group:
+                m = solve(site.weight())
+                length = m.norm(dim=0)
+                p.frod_U.copy_((m / length).where(length > 1e-12, 0.0))
+                p.frod_lambda_0.copy_(length)
+                if not loaded:
+                    p.frod_lambda_l.copy_(length)
+        if not (loaded or self.init_weights):
+            for _, p in here:
+                p.frod_lambda_l.add_(torch.randn_like(p.frod_lambda_l), alpha=0.1)
+                nn.init.normal_(p.frod_lambda_s_values, std=0.1)
 
     def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {k: t for k, t in tensors.items() if t.numel() or not k.endswith("frod_lambda_s_values")}  # PEFT writes empty ones
