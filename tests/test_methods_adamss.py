@@ -77,7 +77,7 @@ def test_every_row_changes_within_its_cluster() -> None:
     torch.testing.assert_close(layer.get_delta_weight("default"), d[:, :12], atol=1e-6, rtol=1e-5)
     x = torch.randn(5, 12)
     torch.testing.assert_close(layer(x), layer.base_layer(x) + x @ d[:, :12].T + d[:, 12], atol=1e-5, rtol=1e-5)
-    assert not model.base_model.supports_lora_conversion()  # the bias changes too
+    assert model.base_model.supports_lora_conversion()  # to a LoRA with a bias
 
 
 def test_the_start_is_the_clusters_own_directions() -> None:

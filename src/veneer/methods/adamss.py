@@ -80,9 +80,6 @@ class AdamssConfig(Targeted, peft_type="ADAMSS"):
                     f"`init_warmup` ({self.init_warmup}) must be smaller than `final_warmup` ({self.final_warmup}) when `use_asa=True`."
                 )
 
-    def has_delta(self) -> bool:
-        return False  # it changes the bias too
-
     @property
     def starts_as_identity(self) -> bool:
         return self.init_weights is not None
