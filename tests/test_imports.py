@@ -63,7 +63,7 @@ ALLOWED = {
     "types": set(),
     "errors": set(),
     "config": {"errors", "types", "_version", "method", "checkpoint", "engine"},
-    "ops": {"errors"},
+    "ops": {"errors", "kernels"},
     "kernels": set(),
     "change": {"ops", "errors"},
     "bases": set(),

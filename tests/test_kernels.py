@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -219,3 +220,36 @@ def test_a_dense_change_is_not_kept(config: Any) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         lin(torch.randn(16, 256))
     assert sum(kept.values()) < 256 * 256 / 4
+
+
+@pytest.mark.parametrize("shape", [(4, 7, 6, 6), (4, 5, 9, 5)])
+def test_high_ranks_and_many_tokens_form_the_change(shape: tuple[int, int, int, int]) -> None:
+    """Another order of products, the same value and gradients; nothing of the tokens' size but x is kept."""
+    rows, n_in, n_out, r = shape
+    t = {k: v.requires_grad_(k != "w") for k, v in _tensors(torch.float64, 10 * rows, n_in, n_out, r).items()}
+
+    def run(x: Tensor, b: Tensor, a: Tensor, up: Tensor) -> Tensor:
+        return lowrank_linear(x, t["w"], b, a, up, 1.7)
+
+    given = (t["x"], t["b"], t["a"], t["up"])
+    y = run(*given)
+    assert _kept_sizes(lambda: run(*given)) == []
+    assert torch.autograd.gradcheck(run, given)
+    torch.testing.assert_close(y, reference.lowrank_linear(t["x"], t["w"], t["b"], t["a"], t["up"], 1.7))
+    low = {k: v.detach().bfloat16() for k, v in t.items()}
+    got = lowrank_linear(low["x"], low["w"], low["b"], low["a"], low["up"], 1e-3)
+    torch.testing.assert_close(got, reference.lowrank_linear(low["x"], low["w"], low["b"], low["a"], low["up"], 1e-3), atol=5e-2, rtol=2e-2)
+
+
+def _kept_sizes(run: Callable[[], Tensor]) -> list[int]:
+    """The sizes of what is kept for the backward, beside leaves."""
+    kept: list[int] = []
+
+    def pack(t: Tensor) -> Tensor:
+        if not t.is_leaf:
+            kept.append(t.numel())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run()
+    return kept

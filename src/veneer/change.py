@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from .errors import MergeError
-from .ops import Derived, Diag, Geometry, LowRank, Op
+from .ops import Derived, Diag, Geometry, LowRank, Op, Sparse, Sum
 
 Base = Callable[[Tensor], Tensor]
 
@@ -148,6 +148,15 @@ def rows(changes: Sequence[tuple[Change, Stacking]], base: Base, x: Tensor, geo:
     if last.additive:
         return y if last.add is None else last.add.add_to(y, x, geo)
     return y + (last.rows(base, x, geo) - base(x))
+
+
+def placed(changes: Sequence[tuple[Change, Stacking]]) -> tuple[Sparse, Sequence[Op]] | None:
+    """(sparse part, what else is added) if the changes are one addition that has a sparse part; else None."""
+    if len(changes) != 1 or not changes[0][0].additive:
+        return None
+    add = changes[0][0].add
+    first, *rest = add.terms if isinstance(add, Sum) else (add,)
+    return (first, rest) if isinstance(first, Sparse) else None
 
 
 def fused(changes: Sequence[tuple[Change, Stacking]]) -> tuple[LowRank, Tensor | None] | None:

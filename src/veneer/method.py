@@ -48,6 +48,8 @@ class Leaf:
         dtype: its dtype where that is not the adapter's, such as for indices; a file does not change it.
         running: whether it changes by itself in training, as a running mean does: then it is a buffer.
         saved: True: in the adapter file; "start": in the sidecar of start values; False: never (it can be rebuilt).
+        users: of a tensor that places share: those that do, each of which knows it by its container's name. Not given: all, by its own name.
+        everywhere: of a shared tensor: every layer has it under its own path as well, and so has the file. Then it needs no other home.
     """
 
     shape: tuple[int, ...]
@@ -59,9 +61,11 @@ class Leaf:
     running: bool = False
     saved: bool | Literal["start"] = True
     dtype: torch.dtype | None = None
+    users: Sequence[Place] | None = None
+    everywhere: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "init": _made}  # the tensor has been made; a start may be any local function
+        return {**self.__dict__, "init": _made, "users": None}  # the tensor has been made; a start may be any local function
 
 
 def _made(t: Tensor) -> Tensor:
@@ -83,6 +87,8 @@ class Method(PeftConfig):
         offers: names of methods `(sites, *args)` that `model.base_model` has too, such as a schedule's step for loops that drive it themselves.
         tools: names of methods `(tuner, *args, **kwargs)` that `model.base_model` has too.
         answers: methods that `model.base_model` has too: name -> path in the config of the adapter that acts, which is called.
+        tuner_methods: further methods of `model.base_model`, by name: functions of the tuner.
+        dry: the kinds of site on which its dropout has nothing to drop.
         unmergeable: why no weight holds the change, for one that depends on the input; empty if it can be merged.
         linear_in: the tensor in which the change is linear if all others are the same: then adapters add up to one of their own kind.
         patterns: which field has the values of another by module, as `rank_pattern` those of `r`.
@@ -98,6 +104,8 @@ class Method(PeftConfig):
     offers: ClassVar[tuple[str, ...]] = ()
     tools: ClassVar[tuple[str, ...]] = ()
     answers: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    tuner_methods: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    dry: ClassVar[frozenset[str]] = frozenset({"embedding"})
     unmergeable: ClassVar[str] = ""
     linear_in: ClassVar[str] = ""
     patterns: ClassVar[Mapping[str, str]] = MappingProxyType({})
@@ -157,6 +165,17 @@ class Method(PeftConfig):
             empty: whether a file is going to fill them.
         """
         return {}
+
+    def settle(self, here: Sequence[tuple[Place, Any]], loaded: bool) -> None:
+        """Fill, in place, tensors that follow from others: when an adapter has been made, and again when a file has brought its tensors.
+
+        Args:
+            here: each place with its tensors (by attribute, as `change` gets them), in order.
+            loaded: whether they come from a file.
+
+        Raises:
+            LoadError: if what a file has brought does not go with the frozen weights.
+        """
 
     def facts(self, call: Call) -> Mapping[str, Any]:
         """For methods that route: what `change` has to know of one call of the model; it finds it as `site.fact(name)`.

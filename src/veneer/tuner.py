@@ -380,7 +380,8 @@ def _class_for(config: Any) -> type[Tuner]:
     name = config.__name__.removesuffix("Config") + "Model"
     offered = {n: _offered(n) for n in getattr(config, "offers", ())} | {n: _tool(config, n) for n in getattr(config, "tools", ())}
     offered |= {n: _answered(n, path) for n, path in getattr(config, "answers", {}).items()}
-    return type(name, (Tuner,), {"prefix": prefix, "__module__": __name__, "__doc__": f"The tuner of {config.__name__}.", **offered})
+    own = {"prefix": prefix, "__module__": __name__, "__doc__": f"The tuner of {config.__name__}."}
+    return type(name, (Tuner,), {**own, **offered, **getattr(config, "tuner_methods", {})})
 
 
 def _offered(name: str) -> Any:

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..engine.inject import settle
 from ..errors import LoadError, RouteError, hint
 from .base import START_KEY, check_identity
 from .hub import resolve_file
@@ -170,7 +171,9 @@ def load_into(
     check_identity(file.metadata, base_root(model), config, check_base=check_base, check_config=check_config)
     if start_plan is not None:
         start_plan.commit(device=device)
-    return plan.commit(upcast=upcast, device=device)
+    report = plan.commit(upcast=upcast, device=device)
+    settle(base_root(model), config, adapter_name)
+    return report
 
 
 def set_peft_model_state_dict(

@@ -163,8 +163,11 @@ def hold(owner: nn.Module, adapter: str, attached: Attached, tensors: Mapping[st
         container = leaf.container or name
         if name in attached.derived and leaf.attr is None and not attached.derived[name][2]:
             source = attached.derived[name][0].source.get(name)
-            if source is not None:  # the very parameter of the other place, under this one's name as well
-                container_of(owner, container)._parameters = source[0]
+            if source is not None:  # the very tensor of the other place, under this one's name as well
+                tied, (same, key) = container_of(owner, container), source
+                setattr(tied, "_parameters" if isinstance(same[key], nn.Parameter) else "_buffers", same)
+                if leaf.saved is not True:
+                    tied._non_persistent_buffers_set.add(adapter)
             continue
         if name in attached.derived:
             container_of(owner, container)[adapter] = TiedHolder(attached, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, PeftWarning, hint
 from ..method import Leaf, Method
 from ..sites import Adaptable, ParameterSite, Site, adaptable, site_for
-from .holders import Attached, Holder, hold
+from .holders import Attached, Holder, Tensors, hold
 from .layer import AdaptedLayer, Place
 from .modules import Part, hold_parts, parts_of
 from .replicate import replicate, undo
@@ -46,13 +47,13 @@ class Plan:
 
 @dataclass
 class _Staged:
-    """One layer's share, made but not yet in the model."""
+    """One layer's share, not yet in the model. Its tensors are made once all shares are known."""
 
     path: str
     layer: AdaptedLayer
     attached: Attached
-    tensors: dict[str, Tensor]
     new: bool
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 def attach(
@@ -87,6 +88,7 @@ def attach(
     elif adapter_name in adapter_names(model):
         raise ConfigError(f"There is already an adapter {adapter_name!r}. Choose another name, or delete_adapter({adapter_name!r}) first.")
     replicated = replicate(model, getattr(config, "layer_replication", None)) if first else None
+    staged: list[_Staged] = []
     targeted, asked = hasattr(config, "target_modules"), getattr(config, "target_modules", None)
     try:
         config.meet(model)
@@ -97,23 +99,28 @@ def attach(
         count = len(selection.modules)
         if type(config).survey is not Method.survey:
             config.survey({p: m.weight_site if isinstance(m, AdaptedLayer) else site_for(m) for p, m in selection.modules.items()})
-        staged = [
-            _stage(m, p, config, adapter_name, switch, options, name=selection.names.get(p), index=i, count=count)
-            for i, (p, m) in enumerate(selection.modules.items())
-        ]
+        for i, (p, m) in enumerate(selection.modules.items()):
+            staged.append(_stage(m, p, config, adapter_name, switch, name=selection.names.get(p), index=i, count=count))
         for s in list(staged):
             if s.layer.site.kind == "attention":
-                staged.append(_stage_out_proj(s, config, adapter_name, switch, options))
-        staged += _stage_parameters(model, selection, config, adapter_name, switch, options)
-        staged += _tie_targets(model, config, staged, adapter_name, switch, options)
+                staged.append(_stage_out_proj(s, config, adapter_name, switch))
+        staged += _stage_parameters(model, selection, config, adapter_name, switch)
+        staged += _tie_targets(model, config, staged, adapter_name, switch)
+        shared = _share(config, staged, home)
         saved = _stage_saved(model, selection, config, adapter_name, switch)
-        tokens = _stage_tokens(model, config, adapter_name, switch, options, staged)
+        tokens = _stage_tokens(model, config, adapter_name, switch, staged)
         _check_nesting(model, staged, [path for path, *_ in saved] + [s.path for s, _ in tokens])
-        shared = _stage_shared(config, staged, home, options)
-        _stage_common(config, staged)
+        for s in [*staged, *(t for t, _ in tokens)]:
+            s.tensors = _tensors(s.attached, s.attached.place, options)
+        held = _tensors(shared, staged[0].attached.place, options) if shared is not None else {}
+        if not empty:
+            _settle_staged(config, staged, held)
         parts = _stage_parts(model, config, staged, home, options)
         _tell_dry(staged, adapter_name)
     except BaseException:
+        for s in staged:
+            if not s.new:
+                s.layer.scaling.pop(adapter_name, None)
         if targeted:
             cast(Any, config).target_modules = asked
         undo(model, replicated)
@@ -123,9 +130,10 @@ def attach(
     if first:
         _freeze(model, switch)
     _train_biases(model, config, selection)
-    if shared is not None and home is not None:
-        hold(home, adapter_name, *shared)
-        cast(Any, home).shared[adapter_name] = shared[0]
+    if shared is not None:
+        hold(home if home is not None else staged[0].layer, adapter_name, shared, held)
+        if home is not None:
+            cast(Any, home).shared[adapter_name] = shared
     if parts and home is not None:
         hold_parts(home, adapter_name, parts)
         cast(Any, home).parts[adapter_name] = parts
@@ -142,7 +150,7 @@ def attach(
             _put(model, places, s.layer.base_layer, wrap, s.path.removesuffix(".token_adapter"))
         s.layer.attach(adapter_name, s.attached, s.tensors)
         plan.tokens.append(s.path.removesuffix(".token_adapter"))
-    watch(switch, adapter_name, config, [s.attached for s in staged] + ([shared[0]] if shared is not None else []))
+    watch(switch, adapter_name, config, [s.attached for s in staged] + ([shared] if shared is not None else []))
     acting = switch.chosen().names or ()
     for _, module in adapter_modules(model):
         module.set_requires_grad(adapter_name, adapter_name in acting and not config.inference_mode)
@@ -167,10 +175,10 @@ def attach_saved(model: nn.Module, config: Any, adapter_name: str, switch: Switc
 def _tell_dry(staged: Sequence[_Staged], adapter: str) -> None:
     """Warn of layers whose inputs cannot be dropped for the adapter alone."""
 
-    def heeded(site: Any) -> bool:
-        return not isinstance(site, Site) or (not site.own_forward and site.kind != "embedding")
+    def heeded(config: Method, site: Any) -> bool:
+        return not isinstance(site, Site) or (not site.own_forward and site.kind not in config.dry)
 
-    dry = [s.path for s in staged if s.attached.config.dropout() > 0 and not heeded(s.layer.site)]
+    dry = [s.path for s in staged if (c := s.attached.config).dropout() > 0 and not heeded(c, s.layer.site)]
     if dry:
         warnings.warn(
             f"The dropout of the adapter {adapter!r} does not act on {dry[0]!r}{f' and {len(dry) - 1} more' * (len(dry) > 1)}: an embedding reads no "
@@ -214,13 +222,12 @@ def _stage(
     config: Method,
     adapter: str,
     switch: Switch,
-    options: _Options,
     site: Adaptable | None = None,
     name: str | None = None,
     index: int = 0,
     count: int = 1,
 ) -> _Staged:
-    """Make one layer's share of the adapter. `name`: what patterns match, the path if not given."""
+    """One layer's share of the adapter. `name`: what patterns match, the path if not given."""
     new = not isinstance(module, AdaptedLayer) or site is not None
     if new and site is None:
         kind = adaptable(module, config.kinds)
@@ -240,23 +247,25 @@ def _stage(
     layer.scaling[adapter] = here.scale()
     try:
         here.check(place)
-        attached = Attached(here, here.leaves(place), place)
-        tensors = _tensors(here, attached.leaves, place, options)
+        return _Staged(path, layer, Attached(here, here.leaves(place), place), new)
     except BaseException:
         if not new:
             layer.scaling.pop(adapter, None)
         raise
-    return _Staged(path, layer, attached, tensors, new)
 
 
-def _tensors(config: Method, leaves: Mapping[str, Leaf], place: Place, options: _Options, shared: bool = False) -> dict[str, Tensor]:
+def _tensors(attached: Attached, place: Place | None, options: _Options) -> dict[str, Tensor]:
+    """The tensors of one layer's share, or of what all share (then `place` is any of them)."""
+    assert place is not None
+    config, leaves = attached.config, {n: leaf for n, leaf in attached.leaves.items() if n not in attached.derived}
     home, dtype = place.layer.site.where(place.module)
     if options.autocast and dtype in _LOW:
         dtype = torch.float32
     device = torch.device("meta") if options.meta else home
     out: dict[str, Tensor] = {}
     with torch.no_grad():
-        given = {} if shared or home.type == "meta" else config.start(place, only_frozen=options.empty or options.meta)
+        own = attached.place is not None and home.type != "meta"
+        given = config.start(place, only_frozen=options.empty or options.meta) if own else {}
         for name, leaf in leaves.items():
             if name in given:
                 value = given[name]
@@ -291,28 +300,28 @@ def _check_nesting(model: nn.Module, staged: Sequence[_Staged], others: Sequence
             )
 
 
-def _stage_shared(
-    config: Method, staged: list[_Staged], home: nn.Module | None, options: _Options
-) -> tuple[Attached, dict[str, Tensor]] | None:
-    """The tensors that all layers share, made once."""
+def _share(config: Method, staged: Sequence[_Staged], home: nn.Module | None) -> Attached | None:
+    """Number the places, and let them know the tensors that they share; returns those."""
     places = [s.attached.place for s in staged if s.attached.place is not None]
     for i, place in enumerate(places):
         place.index, place.count = i, len(places)
+    _share_in_groups(config, staged)
     leaves = config.shared(places) if places else {}
     if not leaves:
         return None
-    if home is None:
+    if home is None and not all(leaf.everywhere for leaf in leaves.values()):
         raise ConfigError(
             f"{type(config).__name__} keeps tensors that all layers share, so it needs get_peft_model; it cannot be injected into a bare model."
         )
-    tensors = _tensors(config, leaves, places[0], options, shared=True)
-    attached = Attached(config, leaves, None)
+    shared = Attached(config, leaves, None)
     for s in staged:
-        s.attached.derived |= {name: (attached, name, False) for name in leaves}
-    return attached, tensors
+        here = {n: leaf for n, leaf in leaves.items() if leaf.users is None or s.attached.place in leaf.users}
+        s.attached.derived |= {n if leaf.users is None else leaf.container or n: (shared, n, False) for n, leaf in here.items()}
+        s.attached.leaves = {**s.attached.leaves, **{n: leaf for n, leaf in here.items() if leaf.everywhere}}
+    return shared
 
 
-def _stage_common(config: Method, staged: list[_Staged]) -> None:
+def _share_in_groups(config: Method, staged: Sequence[_Staged]) -> None:
     """Let groups of layers have leaves in common: the first of a group keeps the tensor."""
     for leaf, keys in config.common([s.attached.place for s in staged if s.attached.place is not None]).items():
         first: dict[Any, _Staged] = {}
@@ -320,7 +329,6 @@ def _stage_common(config: Method, staged: list[_Staged]) -> None:
             keeps = first.setdefault(key, s)
             if keeps is not s:
                 s.attached.derived[leaf] = (keeps.attached, leaf, False)
-                del s.tensors[leaf]
 
 
 def _stage_parts(model: nn.Module, config: Method, staged: list[_Staged], home: nn.Module | None, options: _Options) -> list[Part]:
@@ -333,19 +341,38 @@ def _stage_parts(model: nn.Module, config: Method, staged: list[_Staged], home: 
     return parts_of(config.modules(model, places, empty=options.empty or options.meta), meta=options.meta)
 
 
-def _stage_out_proj(outer: _Staged, config: Method, adapter: str, switch: Switch, options: _Options) -> _Staged:
+def _settle_staged(config: Method, staged: Sequence[_Staged], held: Mapping[str, Tensor]) -> None:
+    """Let the method fill what follows from other tensors, before anything is in the model."""
+    if type(config).settle is Method.settle or any(t.is_meta for s in staged for t in (*s.tensors.values(), *held.values())):
+        return  # what is on the meta device waits for a file
+    here = []
+    for s in staged:
+        shared = {n: held[of] for n, (_, of, _) in s.attached.derived.items() if of in held}
+        here.append((cast(Place, s.attached.place), SimpleNamespace(**shared, **s.tensors)))
+    with torch.no_grad():
+        config.settle(here, loaded=False)
+
+
+def settle(model: nn.Module, config: Any, adapter: str) -> None:
+    """Let the method fill what follows from the tensors that a file has just brought."""
+    if isinstance(config, Method) and type(config).settle is not Method.settle:
+        attached = [layer.attached[adapter] for _, layer in adapted_layers(model) if adapter in layer.attached]
+        here = [(a.place, Tensors(a)) for a in attached if a.place is not None]
+        with torch.no_grad():
+            config.settle(sorted(here, key=lambda pair: pair[0].index), loaded=True)
+
+
+def _stage_out_proj(outer: _Staged, config: Method, adapter: str, switch: Switch) -> _Staged:
     mha = outer.layer.base_layer
     staged = _stage(
-        cast(nn.Module, mha.out_proj), f"{outer.path}.base_layer.out_proj", config, adapter, switch, options, name=f"{outer.path}.out_proj"
+        cast(nn.Module, mha.out_proj), f"{outer.path}.base_layer.out_proj", config, adapter, switch, name=f"{outer.path}.out_proj"
     )
     # PEFT applies the change of out_proj twice; adapters trained with it mean just that
     staged.layer.factor = 2.0
     return staged
 
 
-def _stage_parameters(
-    model: nn.Module, selection: Selection, config: Method, adapter: str, switch: Switch, options: _Options
-) -> list[_Staged]:
+def _stage_parameters(model: nn.Module, selection: Selection, config: Method, adapter: str, switch: Switch) -> list[_Staged]:
     """target_parameters: one layer per parameter; several of one module nest, the last by name outermost."""
     staged: list[_Staged] = []
     wrapped: dict[str, nn.Module] = {}
@@ -356,13 +383,13 @@ def _stage_parameters(
         module = wrapped.get(path) or model.get_submodule(path)
         found = _parameter_layer(module, name)
         if found is not None:
-            staged.append(_stage(found, found.name, config, adapter, switch, options, name=full))
+            staged.append(_stage(found, found.name, config, adapter, switch, name=full))
             continue
         depth, inner = 0, module
         while isinstance(inner, AdaptedLayer):
             depth, inner = depth + 1, inner.base_layer
         site = ParameterSite(module, "base_layer." * depth + name)
-        s = _stage(module, path, config, adapter, switch, options, site, full)
+        s = _stage(module, path, config, adapter, switch, site, full)
         wrapped[path] = s.layer
         staged.append(s)
     # an outer wrapper pushes the ones before it inwards: their paths are read off the finished model
@@ -377,7 +404,7 @@ def _parameter_layer(module: nn.Module, name: str) -> AdaptedLayer | None:
     return None
 
 
-def _tie_targets(model: nn.Module, config: Method, staged: list[_Staged], adapter: str, switch: Switch, options: _Options) -> list[_Staged]:
+def _tie_targets(model: nn.Module, config: Method, staged: list[_Staged], adapter: str, switch: Switch) -> list[_Staged]:
     """ensure_weight_tying: a head tied to a targeted embedding takes the embedding's factors, transposed, a target itself or not."""
     more: list[_Staged] = []
     if not getattr(config, "ensure_weight_tying", False):
@@ -390,13 +417,12 @@ def _tie_targets(model: nn.Module, config: Method, staged: list[_Staged], adapte
             head = by_module.get(id(other))
             if head is None:
                 at = path.removesuffix(".base_layer")
-                head = _stage(model.get_submodule(at), at, config, adapter, switch, options)
+                head = _stage(model.get_submodule(at), at, config, adapter, switch)
                 more.append(head)
             head.attached.derived = {
                 "lora_A": (s.attached, "lora_embedding_B", True),
                 "lora_B": (s.attached, "lora_embedding_A", True),
             }
-            head.tensors = {k: v for k, v in head.tensors.items() if k not in head.attached.derived}
     return more
 
 
@@ -424,9 +450,7 @@ def _stage_saved(model: nn.Module, selection: Selection, config: Any, adapter: s
     return out
 
 
-def _stage_tokens(
-    model: nn.Module, config: Method, adapter: str, switch: Switch, options: _Options, staged: list[_Staged]
-) -> list[tuple[_Staged, Any]]:
+def _stage_tokens(model: nn.Module, config: Method, adapter: str, switch: Switch, staged: list[_Staged]) -> list[tuple[_Staged, Any]]:
     """trainable_token_indices: (share, wrapper to put in or None) per table, tied heads included."""
     wanted = getattr(config, "trainable_token_indices", None)
     if not wanted:
@@ -443,7 +467,7 @@ def _stage_tokens(
         table = old.token_adapter if old else module
         if not old and (isinstance(module, AdaptedLayer) or id(module) in taken):
             raise ConfigError(f"{path!r} is in target_modules and in trainable_token_indices; it can be trained in one way only.")
-        share = _stage(table, f"{path}.token_adapter", TrainableTokensConfig(token_indices=indices), adapter, switch, options)
+        share = _stage(table, f"{path}.token_adapter", TrainableTokensConfig(token_indices=indices), adapter, switch)
         return share, None if old else TrainableTokensWrapper(share.layer)
 
     for path, (module, indices) in targets.items():
@@ -458,7 +482,6 @@ def _stage_tokens(
             tied.attached.leaves = {
                 "trainable_tokens_delta": Leaf(share.attached.leaves["trainable_tokens_delta"].shape, torch.nn.init.zeros_, saved=False)
             }
-            tied.tensors = {}
             out.append((tied, tied_wrap))
     return out
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from . import reference
 
 _FEW = 8  # rows
+_LOW = (torch.float16, torch.bfloat16)
 
 
 def lowrank_linear(
@@ -86,10 +87,13 @@ def _kept(x: Tensor, rate: float, seed: int) -> Tensor:
 
 
 def _forward(
-    x: Tensor, w: Tensor, b: Tensor | None, a: Tensor, up: Tensor, scale: float, rate: float, gain: Tensor | None, seed: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    x: Tensor, w: Tensor, b: Tensor | None, a: Tensor, up: Tensor, scale: float, rate: float, gain: Tensor | None, seed: int,
+    trains: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     rows = x.reshape(-1, x.shape[-1])
     a, up = a.to(x.dtype), up.to(x.dtype)
+    if rate == 0 and gain is None and _wide(len(rows), a, up, trains):
+        return _times(rows, w, b, (up @ a).mul_(scale)).view(*x.shape[:-1], up.shape[0]), None, None
     h = (rows if rate == 0 else rows * _kept(rows, rate, seed)) @ a.mT
     u = F.linear(rows, w, b if gain is None else None).addmm_(h, up.mT, alpha=scale / (1 - rate))
     if gain is None:
@@ -100,16 +104,29 @@ def _forward(
     return y.view(*x.shape[:-1], y.shape[-1]), h, u
 
 
+def _wide(tokens: int, a: Tensor, up: Tensor, trains: bool) -> bool:
+    """Whether the rank is so high, and the tokens so many, that forming D costs less than passing the tokens through both factors."""
+    (r, n_in), n_out = a.shape, up.shape[0]
+    thin, whole = tokens * r * (n_in + n_out), n_in * n_out
+    passes = (a.dtype in _LOW) + trains * (1 + (a.dtype in _LOW))  # of all tokens through a matrix of W's size, beside the frozen layer's
+    return 2 * r > min(n_in, n_out) and thin * (1 + trains) > whole * (r * (1 + 2 * trains) + tokens * passes)
+
+
+def _times(x: Tensor, w: Tensor, b: Tensor | None, d: Tensor) -> Tensor:
+    """x (W + D)ᵀ + b; in 16 bits as two products, since a small D added to W would be rounded away."""
+    return F.linear(x, w, b).addmm_(x, d.mT) if x.dtype in _LOW else F.linear(x, d.add_(w), b)
+
+
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, a: Tensor, up: Tensor, scale: float, rate: float, gain: Tensor | None, seed: int
     ) -> Tensor:
-        y, h, u = _forward(x, w, b, a, up, scale, rate, gain, seed)
+        y, h, u = _forward(x, w, b, a, up, scale, rate, gain, seed, trains=True)
         # u is kept where gain trains: neither y (it may be overwritten) nor a division by gain (it may be 0) gives it back
         wants_gain = gain is not None and ctx.needs_input_grad[7]
-        ctx.save_for_backward(x, w, a, up, h, gain, u if wants_gain else None)
-        ctx.scale, ctx.rate, ctx.seed = scale, rate, seed
+        ctx.save_for_backward(x, w, a, up, h if ctx.needs_input_grad[4] else None, gain, u if wants_gain else None)
+        ctx.scale, ctx.rate, ctx.seed, ctx.whole = scale, rate, seed, h is None
         ctx.b_dtype = None if b is None else b.dtype
         return y
 
@@ -123,6 +140,12 @@ class _LowRankLinear(torch.autograd.Function):
         dgain = (dy * u).sum(0).to(gain.dtype) if need_gain else None
         if gain is not None:
             dy = dy * gain.to(dy.dtype)
+        if ctx.whole:
+            d = dy.mT @ rows if need_a or need_up else None
+            da = (up.to(dy.dtype).mT @ d).mul_(ctx.scale).to(a.dtype) if need_a and d is not None else None
+            dup = (d @ a.to(dy.dtype).mT).mul_(ctx.scale).to(up.dtype) if need_up and d is not None else None
+            dx = _times(dy, w.mT, None, (a.to(dy.dtype).mT @ up.to(dy.dtype).mT).mul_(ctx.scale)).view(x.shape) if need_x else None
+            return dx, None, db, da, dup, None, None, None, None
         scale = ctx.scale / (1 - ctx.rate)
         dup = (dy.mT @ h).mul_(scale).to(up.dtype) if need_up else None
         da = dx = None

@@ -30,3 +30,10 @@ def row_norm_sq(w: Tensor, a: Tensor, up: Tensor, scale: float) -> Tensor:
     """‖w_i + scale · b_i A‖² row by row, with B A formed."""
     wide = torch.float64 if w.dtype == torch.float64 else torch.float32
     return (w.to(wide) + scale * (up.to(wide) @ a.to(wide))).square().sum(1)
+
+
+def sparse_linear(x: Tensor, w: Tensor | None, b: Tensor | None, index: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """y = x (W + D)ᵀ + b with D, zero but for `values` at the flat positions `index`, formed by ordinary autograd."""
+    d = values.new_zeros(shape[0] * shape[1]).index_put((index.long(),), values).view(shape).to(x.dtype)
+    y = F.linear(x, d) if w is None else F.linear(x, w.detach()) + F.linear(x, d)
+    return y if b is None else y + b.to(y.dtype)

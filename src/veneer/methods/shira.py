@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..change import Change
 from ..errors import ConfigError
 from ..method import Leaf, Targeted
-from ..ops import Dense
+from ..ops import Sparse
 
 
 @dataclass
@@ -78,6 +78,5 @@ class ShiraConfig(Targeted, peft_type="SHIRA"):
         return at.to(torch.int32)
 
     def change(self, p: Any, site: Any) -> Change:
-        values: Tensor = p.shira_weight * site.scaling
         i, j = p.shira_indices.long()
-        return Change(add=Dense(values.new_zeros(site.n_out, site.n_in).index_put((i, j), values)))
+        return Change(add=Sparse(i * site.n_in + j, p.shira_weight * site.scaling, (site.n_out, site.n_in)))

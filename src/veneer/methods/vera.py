@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..change import Change
+from ..inits.seeded import kaiming, seeded
 from ..method import Leaf, Targeted
 from ..ops import LowRank
 
@@ -38,11 +37,9 @@ class VeraConfig(Targeted, peft_type="VERA"):
         return self.vera_dropout
 
     def shared(self, sites: Sequence[Any]) -> Mapping[str, Leaf]:
-        generator = torch.Generator().manual_seed(self.projection_prng_key)
         shapes = {"vera_A": (self.r, max(s.n_in for s in sites)), "vera_B": (max(s.n_out for s in sites), self.r)}
-        return {
-            n: Leaf(shape, seeded(kaiming(shape, generator)), trainable=False, saved=self.save_projection) for n, shape in shapes.items()
-        }
+        starts = seeded({n: kaiming(shape) for n, shape in shapes.items()}, self.projection_prng_key)
+        return {n: Leaf(shape, starts[n], trainable=False, saved=self.save_projection) for n, shape in shapes.items()}
 
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
         return {
@@ -54,14 +51,3 @@ class VeraConfig(Targeted, peft_type="VERA"):
         up = p.vera_lambda_b.unsqueeze(1) * p.vera_B[: site.n_out].to(p.vera_lambda_b.dtype)
         down = p.vera_lambda_d.unsqueeze(1) * p.vera_A[:, : site.n_in].to(p.vera_lambda_d.dtype)
         return Change(add=LowRank(up, down, site.scaling, site.dropout))
-
-
-def kaiming(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Kaiming-uniform values from a generator, as PEFT draws them."""
-    bound = math.sqrt(2) * math.sqrt(3 / math.prod(shape[1:]))
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-
-def seeded(values: Tensor) -> Any:
-    """A start that copies values drawn beforehand."""
-    return lambda t: t.copy_(values)

@@ -9,9 +9,11 @@ from .lowrank import Deflated, LowRank
 from .noise import Dropped, Switched
 from .rotations import BlockDiag, Pairs, Product, Reflections, Shuffle, blocks_dropped, cayley, skew
 from .rows import ReplaceRows
+from .sparse import Sparse
 from .tiled import Tiled
 
 __all__ = [
     "Between", "BlockDiag", "Deflated", "Dense", "Derived", "Diag", "Dropped", "Geometry", "Kron", "LowRank", "Op", "Pairs", "Product",
-    "Reflections", "ReplaceRows", "Rows", "Shuffle", "Sum", "Switched", "Tiled", "blocks_dropped", "cayley", "gated", "per_row", "per_token", "skew",
+    "Reflections", "ReplaceRows", "Rows", "Shuffle", "Sparse", "Sum", "Switched", "Tiled", "blocks_dropped", "cayley", "gated", "per_row", "per_token",
+    "skew",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NoReturn
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class Between(Op):
         up: U, or a function that makes it of V x.
         g: gets V x and x itself, in the geometry's own layout; V x as it is if not given.
         why: the reason `dense` gives.
+        whole: the matrix that it is on average, which a merge takes, where there is one.
     """
 
     fixed: ClassVar[bool] = False
@@ -33,8 +34,11 @@ class Between(Op):
     scale: float | Tensor = 1.0
     dropout: float = 0.0
     why: str = "its change depends on the input"
+    whole: Op | None = None
 
-    def dense(self) -> NoReturn:
+    def dense(self) -> Tensor:
+        if self.whole is not None:
+            return self.whole.dense()
         raise MergeError(f"No weight holds this change: {self.why}. Keep it unmerged.")
 
     def rows(self, x: Tensor, geo: Geometry) -> Tensor:

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..change import bias, derived, fused, rows
+from ..change import bias, derived, fused, placed, rows
 from ..engine.substitute import call_with
 from ..kernels.derived import derived_linear
 from ..kernels.lowrank import lowrank_linear
+from ..kernels.sparse import sparse_linear
 from ..ops import Rows
 from .base import Changes, Site, hooked
 
@@ -72,6 +73,15 @@ class LinearSite(Site):
         dense = derived(changes)
         if dense is not None:
             return derived_linear(x, w, b, dense.make, dense.parts)
+        some = placed(changes)
+        if some is not None:
+            sparse, rest = some
+            y = sparse_linear(x, w, b, sparse.index, sparse.values, sparse.shape)
+            for op in rest:
+                y = op.add_to(y, x, _GEOMETRY)
+            return y
+        if all(c.additive for c, _ in changes):  # the frozen product is taken once, of x itself: the bias goes with it
+            return rows(changes, lambda z: F.linear(z, w, b), x, _GEOMETRY)
         y = rows(changes, lambda z: F.linear(z, w), x, _GEOMETRY)
         return y if b is None else y + b.to(y.dtype)
 
