@@ -35,7 +35,11 @@ demo: $(VENV)/.demo ## fine-tune SmolLM2-135M on Python's documentation: perplex
 test: $(VENV)/.dev ## the tests
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
-test-slow: $(VENV)/.dev ## the tests that take long
+$(VENV)/.gptq: $(VENV)/.dev # it asks for a later torch than ours, and runs with it
+	$(PIP) --no-deps -r tests/gptq.txt
+	@touch $@
+
+test-slow: $(VENV)/.gptq ## the tests that take long
 	$(TEST_ENV) $(BIN)/python -m pytest -q -m slow tests; status=$$?; [ $$status -eq 5 ] || exit $$status
 
 check: $(VENV)/.dev ## lint, format and types

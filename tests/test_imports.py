@@ -66,7 +66,7 @@ ALLOWED = {
     "ops": {"errors", "kernels"},
     "kernels": set(),
     "change": {"ops", "errors"},
-    "bases": set(),
+    "bases": {"errors"},
     "deltas": {"errors"},
     "methods": {"change", "ops", "method", "config", "types", "errors", "inits", "kernels", "schedules", "variants", "routes"},
     "schedules": set(),

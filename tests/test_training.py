@@ -255,6 +255,52 @@ def test_classification_trains_a_head_that_is_saved(tokenizer: Any, tmp_path: Pa
         assert any("classifier" in k for k in f.keys())  # noqa: SIM118  no mapping
 
 
+@pytest.mark.parametrize("storage", ["nf4", "torchao-int8", "quanto-int8"])
+def test_a_quantised_run_learns_and_says_what_it_holds(storage: str, model_folder: Path, data: Path, tmp_path: Path) -> None:
+    import veneer
+    from veneer.training.quantise import STORAGES
+
+    pytest.importorskip(STORAGES[storage][0])
+    out = tmp_path / "out"
+    record = run(None, _given(model_folder, data, out, steps=60, quantize=storage, gradient_checkpointing=storage == "nf4"))
+    assert record["after"]["perplexity"] < 0.8 * record["before"]["perplexity"]
+    held, plain = (record["plan"]["memory"]["weights"], run(None, _given(model_folder, data, tmp_path / "plain", steps=1))["plan"])
+    assert held < plain["memory"]["weights"] or storage == "nf4"  # its tables are more than a model so small
+    assert record["plan"]["all_parameters"] == plain["all_parameters"]
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder)  # an adapter learned on the packed weights loads on the others
+    ids = torch.tensor([[5, 6, 8, 10, 5, 12]])
+    model = veneer.PeftModel.from_pretrained(base, out)
+    tuned = model(input_ids=ids, labels=ids).loss
+    with model.disable_adapter():
+        assert tuned < model(input_ids=ids, labels=ids).loss
+
+
+def test_the_head_of_a_quantised_classifier_trains_whole(tokenizer: Any, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder, data = tmp_path / "bert", tmp_path / "data.csv"
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=16
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    data.write_text("text,label\n" + "".join(f"the {a} sat,{a}\n" for a in ("cat", "dog") * 8), encoding="utf-8")
+    given = _given(folder, data, tmp_path / "out", task="sequence-classification", eval_data=str(data), steps=40, quantize="nf4")
+    record = run(None, {**given, "batch_size": 8, "method_fields": {"r": 4}})
+    assert record["after"]["accuracy"] == 1.0 and record["plan"]["trained_whole"] == ["classifier", "score"]
+
+
+def test_quantising_needs_a_known_storage_and_its_library(
+    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'nf4'"):
+        run(None, _given(model_folder, data, tmp_path / "out", quantize="nf3"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs bitsandbytes.*pip install 'veneer\[quant\]'"):
+        run(None, _given(model_folder, data, tmp_path / "out", quantize="nf4"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_recipe_file_and_the_command_line_together(model_folder: Path, data: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {model_folder}\ndata: {data}\nsteps: 2\nbatch_size: 2\nlength: 8\nmethod: ia3\n", encoding="utf-8")
@@ -297,6 +343,21 @@ def test_bad_input_is_one_error_and_writes_nothing(
     with pytest.raises(ValueError, match=message):
         run(None, _given(model_folder, data, out, **change))
     assert not out.exists()
+
+
+@pytest.mark.parametrize("words", [["--r", "16", "--use-dora"], ["RECIPE", "--r", "16", "--use-dora"], ["--r=16", "--use-dora"]])
+def test_fields_of_the_method_come_through_the_command_line(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a recipe and without: what typer does not know it takes for the recipe."""
+    from veneer.cli import main, train
+
+    seen: list[Any] = []
+    monkeypatch.setattr(train, "run", lambda path, given: seen.append((path, given["method_fields"], given["steps"])))
+    recipe = str(tmp_path / "recipe.yaml")
+    monkeypatch.setattr("sys.argv", ["veneer", "train", *(recipe if w == "RECIPE" else w for w in words), "--steps", "3"])
+    with pytest.raises(SystemExit) as done:
+        main.main()
+    assert not done.value.code
+    assert seen == [(recipe if "RECIPE" in words else None, {"r": 16, "use_dora": True}, 3)]
 
 
 def test_the_command_exits_with_two_and_says_why(data: Path, tmp_path: Path) -> None:

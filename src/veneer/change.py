@@ -42,6 +42,11 @@ class Change:
         """Whether there is a W' at all: whether the change is the same for all inputs."""
         return self.add is None or self.add.fixed
 
+    @property
+    def lean(self) -> bool:
+        """Whether `rows` needs W for one product, and forms nothing of its size."""
+        return self.base is None and all(op is None or op.lean for op in (self.left, self.right, self.add))
+
     def weight(self, w: Tensor) -> Tensor:
         """W' in the dtype of w. Merging, the oracle of the laws, and the way for sites that cannot be split."""
         if self.base is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,14 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from .bases import codec_for
 from .config import PeftConfig
 from .engine.caching import keep
 from .engine.inject import adapted_layers
+from .errors import PeftWarning
 from .kappa import KappaTuneSelector, find_kappa_target_modules
 
 __all__ = [
     "DoraCaching", "KappaTuneSelector", "MontecloraTrainerMixin", "cast_mixed_precision_params", "check_if_peft_model", "disable_input_dtype_casting",
-    "find_kappa_target_modules", "rescale_adapter_scale", "update_forward_signature", "update_generate_signature", "update_signature",
+    "find_kappa_target_modules", "prepare_model_for_kbit_training", "rescale_adapter_scale", "update_forward_signature", "update_generate_signature",
+    "update_signature",
 ]  # fmt: skip
 
 _LOW = (torch.float16, torch.bfloat16)
@@ -111,8 +115,10 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep what trains in float32 and turn everything frozen into `dtype` (float16 or bfloat16), in place."""
+    """Keep what trains in float32 and turn everything frozen into `dtype` (float16 or bfloat16), in place; packed weights stay."""
     for p in model.parameters():
+        if not p.is_floating_point() or type(p) is not nn.Parameter:
+            continue
         if not p.requires_grad:
             p.data = p.to(dtype)
         elif p.dtype in _LOW:
@@ -150,3 +156,41 @@ class MontecloraTrainerMixin:
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
+
+
+_OWN_DTYPE = frozenset({"gptq", "aqlm", "eetq", "hqq", "torchao"})  # storages whose layers compute in the dtype they were made for
+
+
+def prepare_model_for_kbit_training(
+    model: Any,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
+) -> Any:
+    """Make a quantised model of transformers ready for adapters that train: frozen, the rest in float32, gradient checkpointing on.
+
+    None of it has to be done: `get_peft_model` freezes by itself, and a model in bfloat16 trains well without its norms, embeddings and head in
+    float32, which is much memory where the vocabulary is large. Packed tensors are left alone.
+
+    Args:
+        use_gradient_checkpointing: turn it on, and let the embeddings' output require gradients.
+        gradient_checkpointing_kwargs: for torch.utils.checkpoint, such as {"use_reentrant": False}.
+        auto_clear_cache: give memory that the casting has freed back to the accelerator.
+    """
+    storages = {codec.name for codec in map(codec_for, model.modules()) if not codec.plain}
+    if not storages:
+        warnings.warn("The model has no quantised layers, so nothing but its dtype and what trains is prepared.", PeftWarning, stacklevel=2)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    if not storages & _OWN_DTYPE:
+        for p in model.parameters():
+            if p.dtype in _LOW and type(p) is nn.Parameter:
+                p.data = p.data.float()
+        if auto_clear_cache and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    if use_gradient_checkpointing and storages:
+        options = gradient_checkpointing_kwargs or {}
+        if options.get("use_reentrant", True):
+            model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(**({"gradient_checkpointing_kwargs": options} if options else {}))
+    return model

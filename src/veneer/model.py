@@ -52,6 +52,7 @@ class PeftModel(nn.Module):
 
     base_model: Any  # Any: a Tuner or the user's model
     heads: ClassVar[tuple[str, ...]] = ()  # of the task: always trained whole
+    _hf_peft_config_loaded: ClassVar[bool] = True  # tells transformers' Trainer that a quantised model has adapters to train
 
     def __init__(
         self,

@@ -165,7 +165,7 @@ def _layer(path: str, module: Any) -> TunerLayerStatus:
         requires_grad=grads,
         available_adapters=sorted(module.adapters()),
         devices=devices,
-        quantization_backend=None if not adapted or module.site.codec.plain else type(module.site.codec).__name__.lower(),
+        quantization_backend=module.site.codec.name if adapted else None,
     )
 
 

@@ -17,8 +17,10 @@ from .config import PeftConfig
 from .engine import inject, merge
 from .engine.combine import CombineReport, combine
 from .engine.holders import Attached, drop, slots
-from .engine.merge import MergeReport
+from .engine.loss import MergeReport
+from .engine.merge_packed import Into
 from .engine.modules import Part, drop_parts
+from .engine.original import Original
 from .engine.parts import Recipe
 from .engine.route import check_known, find_switch, the_switch
 from .engine.steps import ask
@@ -218,24 +220,47 @@ class Tuner(nn.Module):
 
     # ---------------------------------------------------------------- merging
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> MergeReport:
+    def merge_adapter(
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        *,
+        onto: Literal["dequantised", "original"] = "dequantised",
+        store: Literal["dense", "quantised"] | None = None,
+        original: Original | None = None,
+    ) -> MergeReport:
         """Merge these (or the active) adapters into the weights; `unmerge_adapter` undoes it bit for bit. Returns what rounding lost.
 
         Args:
             safe_merge: taken for PEFT's sake; a merge is checked as a whole before any weight changes, always.
+            onto: of quantised layers: "dequantised", the weights that the adapters were trained on, or "original", those from before.
+            store: of quantised layers: "dense" (the default), as torch's own layers, or "quantised", packed again in the same way.
+            original: for onto="original", where those weights are: a folder or file of safetensors, a state dict or the unquantised model; if not
+                given, where the model was loaded from.
 
         Raises:
             MergeError: if a layer cannot be merged or would hold values that are not finite; the model is as it was.
+            LoadError: if the original weights are not found, or do not fit.
         """
-        return merge.merge(self.model, adapter_names, safe_merge=safe_merge)
+        return merge.merge(self.model, adapter_names, safe_merge=safe_merge, into=Into(onto, store, original))
 
     def unmerge_adapter(self) -> None:
         """Put the frozen weights back, bit for bit."""
         merge.unmerge(self.model)
 
-    def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None) -> nn.Module:
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        *,
+        onto: Literal["dequantised", "original"] = "dequantised",
+        store: Literal["dense", "quantised"] | None = None,
+        original: Original | None = None,
+    ) -> nn.Module:
         """Merge for good and return the user's model without wrappers. Arguments and errors as in `merge_adapter`."""
-        return merge.merge_and_unload(self.model, adapter_names, safe_merge=safe_merge, progressbar=progressbar)
+        into = Into(onto, store, original)
+        return merge.merge_and_unload(self.model, adapter_names, safe_merge=safe_merge, progressbar=progressbar, into=into)
 
     def unload(self) -> nn.Module:
         """The user's model as it was, without adapters."""

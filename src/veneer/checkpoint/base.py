@@ -165,7 +165,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _readable(t: Tensor) -> bool:
-    return t.is_floating_point() and t.numel() > 0 and not t.is_meta and t.dtype.itemsize >= 2 and not hasattr(t, "device_mesh")
+    return type(t) in (Tensor, nn.Parameter) and t.is_floating_point() and t.numel() > 0 and not t.is_meta and t.dtype.itemsize >= 2
 
 
 def _sample(t: Tensor) -> Tensor:

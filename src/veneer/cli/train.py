@@ -39,6 +39,7 @@ def train(
     weight_decay: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
     schedule: Annotated[str | None, typer.Option(help="linear, cosine, constant ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the frozen weights: auto, float32, bfloat16, float16.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Pack the frozen weights: nf4, fp4, int8, torchao-int8, quanto-int4 ...")] = None,
     gradient_checkpointing: Annotated[bool | None, typer.Option(help="Trade time for memory.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
@@ -46,8 +47,10 @@ def train(
 ) -> None:
     """Fine-tune a model on data. Fields of the method's config are options as well."""
     given = {k: v for k, v in locals().items() if k not in ("context", "recipe")}
+    words = [*([recipe] if recipe else []), *context.args]  # an option that typer does not know is taken for the recipe
+    path = words.pop(0) if words and not words[0].startswith("--") else None
     try:
-        run(recipe, {**given, "method_fields": method_fields(context.args)})
+        run(path, {**given, "method_fields": method_fields(words)})
     except (PeftError, KeyboardInterrupt) as e:
         if isinstance(e, KeyboardInterrupt):
             _console.print("[yellow]Interrupted.[/yellow] What was saved stays; run the same command with --resume to go on.")

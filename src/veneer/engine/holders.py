@@ -86,6 +86,9 @@ class Attached:
     derived: dict[str, tuple[Attached, str, bool]] = field(default_factory=dict)
     kept: Kept | None = None
     cached: tuple[Any, Change] | None = None
+    lean: bool | None = (
+        None  # on a quantised layer: whether the change is applied without anything of the weight's size; None: not known yet
+    )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "kept": None, "cached": None}
@@ -137,9 +140,10 @@ class Kept:
 class Tensors:
     """The tensors of one adapter in one place, by leaf name."""
 
-    def __init__(self, attached: Attached) -> None:
+    def __init__(self, attached: Attached, detached: bool = False) -> None:
         for name in (*attached.leaves, *attached.derived):
-            setattr(self, name, attached.tensor(name))
+            t = attached.tensor(name)
+            setattr(self, name, t.detach() if detached else t)
 
     def __getattr__(self, name: str) -> Tensor:  # for the type checker; leaves are plain attributes
         raise AttributeError(name)

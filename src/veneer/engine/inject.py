@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..bases import codec_for
 from ..errors import ConfigError, PeftWarning, hint
 from ..method import Leaf, Method
 from ..sites import Adaptable, ParameterSite, Site, adaptable, site_for
@@ -237,6 +238,8 @@ def _stage(
             )
         site = kind(module)
     layer = AdaptedLayer(module, site, switch, path) if site is not None else cast(AdaptedLayer, module)
+    if layer.quantised:
+        _check_storage(layer, path)
     here = config.at(name or path)
     place = Place(layer, adapter, path)
     place.called, place.index, place.count = name or path, index, count
@@ -252,6 +255,20 @@ def _stage(
         if not new:
             layer.scaling.pop(adapter, None)
         raise
+
+
+def _check_storage(layer: AdaptedLayer, path: str) -> None:
+    """Raise ConfigError if a quantised layer's storage cannot be read."""
+    codec = layer.weight_site.codec
+    try:
+        codec.check(layer.get_base_layer())
+    except ConfigError as e:
+        raise ConfigError(f"{path!r}: {e}") from None
+    if layer.site.kind not in codec.kinds:
+        raise ConfigError(
+            f"{path!r} is a {layer.site.kind} layer stored as {codec.name!r}, of which veneer reads {sorted(codec.kinds)} layers. Leave it out of the targets, "
+            "or load the model with this module left out of the quantisation."
+        )
 
 
 def _tensors(attached: Attached, place: Place | None, options: _Options) -> dict[str, Tensor]:
@@ -438,6 +455,12 @@ def _stage_saved(model: nn.Module, selection: Selection, config: Any, adapter: s
         new = not isinstance(module, ModulesToSaveWrapper)
         if isinstance(module, AdaptedLayer):
             raise ConfigError(f"{path!r} is already adapted and cannot be trained whole (modules_to_save) as well.")
+        codec = next((c for c in map(codec_for, module.modules()) if not c.plain), None)
+        if codec is not None:
+            raise ConfigError(
+                f"{path!r} is quantised ({codec.name}) and cannot be trained whole (modules_to_save). Put it into target_modules, or load the model with "
+                "this module left out of the quantisation (llm_int8_skip_modules, modules_to_not_convert)."
+            )
         wrapper = ModulesToSaveWrapper(module, switch, path) if new else module
         original = wrapper.original_module
         shares = [w for w in wrappers.values() if tie and getattr(w.original_module, "weight", 0) is getattr(original, "weight", 1)]

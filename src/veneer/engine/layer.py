@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..change import Change, Stacking
 from ..errors import MergeError, RouteError
@@ -34,11 +35,13 @@ class Place:
         self.kind, self.n_out, self.n_in = site.kind, site.n_out, site.n_in
         self.kernel, self.groups, self.experts = site.kernel, site.groups, site.experts
         self.channels = site.channels
+        self.storage = site.codec.name  # how the weight is packed, None for a plain one
         self.index, self.count = 0, 1  # which of the adapter's layers this is, and how many there are
         self.memory: dict[str, Any] = {}  # what a method that acts at optimizer steps remembers here; never saved
         self.new_base: Tensor | None = None  # a start that is defined by another base (LoftQ) leaves it here; W (n_out, n_in)
         self.facts: Facts = {}
         self.told = False  # whether the method has been asked about the call (see `Method.facts`)
+        self.read = False  # whether W has been asked for where gradients are wanted
         self.called = name  # what the patterns of a config match
         self.resting = False
 
@@ -75,15 +78,17 @@ class Place:
     @property
     def module(self) -> nn.Module:
         """The adapted module itself."""
-        return self.layer.get_base_layer()
+        return self.layer.get_base_layer() if self.layer.packed is None else self.layer.packed
 
     def weight(self) -> Tensor:
-        """The frozen W (n_out, n_in), also while adapters are merged into the layer."""
+        """The frozen W (n_out, n_in), also while adapters are merged into the layer; of a packed one, dequantised for this use."""
+        self.read = self.read or torch.is_grad_enabled()
         return self.layer.frozen_weight()
 
     def bias(self) -> Tensor | None:
         """The frozen bias (n_out,), also while adapters are merged into the layer."""
-        return self.layer.frozen_tensors().get(self.layer.weight_site.bias_name)
+        site = self.layer.weight_site
+        return self.layer._originals().get(site.bias_name, site.bias(self.layer.frozen))
 
     def tensors(self) -> dict[str, Tensor]:
         """The module's frozen tensors by name, as far as adapters may change them, also while adapters are merged into it."""
@@ -122,9 +127,13 @@ class AdaptedLayer(Wrapper):
         attached: the adapters on it, by name.
         scaling: the factor of each adapter's change; may be changed at any time. A tensor in a model that is prepared for hot-swapping.
         factor: a further one, of the layer itself.
+        packed: while adapters are merged into a quantised layer, the module that was there; `base_layer` is then the merged one.
+        assumed: while a merge onto other weights is computed, W (n_out, n_in) in the place of the frozen one.
     """
 
     base_layer: nn.Module
+    packed: nn.Module | None = None
+    assumed: Tensor | None = None
 
     def __init__(self, base_layer: nn.Module, site: Adaptable, switch: Switch, name: str = "") -> None:
         super().__init__()
@@ -140,6 +149,7 @@ class AdaptedLayer(Wrapper):
         ] = {}  # while merged: parameter (none for a buffer) and frozen values, by name
         self.own: Choice | None = None
         self.factor = 1.0
+        self.input_dtype: torch.dtype | None = None  # of a quantised layer, which takes any: that of the last input
         self.training = base_layer.training
 
     # ---------------------------------------------------------------- adapters
@@ -152,6 +162,7 @@ class AdaptedLayer(Wrapper):
         dropouts[adapter] = nn.Dropout(rate).train(self.training) if rate > 0 else nn.Identity()
         self.scaling.setdefault(adapter, attached.config.scale())
         self.attached[adapter] = attached
+        self.site.codec.settle(self.get_base_layer())
         place = attached.place
         base = place.new_base if place is not None else None
         if place is not None and base is not None:
@@ -243,15 +254,27 @@ class AdaptedLayer(Wrapper):
             raise TypeError(f"{self.name!r} is adapted as a {self.site.kind}, not in one weight of it.")
         return self.site
 
+    @property
+    def quantised(self) -> bool:
+        """Whether the frozen weight is packed by a quantisation library."""
+        return isinstance(self.site, Site) and not self.site.codec.plain
+
+    @property
+    def frozen(self) -> nn.Module:
+        """The module with the frozen tensors; of a merged layer that is not quantised, they are in `originals`."""
+        return self._modules["base_layer"] if self.packed is None else self.packed  # type: ignore[return-value]
+
     def frozen_tensors(self) -> dict[str, Tensor]:
         """The frozen tensors that adapters may change here, by name inside the module, also while merged."""
-        return {**self.site.tensors(self.base_layer), **self._originals()}
+        return {**self.site.tensors(self.frozen), **self._originals()}
 
     def frozen_weight(self) -> Tensor:
-        """The frozen W (n_out, n_in), also while merged."""
+        """The frozen W (n_out, n_in), also while merged; of a packed one, dequantised for this use."""
+        if self.assumed is not None:
+            return self.assumed
         site = self.weight_site
         kept = self.originals.get(site.weight_name)
-        return site.weight(self.base_layer) if kept is None else site.canonical(kept[1])
+        return site.weight(self.frozen) if kept is None else site.canonical(kept[1])
 
     def _originals(self) -> dict[str, Tensor]:
         return {name: values for name, (_, values) in self.originals.items()}
@@ -274,6 +297,8 @@ class AdaptedLayer(Wrapper):
         if names == self.merged_adapters and not (self.site.mutates and not names):  # with nothing merged: no adapter acts
             return base(*args, **kwargs)
         frozen: dict[str, Any] = self._originals() if self.originals else {}
+        if self.quantised:
+            return self._run_packed(names, args, kwargs, facts)
         inner = getattr(base, "out_proj", None) if self.site.kind == "attention" else None
         if isinstance(inner, AdaptedLayer):
             frozen |= {f"out_proj.base_layer.{k}": v for k, v in inner.effective(names).items()}
@@ -281,11 +306,38 @@ class AdaptedLayer(Wrapper):
             return call_with(base, frozen, args, kwargs)
         return self.site.apply(base, self.changes(names, facts), args, kwargs, frozen)
 
+    def _run_packed(self, names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any], facts: Mapping[str, Facts]) -> Any:
+        """With W packed: what needs W whole, or forms a change of its size, is computed again in the backward, so that no layer keeps any."""
+        base = self.frozen
+        if not names:
+            return base(*args, **kwargs)
+
+        def run(*args: Any) -> Any:
+            return self.site.apply(base, self.changes(names, facts), args, kwargs, {})
+
+        if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+            self.input_dtype = args[0].dtype
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or all(self._lean(n, facts) for n in names):
+            return run(*args)
+        return checkpoint(run, *args, use_reentrant=False)
+
+    def _lean(self, adapter: str, facts: Mapping[str, Facts]) -> bool:
+        """Whether the adapter's change is applied without W and without anything of its size; found out once, by making it."""
+        a = self.attached[adapter]
+        if a.lean is None:
+            assert a.place is not None
+            here = a.place.during(facts.get(adapter, {}))
+            here.read = False
+            with torch.random.fork_rng(devices=[]):
+                change: Any = a.config.change(Tensors(a, detached=True), here)
+                a.lean = change.lean and not here.read
+        return a.lean
+
     def effective(self, names: Sequence[str]) -> dict[str, Any]:
         """The base layer's tensors as these adapters change them, by name."""
         names = [n for n in names if n in self.attached]
         frozen: dict[str, Any] = self._originals()
-        return self.site.substituted(self.base_layer, self.changes(names), frozen) if names else frozen
+        return self.site.substituted(self.frozen, self.changes(names), frozen) if names else frozen
 
     def _run_rows(self, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         assert choice.rows is not None
@@ -391,7 +443,7 @@ class AdaptedLayer(Wrapper):
         return self.weight_site.stored(self.frozen_weight())
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Put the change of these (or the active) adapters into the layer's weight; the frozen one is kept aside."""
+        """Put the change of these (or the active) adapters into the layer's weight, a quantised one made dense; the frozen one is kept aside."""
         from .merge import merge_layers
 
         names = list(adapter_names) if adapter_names is not None else self.active_adapters
@@ -402,6 +454,22 @@ class AdaptedLayer(Wrapper):
         from .merge import unmerge_layer
 
         unmerge_layer(self)
+
+    def put_merged(self, module: nn.Module, names: list[str]) -> None:
+        """Let a module with these adapters merged stand in the place of the quantised one, which is kept."""
+        self.__dict__["packed"] = self.frozen  # not a submodule: a checkpoint has the merged one
+        self.base_layer = module
+        self.merged_adapters = names
+
+    def put_back(self) -> None:
+        """Put the quantised module itself back."""
+        if self.packed is not None:
+            self.base_layer = self.packed.train(self.training)
+            self.forget_packed()
+
+    def forget_packed(self) -> None:
+        """Let go of the quantised module."""
+        self.__dict__.pop("packed", None)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter is on this layer and what it does there is a ΔW, which does not depend on the input."""
@@ -436,6 +504,8 @@ class AdaptedLayer(Wrapper):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # the frozen values of a merged layer move with it
         self.originals = {k: (p, fn(t)) for k, (p, t) in self.originals.items()}
+        if self.packed is not None:
+            self.packed._apply(fn, recurse)
         for name, s in self.scaling.items():
             if isinstance(s, Tensor):
                 self.scaling[name] = fn(s).to(s.dtype)

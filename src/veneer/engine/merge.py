@@ -2,60 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..bases.config import tell_storage
 from ..errors import MergeError
 from .inject import active_adapters, adapted_layers, unwrap
 from .layer import AdaptedLayer
+from .loss import LayerReport, MergeReport, check_finite, loss
+from .merge_packed import Into, merged_packed, originals
+from .original import Weights
 from .route import adapter_names, check_known
 from .ties import holders, untie_config
 
 
-@dataclass(frozen=True)
-class LayerReport:
-    """What one layer's merge lost to rounding.
-
-    Attributes:
-        error: ‖rounded ΔW - ΔW‖ / ‖ΔW‖.
-        lost: share of entries whose weight did not move although their ΔW is not zero.
-        size: ‖ΔW‖ / ‖W‖.
-    """
-
-    error: float
-    lost: float
-    size: float
-
-    @property
-    def verdict(self) -> str:
-        """In words: `exact`, `good`, or `lossy` where more than a tenth of the change is lost."""
-        return "exact" if self.error < 1e-6 else "good" if self.error <= 0.1 else "lossy"
-
-
-@dataclass
-class MergeReport:
-    """Per layer path, what was lost."""
-
-    layers: dict[str, LayerReport] = field(default_factory=dict)
-
-    @property
-    def worst(self) -> str | None:
-        """The path with the largest error."""
-        return max(self.layers, key=lambda p: self.layers[p].error) if self.layers else None
-
-    def __str__(self) -> str:
-        if not self.layers:
-            return "nothing merged"
-        rows = [f"{p}: error {r.error:.1e}, lost {r.lost:.1%}, {r.verdict}" for p, r in self.layers.items()]
-        return "\n".join(rows)
-
-
-def merge(model: nn.Module, names: Sequence[str] | None = None, *, safe_merge: bool = True, progressbar: bool = False) -> MergeReport:
+def merge(
+    model: nn.Module,
+    names: Sequence[str] | None = None,
+    *,
+    safe_merge: bool = True,
+    progressbar: bool = False,
+    into: Into | None = None,
+) -> MergeReport:
     """Merge these (or the active) adapters into the model's weights; `unmerge` undoes it exactly.
 
     All active changes are summed in float32 (float64 for float64 weights) and rounded once. Every layer is computed and checked before
@@ -63,27 +34,48 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, *, safe_merge: b
 
     Raises:
         MergeError: if a layer cannot be merged or gets values that are not finite; the model is as it was.
+        LoadError: if the original weights are asked for and are not found, or do not fit.
     """
-    names = _names(model, names)
-    return merge_layers(progress(list(adapted_layers(model)), progressbar, "Merging"), names, model)
+    names, into = _names(model, names), into or Into()
+    layers = list(adapted_layers(model))
+    into.check(layers)
+    with originals(model, layers, into) as original:
+        return merge_layers(progress(layers, progressbar, "Merging"), names, model, into, original)
 
 
-def merge_layers(layers: Iterable[tuple[str, AdaptedLayer]], names: Sequence[str], model: nn.Module | None = None) -> MergeReport:
-    """Merge into these layers: compute and check all, then change all."""
-    report = MergeReport()
-    ready: list[tuple[AdaptedLayer, list[str], dict[str, Tensor]]] = []
+def merge_layers(
+    layers: Iterable[tuple[str, AdaptedLayer]],
+    names: Sequence[str],
+    model: nn.Module | None = None,
+    into: Into | None = None,
+    original: Weights | None = None,
+) -> MergeReport:
+    """Merge into these layers: compute and check all, then change all. Warns where quantising outweighs what was learned."""
+    report, into = MergeReport(), into or Into()
+    ready: list[tuple[AdaptedLayer, list[str], dict[str, Tensor] | nn.Module]] = []
     for path, layer in layers:
         mine = [n for n in names if n in layer.attached]
         if not mine or set(mine) <= set(layer.merged_adapters):
             continue
         mine = layer.merged_adapters + [n for n in mine if n not in layer.merged_adapters]
-        tensors, report.layers[path] = _merged(path, layer, mine)
-        ready.append((layer, mine, tensors))
+        for name in mine:
+            if why := layer.attached[name].config.unmergeable:
+                raise MergeError(f"{path}: the adapter {name!r} cannot be merged: {why}. Keep it unmerged.")
+        merged: dict[str, Tensor] | nn.Module
+        if layer.quantised:
+            merged, report.layers[path] = merged_packed(path, layer, mine, into, model, original)
+        else:
+            merged, report.layers[path] = _merged(path, layer, mine)
+        ready.append((layer, mine, merged))
     shared = {id(p) for p in _shared_parameters(model)} if model is not None else set()
-    for layer, mine, tensors in ready:
-        for name, new in tensors.items():
+    for layer, mine, merged in ready:
+        if isinstance(merged, nn.Module):
+            layer.put_merged(merged, mine)
+            continue
+        for name, new in merged.items():
             _swap(layer, name, new, shared)
         layer.merged_adapters = mine
+    report.warn("Merge with store='dense'" if into.store == "quantised" else "Merge with onto='dequantised'")
     if model is not None and ready:
         ready[0][0].switch.untied += untie_config(model)
     return report
@@ -92,9 +84,6 @@ def merge_layers(layers: Iterable[tuple[str, AdaptedLayer]], names: Sequence[str
 @torch.no_grad()
 def _merged(path: str, layer: AdaptedLayer, names: list[str]) -> tuple[dict[str, Tensor], LayerReport]:
     """The layer's tensors that change, by name, in its own layout and dtypes, checked."""
-    for name in names:
-        if why := layer.attached[name].config.unmergeable:
-            raise MergeError(f"{path}: the adapter {name!r} cannot be merged: {why}. Keep it unmerged.")
     frozen = layer.frozen_tensors()
     wide = {k: t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t for k, t in frozen.items()}
     try:
@@ -106,26 +95,9 @@ def _merged(path: str, layer: AdaptedLayer, names: list[str]) -> tuple[dict[str,
             f"{path}: the adapter trains a bias, and the layer has none to merge it into. Keep it unmerged, or give the layer a bias of zeros."
         )
     rounded = {k: t.to(frozen[k].dtype).contiguous() for k, t in exact.items() if t is not wide[k]}
-    if not all(bool(torch.isfinite(t).all()) for t in rounded.values()):
-        raise MergeError(f"{path}: NaNs detected in the merged weights. The adapter {names} seems to be broken")
+    check_finite(path, names, *rounded.values())
     floating = [k for k, t in rounded.items() if t.is_floating_point()]
-    return rounded, _loss([(exact[k] - wide[k], rounded[k].to(wide[k].dtype) - wide[k], wide[k]) for k in floating])
-
-
-def _loss(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> LayerReport:
-    """`parts`: of each tensor the exact difference, the one that is left after rounding, and the frozen values."""
-
-    def norm(tensors: Iterable[Tensor]) -> float:
-        return math.sqrt(sum(float(t.norm()) ** 2 for t in tensors))
-
-    size = norm(d for d, _, _ in parts)
-    count = sum(int((d != 0).sum()) for d, _, _ in parts)
-    lost = sum(int(((got == 0) & (d != 0)).sum()) for d, got, _ in parts)
-    return LayerReport(
-        norm(got - d for d, got, _ in parts) / size if size else 0.0,
-        lost / count if count else 0.0,
-        size / max(norm(w for _, _, w in parts), 1e-30),
-    )
+    return rounded, loss([(exact[k] - wide[k], rounded[k].to(wide[k].dtype) - wide[k], wide[k]) for k in floating])
 
 
 def _shared_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -165,6 +137,7 @@ def unmerge_layer(layer: AdaptedLayer) -> None:
         else:
             owner._parameters[name] = p  # the shared parameter itself: tied again
     layer.originals = {}
+    layer.put_back()
     layer.merged_adapters = []
 
 
@@ -180,13 +153,18 @@ def unmerge(model: nn.Module) -> None:
 
 
 def merge_and_unload(
-    model: nn.Module, names: Sequence[str] | None = None, *, safe_merge: bool = True, progressbar: bool = False
+    model: nn.Module,
+    names: Sequence[str] | None = None,
+    *,
+    safe_merge: bool = True,
+    progressbar: bool = False,
+    into: Into | None = None,
 ) -> nn.Module:
     """Merge these (or the active) adapters for good and take all wrappers off; modules trained whole take the originals' places."""
     from ..blocks.saved import ModulesToSaveWrapper
 
     names = _names(model, names)
-    merge(model, names, safe_merge=safe_merge, progressbar=progressbar)
+    merge(model, names, safe_merge=safe_merge, progressbar=progressbar, into=into)
 
     def inner(wrapper: Any) -> nn.Module:
         if isinstance(wrapper, ModulesToSaveWrapper):
@@ -197,10 +175,14 @@ def merge_and_unload(
         out: nn.Module = wrapper.inside()
         return out
 
+    packed = False
     for _, layer in adapted_layers(model):
-        layer.originals = {}
+        layer.originals, packed = {}, packed or layer.packed is not None
+        layer.forget_packed()
     top = unwrap(model, inner)
     untie_config(top)
+    if packed:
+        tell_storage(top)
     return top
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, NoMatchingPeftModuleError, PeftError, PeftWarning, hint
 from ..method import ending
+from ..sites import supported
 from .defaults import (
     DUMMY_TARGET_MODULES,
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
@@ -407,7 +408,7 @@ class _Search:
         for place in self.places:
             linear = isinstance(place.base, nn.Linear) or _from_transformers(place.base, "pytorch_utils", "Conv1D")
             sized = all(isinstance(getattr(place.base, n, None), int) for n in ("in_features", "out_features"))
-            if linear or (sized and self.supports(place.base)):
+            if linear or ((sized or supported(place.base) == "linear") and self.supports(place.base)):
                 if place in heads:
                     self.result.skipped[place.name] = "it is the output layer"
                 else:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from . import start
 
 _COUNTED = ("pissa", "olora", "corda", "lora_ga")
@@ -29,6 +30,13 @@ def starting_leaves(config: Any, site: Any, *, only_frozen: bool) -> dict[str, T
     if only_frozen and kind == "lora_ga" and not hasattr(site.module, "_peft_loraga_grad"):
         # files of PEFT hold no start, and PEFT itself counts them from zero
         return {"lora_A0": torch.zeros(config.r, site.n_in), "lora_B0": torch.zeros(site.n_out, config.r)}
+    if kind == "loftq" and site.storage is not None:
+        if only_frozen:
+            return {}  # the file's factors stand on a base that is quantised already
+        raise ConfigError(
+            f"init_lora_weights='loftq' quantises the weight itself, and {site.name!r} is quantised already ({site.storage}). Leave the start at True and "
+            "call replace_lora_weights_loftq(model) afterwards."
+        )
     if kind is True or (only_frozen and not count and kind != "loftq"):
         return {}  # the leaves' own start
     s = start(

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, LoadError, hint
+from ..errors import ConfigError
 from .base import Start, singular, split, wide
 
 _BLOCK = 64
@@ -92,6 +89,7 @@ def replace_lora_weights_loftq(
         LoadError: if the unquantised weights are not found, or do not fit. No layer is changed then.
     """
     from ..engine.inject import adapted_layers
+    from ..engine.original import original_weights
 
     root: nn.Module = peft_model.get_base_model() if hasattr(peft_model, "get_base_model") else peft_model  # type: ignore[operator]
     layers = {n: m for n, m in adapted_layers(root) if adapter_name in m.attached and m.site.kind == "linear" and not m.site.codec.plain}
@@ -100,57 +98,15 @@ def replace_lora_weights_loftq(
             f"No layer with an adapter {adapter_name!r} has a quantised weight. Load the model quantised first, "
             'or start on the full weights with LoraConfig(init_lora_weights="loftq", loftq_config=LoftQConfig(...)).'
         )
-    with _weights(_files(root, model_path)) as stored:
-        keys = {n: _key(n, stored) for n in layers}
-        for name, layer in layers.items():
-            shape, wanted = tuple(stored[keys[name]].get_slice(keys[name]).get_shape()), (layer.site.n_out, layer.site.n_in)
-            if shape != wanted:
-                raise LoadError(
-                    f"{keys[name]!r} has the shape {shape}, and the layer {name!r} {wanted}. Give the model's own unquantised weights."
-                )
+    with original_weights(root, model_path) as stored:
+        stored.check(
+            {n: layer.frozen for n, layer in layers.items()}, {n: (layer.site.n_out, layer.site.n_in) for n, layer in layers.items()}
+        )
         for name, layer in layers.items():
             base = wide(layer.frozen_weight())
-            lost = stored[keys[name]].get_tensor(keys[name]).to(base) - base
+            lost = stored.weight(name, layer.frozen).to(base) - base
             before = {leaf: layer.leaf(adapter_name, leaf).detach().clone() for leaf in ("lora_A", "lora_B")}
             a, b = split(*singular(lost, before["lora_A"].shape[0]), layer.scaling[adapter_name])
             layer.replace_leaves(adapter_name, {"lora_A": a, "lora_B": b})
             if callback is not None and not callback(peft_model, name):
                 layer.replace_leaves(adapter_name, before)
-
-
-def _files(model: nn.Module, given: str | None) -> list[Path]:
-    """The safetensors files of the unquantised model."""
-    origin = given or getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(model, "name_or_path", None)
-    if not origin:
-        raise LoadError("Nothing says where the unquantised weights are. Give model_path, a folder or file of safetensors.")
-    place = Path(origin)
-    if not place.exists() and given is None:
-        from huggingface_hub import try_to_load_from_cache
-
-        found = [try_to_load_from_cache(origin, n) for n in ("model.safetensors", "model.safetensors.index.json")]
-        place = next((Path(f).parent for f in found if isinstance(f, str)), place)
-    files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
-    if not files:
-        raise LoadError(
-            f"There are no safetensors files in {str(place)!r}. Give model_path, a folder or file with the unquantised weights."
-        )
-    return files
-
-
-@contextmanager
-def _weights(files: list[Path]) -> Iterator[Mapping[str, Any]]:
-    """The open file that holds each tensor, by the tensor's name."""
-    from safetensors import safe_open
-
-    with ExitStack() as stack:
-        opened = [stack.enter_context(safe_open(f, framework="pt")) for f in files]
-        yield {key: f for f in opened for key in f.keys()}  # noqa: SIM118  a file, no mapping
-
-
-def _key(name: str, stored: Mapping[str, Any]) -> str:
-    """The stored name of a layer's weight; files of the bare model lack the head's prefix, and the other way round."""
-    wanted = f"{name}.weight"
-    hits = [wanted] if wanted in stored else [k for k in stored if k.endswith(f".{wanted}") or wanted.endswith(f".{k}")]
-    if len(hits) != 1:
-        raise LoadError(f"The files have {len(hits) or 'no'} tensors that could be {wanted!r}.{hint(wanted, stored)}")
-    return hits[0]

@@ -114,14 +114,15 @@ def preprocess_loraga(model: nn.Module, lora_config: Any, train_step: Callable[[
 
 def _gradients(model: nn.Module, modules: dict[str, nn.Module], train_step: Callable[[], None]) -> dict[str, Tensor]:
     """The mean gradient (n_out, n_in) of each target's weight, in float32."""
+    from ..bases import codec_for
     from ..sites import site_for
 
     sums: dict[Tensor, Tensor] = {}
     counts: dict[Tensor, int] = {}
-    weights: dict[str, Any] = {n: m.weight for n, m in modules.items()}
-    packed = [n for n, w in weights.items() if not w.is_floating_point()]
+    packed = [n for n, m in modules.items() if not codec_for(m).plain]
     if packed:
         raise ConfigError(f"The weight of {packed[0]!r} is quantised and gets no gradient. Run preprocess_loraga on the unquantised model.")
+    weights: dict[str, Any] = {n: m.weight for n, m in modules.items()}
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     handles = []
 

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import reference
+from .packed import Packed, product
 
 _FEW = 8  # rows
 _LOW = (torch.float16, torch.bfloat16)
@@ -17,7 +18,7 @@ _LOW = (torch.float16, torch.bfloat16)
 
 def lowrank_linear(
     x: Tensor,
-    w: Tensor,
+    w: Tensor | Packed,
     b: Tensor | None,
     a: Tensor,
     up: Tensor,
@@ -30,7 +31,7 @@ def lowrank_linear(
     """A frozen linear layer with a low-rank change.
 
     Args:
-        x: (..., n_in);  w: W (n_out, n_in), frozen: it never gets a gradient;  b: (n_out,) or None.
+        x: (..., n_in);  w: W (n_out, n_in), frozen: it never gets a gradient; or a packed one;  b: (n_out,) or None.
         a: A (r, n_in);  up: B (n_out, r), in any floating dtype: the factors are cast to the dtype of x, never x to theirs.
         scale: s; as a tensor, it may change without compiled code being compiled again.
         dropout: the probability with which entries of x are dropped before A.
@@ -45,18 +46,26 @@ def lowrank_linear(
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         with torch.autocast(kind, enabled=False):
-            cast = [t if t is None else t.to(dtype) for t in (x, w, b)]
-            return _run(cast[0], cast[1], cast[2], a, up, scale, dropout, gain, seed)  # type: ignore[arg-type]
+            w = w.to(dtype) if isinstance(w, Tensor) else w
+            return _run(x.to(dtype), w, b if b is None else b.to(dtype), a, up, scale, dropout, gain, seed)
     return _run(x, w, b, a, up, scale, dropout, gain, seed)
 
 
-def ordinary(t: Tensor) -> bool:
+def ordinary(t: Any) -> bool:
     """Whether the fused functions know how to handle it: no sharded or otherwise special tensor."""
-    return type(t) in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling()
+    return type(t) in (Tensor, torch.nn.Parameter) or not isinstance(t, Tensor) or torch.compiler.is_compiling()
 
 
 def _run(
-    x: Tensor, w: Tensor, b: Tensor | None, a: Tensor, up: Tensor, scale: float, dropout: float, gain: Tensor | None, seed: int | None
+    x: Tensor,
+    w: Tensor | Packed,
+    b: Tensor | None,
+    a: Tensor,
+    up: Tensor,
+    scale: float,
+    dropout: float,
+    gain: Tensor | None,
+    seed: int | None,
 ) -> Tensor:
     if dropout > 0 and seed is None:
         seed = int(torch.randint(0, 2**62, ()))
@@ -68,10 +77,10 @@ def _run(
     return _forward(x, w, b, a, up, scale, dropout, gain, seed or 0)[0]
 
 
-def _few(x: Tensor, w: Tensor, b: Tensor | None, a: Tensor, up: Tensor, scale: float, gain: Tensor | None) -> Tensor:
+def _few(x: Tensor, w: Tensor | Packed, b: Tensor | None, a: Tensor, up: Tensor, scale: float, gain: Tensor | None) -> Tensor:
     """A few rows on the CPU, no gradients: there the casts and the set-up of a half-precision product cost more than the arithmetic, so the
     thin products run in the factors' own dtype."""
-    y = F.linear(x, w, b if gain is None else None)
+    y = product(x, w, b if gain is None else None)
     y.add_(F.linear(F.linear(x.to(a.dtype), a), up), alpha=scale)
     if gain is not None:
         y = y.mul_(gain) if b is None else y.mul_(gain).add_(b)
@@ -87,15 +96,15 @@ def _kept(x: Tensor, rate: float, seed: int) -> Tensor:
 
 
 def _forward(
-    x: Tensor, w: Tensor, b: Tensor | None, a: Tensor, up: Tensor, scale: float, rate: float, gain: Tensor | None, seed: int,
+    x: Tensor, w: Tensor | Packed, b: Tensor | None, a: Tensor, up: Tensor, scale: float, rate: float, gain: Tensor | None, seed: int,
     trains: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     rows = x.reshape(-1, x.shape[-1])
     a, up = a.to(x.dtype), up.to(x.dtype)
-    if rate == 0 and gain is None and _wide(len(rows), a, up, trains):
+    if isinstance(w, Tensor) and rate == 0 and gain is None and _wide(len(rows), a, up, trains):
         return _times(rows, w, b, (up @ a).mul_(scale)).view(*x.shape[:-1], up.shape[0]), None, None
     h = (rows if rate == 0 else rows * _kept(rows, rate, seed)) @ a.mT
-    u = F.linear(rows, w, b if gain is None else None).addmm_(h, up.mT, alpha=scale / (1 - rate))
+    u = product(rows, w, b if gain is None else None).addmm_(h, up.mT, alpha=scale / (1 - rate))
     if gain is None:
         return u.view(*x.shape[:-1], u.shape[-1]), h, None
     y = u * gain.to(u.dtype)
@@ -120,12 +129,23 @@ def _times(x: Tensor, w: Tensor, b: Tensor | None, d: Tensor) -> Tensor:
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, a: Tensor, up: Tensor, scale: float, rate: float, gain: Tensor | None, seed: int
+        ctx: Any,
+        x: Tensor,
+        w: Tensor | Packed,
+        b: Tensor | None,
+        a: Tensor,
+        up: Tensor,
+        scale: float,
+        rate: float,
+        gain: Tensor | None,
+        seed: int,
     ) -> Tensor:
         y, h, u = _forward(x, w, b, a, up, scale, rate, gain, seed, trains=True)
         # u is kept where gain trains: neither y (it may be overwritten) nor a division by gain (it may be 0) gives it back
         wants_gain = gain is not None and ctx.needs_input_grad[7]
-        ctx.save_for_backward(x, w, a, up, h if ctx.needs_input_grad[4] else None, gain, u if wants_gain else None)
+        ctx.packed = None if isinstance(w, Tensor) else w
+        kept_h, kept_u = h if ctx.needs_input_grad[4] else None, u if wants_gain else None
+        ctx.save_for_backward(x, w if isinstance(w, Tensor) else None, a, up, kept_h, gain, kept_u)
         ctx.scale, ctx.rate, ctx.seed, ctx.whole = scale, rate, seed, h is None
         ctx.b_dtype = None if b is None else b.dtype
         return y
@@ -155,7 +175,7 @@ class _LowRankLinear(torch.autograd.Function):
             if need_a:
                 da = (dh.mT @ (rows if kept is None else rows * kept)).to(a.dtype)
             if need_x:
-                dx = dy @ w
+                dx = dy @ (w if ctx.packed is None else ctx.packed.whole(dy.dtype))
                 if kept is None:
                     dx.addmm_(dh, a.to(dy.dtype))
                 else:

@@ -8,13 +8,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .packed import Packed, packed_linear
+
 
 def lowrank_linear(
-    x: Tensor, w: Tensor, b: Tensor | None, a: Tensor, up: Tensor, scale: float, *, dropout: float = 0.0, gain: Tensor | None = None
+    x: Tensor,
+    w: Tensor | Packed,
+    b: Tensor | None,
+    a: Tensor,
+    up: Tensor,
+    scale: float,
+    *,
+    dropout: float = 0.0,
+    gain: Tensor | None = None,
 ) -> Tensor:
     """y = gain ⊙ (x Wᵀ + scale · (drop(x) Aᵀ) Bᵀ) + b, by ordinary autograd."""
     dropped = F.dropout(x, dropout) if dropout > 0 else x
-    y = F.linear(x, w.detach()) + scale * F.linear(F.linear(dropped, a.to(x.dtype)), up.to(x.dtype))
+    y = (F.linear(x, w.detach()) if isinstance(w, Tensor) else packed_linear(x, w)) + scale * F.linear(
+        F.linear(dropped, a.to(x.dtype)), up.to(x.dtype)
+    )
     if gain is not None:
         y = y * gain.to(y.dtype)
     return y if b is None else y + b.to(y.dtype)

@@ -71,6 +71,11 @@ class Op(ABC):
         """(U, V, s) with M = s · U V, U (..., n_out, k) and V (..., k, n_in), where M is made of two such factors; None where it is not."""
         return None
 
+    @property
+    def lean(self) -> bool:
+        """Whether it is applied without being formed: whether it has a `rows` of its own."""
+        return type(self).rows is not Op.rows
+
     def rows(self, x: Tensor, geo: Geometry) -> Tensor:
         """x Mᵀ in the geometry `geo`, computed in the dtype of x where x is floating."""
         m = self.dense()

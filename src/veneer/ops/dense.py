@@ -45,6 +45,10 @@ class Sum(Op):
     def fixed(self) -> bool:  # type: ignore[override]
         return all(t.fixed for t in self.terms)
 
+    @property
+    def lean(self) -> bool:
+        return all(t.lean for t in self.terms)
+
     def dense(self) -> Tensor:
         first, *rest = [t.dense() for t in self.terms]
         for m in rest:

@@ -20,6 +20,10 @@ class Dropped(Op):
     def fixed(self) -> bool:  # type: ignore[override]
         return self.inner.fixed
 
+    @property
+    def lean(self) -> bool:
+        return self.inner.lean
+
     def dense(self) -> Tensor:
         return self.inner.dense()
 
@@ -37,6 +41,10 @@ class Switched(Op):
     @property
     def fixed(self) -> bool:  # type: ignore[override]
         return self.inner.fixed
+
+    @property
+    def lean(self) -> bool:
+        return self.inner.lean
 
     def dense(self) -> Tensor:
         m = self.inner.dense()

@@ -84,6 +84,10 @@ class Product(Op):
 
     factors: Sequence[Op]
 
+    @property
+    def lean(self) -> bool:
+        return all(f.lean for f in self.factors)
+
     def dense(self) -> Tensor:
         m = self.factors[0].dense()
         for f in self.factors[1:]:

@@ -81,7 +81,7 @@ class Site(Adaptable):
 
     def where(self, module: nn.Module) -> tuple[torch.device, torch.dtype]:
         name = self.weight_name.rpartition(".")[2]
-        return self.codec.weight(module, name).device, self.codec.dtype(module, name)
+        return self.codec.device(module, name), self.codec.dtype(module, name)
 
     def tensors(self, module: nn.Module) -> dict[str, Tensor]:
         b = self.bias(module)
@@ -95,6 +95,10 @@ class Site(Adaptable):
     def bias(self, module: nn.Module) -> Tensor | None:
         b: Tensor | None = getattr(module, self.bias_name, None)
         return b
+
+    def dense(self, module: nn.Module, w: Tensor, b: Tensor | None) -> nn.Module:
+        """torch's own module that does what this one does with `w` (in the layout of `stored`) and `b` in the place of packed tensors."""
+        raise NotImplementedError(f"a {self.kind} site is never packed")
 
     def substituted(self, module: nn.Module, changes: Changes, frozen: Mapping[str, Any]) -> dict[str, Any]:
         stored = frozen.get(self.weight_name)
@@ -110,8 +114,24 @@ class Site(Adaptable):
     def run_whole(
         self, module: nn.Module, changes: Changes, args: tuple[Any, ...], kwargs: Mapping[str, Any], frozen: Mapping[str, Any]
     ) -> Any:
-        """The module itself, run with W' formed whole: right for whatever its forward does."""
+        """The module itself, run with W' formed whole: right for whatever its forward does. For a packed one, torch's own module."""
+        if not self.codec.plain:
+            tensors = self.substituted(module, changes, frozen)
+            return self.dense(module, tensors[self.weight_name], tensors.get(self.bias_name))(*args, **kwargs)
         return call_with(module, self.substituted(module, changes, frozen), args, kwargs)
+
+
+def filled(new: nn.Module, old: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.Module:
+    """A new module, given its tensors, and the hooks and mode of the one whose place it takes."""
+    for name, t in tensors.items():
+        if t is not None and not isinstance(t, nn.Parameter):  # a result of this call, with its gradient
+            del new._parameters[name]
+            new.__dict__[name] = t
+        else:
+            new._parameters[name] = t
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        new.__dict__[hooks] = old.__dict__[hooks]
+    return new.train(old.training)
 
 
 def hooked(module: nn.Module) -> bool:

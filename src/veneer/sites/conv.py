@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..change import bias, rows
 from ..engine.substitute import call_with
-from .base import Changes, Site, hooked
+from .base import Changes, Site, filled, hooked
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _KINDS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
@@ -71,7 +73,8 @@ class ConvSite(Site):
         self.n_out, self.n_in = int(conv.out_channels), int(conv.in_channels // conv.groups) * math.prod(self.kernel)
         self.channels = int(conv.in_channels)
         known = next(k for k in _KINDS if isinstance(module, k))
-        self.own_forward = type(module).forward is not known.forward or type(module)._conv_forward is not known._conv_forward  # type: ignore[attr-defined]
+        own = type(module).forward is not known.forward or type(module)._conv_forward is not known._conv_forward  # type: ignore[attr-defined]
+        self.own_forward = own and self.codec.plain
 
     @staticmethod
     def matches(module: nn.Module) -> bool:
@@ -83,6 +86,14 @@ class ConvSite(Site):
     def stored(self, w: Tensor) -> Tensor:
         return w.reshape(self.n_out, -1, *self.kernel)
 
+    def dense(self, module: nn.Module, w: Tensor, b: Tensor | None) -> nn.Module:
+        conv: Any = module
+        known = next(k for k in _KINDS if isinstance(module, k))
+        names = ("stride", "padding", "dilation", "groups", "padding_mode")
+        options = {n: getattr(conv, n) for n in names}
+        out = known(conv.in_channels, conv.out_channels, conv.kernel_size, bias=b is not None, device="meta", **options)
+        return filled(out, module, {self.weight_name: w, self.bias_name: b})
+
     def apply(
         self, module: nn.Module, changes: Changes, args: tuple[Any, ...], kwargs: Mapping[str, Any], frozen: Mapping[str, Any]
     ) -> Any:
@@ -93,14 +104,22 @@ class ConvSite(Site):
             return self.run_whole(module, changes, args, kwargs, frozen)
         geo = Windows(module, self.own_forward)
         x: Tensor = args[0]
-        w, b = frozen.get(self.weight_name, module.weight), frozen.get(self.bias_name, module.bias)
+        b = frozen.get(self.bias_name, module.bias)
 
         inside = all(c.additive and c.shift is None for c, _ in changes)  # then the bias may come with the base's output
 
+        def dequantised(z: Tensor) -> Tensor:
+            return convolve(module, z, self.codec.weight(module, dtype=z.dtype), b if inside else None, self.groups)  # type: ignore[arg-type]
+
         def base(z: Tensor) -> Tensor:
             if self.own_forward or hooked(module):
-                out: Tensor = call_with(module, frozen, (z,), {}) if frozen else module(z)
+                call = module if self.codec.plain else partial(checkpoint, module, use_reentrant=False)
+                out: Tensor = call_with(module, frozen, (z,), {}) if frozen else call(z)
                 return out if b is None or inside else out - _shaped(b, self.kernel)
+            if not self.codec.plain:
+                packed: Tensor = checkpoint(dequantised, z, use_reentrant=False)
+                return packed
+            w = frozen.get(self.weight_name, module.weight)
             return convolve(module, z, w, b if inside else None, self.groups)  # type: ignore[arg-type]
 
         y = rows(changes, base, x, geo)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..change import rows
 from ..engine.substitute import call_with
-from .base import Changes, Site
+from .base import Changes, Site, filled
 
 
 class Lookup:
@@ -62,7 +62,7 @@ class EmbeddingSite(Site):
         assert isinstance(module, nn.Embedding)
         self.n_in, self.n_out = module.num_embeddings, module.embedding_dim
         self.mutates = module.max_norm is not None
-        self.own_forward = type(module).forward is not nn.Embedding.forward
+        self.own_forward = self.codec.plain and type(module).forward is not nn.Embedding.forward
 
     @staticmethod
     def matches(module: nn.Module) -> bool:
@@ -76,6 +76,11 @@ class EmbeddingSite(Site):
 
     def bias(self, module: nn.Module) -> Tensor | None:
         return None
+
+    def dense(self, module: nn.Module, w: Tensor, b: Tensor | None) -> nn.Module:
+        assert isinstance(module, nn.Embedding)
+        out = nn.Embedding(self.n_in, self.n_out, module.padding_idx, device="meta")
+        return filled(out, module, {self.weight_name: w})
 
     def apply(
         self, module: nn.Module, changes: Changes, args: tuple[Any, ...], kwargs: Mapping[str, Any], frozen: Mapping[str, Any]
@@ -100,4 +105,4 @@ class EmbeddingSite(Site):
         if limit is not None:
             norm = torch.linalg.vector_norm(y, module.norm_type, dim=-1, keepdim=True)
             y = torch.where(norm > limit, y * (limit / (norm + 1e-7)), y)
-        return y.to(module.weight.dtype)
+        return y.to(self.codec.dtype(module))

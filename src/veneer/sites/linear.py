@@ -1,4 +1,4 @@
-"""nn.Linear and transformers' Conv1D (which stores Wᵀ), their subclasses included."""
+"""nn.Linear and transformers' Conv1D (which stores Wᵀ), their subclasses included, and the linear layers of quantisation libraries."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..bases import Stored, codec_for
 from ..change import bias, derived, fused, placed, rows
 from ..engine.substitute import call_with
 from ..kernels.derived import derived_linear
 from ..kernels.lowrank import lowrank_linear
+from ..kernels.packed import packed_linear
 from ..kernels.sparse import sparse_linear
 from ..ops import Rows
-from .base import Changes, Site, hooked
+from .base import Changes, Site, filled, hooked
 
 
 class LinearGeometry(Rows):
@@ -32,18 +34,21 @@ class LinearSite(Site):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self.transposed = not isinstance(module, nn.Linear)
+        self.transposed = self.codec.plain and not isinstance(module, nn.Linear)
         if self.transposed:
             self.n_in, self.n_out = (int(n) for n in module.weight.shape)  # type: ignore[union-attr]
-        else:
+        elif self.codec.plain:
             self.n_out, self.n_in = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-            own = type(module).forward is not nn.Linear.forward
-            self.own_forward = own and self.codec.plain
+            self.own_forward = type(module).forward is not nn.Linear.forward
+        else:
+            self.n_out, self.n_in = self.codec.shape(module)
 
     @staticmethod
     def matches(module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear) or any(
-            c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__
+        return (
+            isinstance(module, nn.Linear)
+            or any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+            or (not isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)) and _packed_linear_layer(module))
         )
 
     def canonical(self, stored: Tensor) -> Tensor:
@@ -55,11 +60,13 @@ class LinearSite(Site):
     def apply(
         self, module: nn.Module, changes: Changes, args: tuple[Any, ...], kwargs: Mapping[str, Any], frozen: Mapping[str, Any]
     ) -> Any:
+        if not self.codec.plain:
+            return self._packed(module, changes, args, kwargs)
         more = self.own_forward or len(args) != 1 or bool(kwargs)
         if more and all(c.fixed for c, _ in changes):
             return self.run_whole(module, changes, args, kwargs, frozen)
         x: Tensor = args[0]
-        if more or hooked(module) or not self.codec.plain:
+        if more or hooked(module):
             return self._around(module, changes, args, kwargs, frozen)
         stored = frozen.get(self.weight_name)
         w = self.weight(module) if stored is None else self.canonical(stored)
@@ -85,6 +92,32 @@ class LinearSite(Site):
         y = rows(changes, lambda z: F.linear(z, w), x, _GEOMETRY)
         return y if b is None else y + b.to(y.dtype)
 
+    def _packed(self, module: nn.Module, changes: Changes, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """With W packed: multiplied by its storage, never kept whole. A module with hooks is called as a whole."""
+        if not args:  # the input has a name: torch's own module knows it as well
+            return self.run_whole(module, changes, args, kwargs, {})
+        x, *rest = args
+        b, stored = self.bias(module), Stored(self.codec, module)
+        if rest or kwargs or hooked(module):
+            shift = b.detach() if b is not None else None
+
+            def call(z: Tensor) -> Tensor:
+                y: Tensor = module(z, *rest, **kwargs)
+                return y if shift is None else y - shift.to(y.dtype)
+
+            stored = Stored(self.codec, module, call)
+        new = bias(changes, b)
+        one = fused(changes)
+        if one is not None:
+            low, gain = one
+            return lowrank_linear(x, stored, new, low.down, low.up, low.scale, dropout=low.dropout, gain=gain)
+        y = rows(changes, lambda z: packed_linear(z, stored), x, _GEOMETRY)
+        return y if new is None else y + new.to(y.dtype)
+
+    def dense(self, module: nn.Module, w: Tensor, b: Tensor | None) -> nn.Module:
+        out = nn.Linear(self.n_in, self.n_out, bias=b is not None, device="meta")
+        return filled(out, module, {self.weight_name: w, self.bias_name: b})
+
     def _around(
         self, module: nn.Module, changes: Changes, args: tuple[Any, ...], kwargs: Mapping[str, Any], frozen: Mapping[str, Any]
     ) -> Tensor:
@@ -104,3 +137,8 @@ class LinearSite(Site):
         for c, _ in changes:
             y = y if c.shift is None else y + c.shift.to(y.dtype)
         return y
+
+
+def _packed_linear_layer(module: nn.Module) -> bool:
+    codec = codec_for(module)
+    return not codec.plain and "linear" in codec.kinds

@@ -24,6 +24,11 @@ class ParameterSite(Site):
     def __init__(self, module: nn.Module, name: str) -> None:
         self.weight_name = name
         super().__init__(module)
+        if not self.codec.plain:
+            raise ConfigError(
+                f"target_parameters cannot adapt {name!r}: its module is quantised ({self.codec.name}), so there is no parameter that holds the weight. "
+                "Name the module in target_modules."
+            )
         p = self._of(module)
         if p.ndim not in (2, 3):
             raise ConfigError(f"target_parameters can adapt 2-D and 3-D parameters; {name!r} has shape {tuple(p.shape)}.")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bases.base import flat
 from ..config import PeftConfig
 from ..engine.inject import adapted_layers
 from ..engine.layer import AdaptedLayer
@@ -25,6 +26,7 @@ from ..mapping import get_peft_model
 from ..method import Method
 from ..methods.lora import LoraConfig
 from ..model import PeftModel
+from .packed import packed_sites
 from .sites import SITES, SiteCase
 
 ROWS = 4
@@ -47,12 +49,13 @@ class Case:
 
     @property
     def place(self) -> SiteCase:
-        return SITES[self.site]
+        return SITES[self.site] if self.site in SITES else packed_sites()[self.site]
 
     def base(self) -> nn.Module:
         """The site's model, the same every time."""
         torch.manual_seed(1)
-        return self.place.model().to(self.dtype)
+        model = self.place.model()
+        return model.to(self.dtype) if self.site in SITES else model  # what is packed has its own
 
     def inputs(self, rows: int = ROWS) -> Tensor:
         """A batch, the same every time."""
@@ -128,7 +131,7 @@ class Case:
 
     def close(self, a: Tensor, b: Tensor, loose: float = 1.0) -> None:
         """Equal up to what the dtype can carry."""
-        tolerance = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 6e-2}[self.dtype] * loose
+        tolerance = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 6e-2}[self.dtype] * loose * self.place.loose
         torch.testing.assert_close(a, b, atol=tolerance * float(b.detach().float().abs().max().clamp_min(1)), rtol=0)
 
 
@@ -142,11 +145,21 @@ def move(model: nn.Module, seed: int = 4, size: float = 0.1) -> None:
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {k: v.clone() for k, v in model.state_dict().items()}
+    return {name: _bits(t) for k, v in model.state_dict().items() for name, t in flat(k, v)}
+
+
+def _bits(t: Tensor) -> Tensor:
+    """A copy of a tensor's bytes: as numbers, packed ones may be NaN, which equals nothing."""
+    return t.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
 
 
 def _frozen(model: PeftModel) -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    """Every number that does not train, as it is stored."""
+    out = {name: t for n, p in model.named_parameters() if not p.requires_grad for name, t in flat(n, p)}
+    for path, layer in adapted_layers(model):
+        if not layer.site.codec.plain:
+            out |= {f"{path}.{n}": t for n, t in layer.site.codec.packed(layer.frozen).items()}
+    return {n: _bits(t) for n, t in out.items()}
 
 
 # -------------------------------------------------------------------- the laws
@@ -208,6 +221,10 @@ class _Bare(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer
+        if layer.quantised:
+            tensors = layer.effective(["default"])
+            site = layer.weight_site
+            return site.dense(layer.base_layer, tensors[site.weight_name], tensors.get(site.bias_name))(*args, **kwargs)
         tensors = layer.effective(["default"])
         if layer.site.kind == "attention":
             inner: Any = layer.base_layer.out_proj
@@ -244,7 +261,7 @@ def merged_equals_unmerged(case: Case) -> None:
     try:
         model.merge_adapter()
     except MergeError:
-        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        assert all(torch.equal(v, before[k]) for k, v in _state(model).items())
         if not case.config.unmergeable and _fits(case):
             raise
         return
@@ -261,7 +278,7 @@ def unmerging_is_exact(case: Case) -> None:
     for _ in range(100 if case.site == "linear" else 3):
         model.merge_adapter()
         model.unmerge_adapter()
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in _state(model).items())
     assert torch.equal(case.run(model), y)
 
 
@@ -278,7 +295,7 @@ def saved_and_loaded_is_the_same(case: Case) -> None:
         model.save_pretrained(folder)
         again = PeftModel.from_pretrained(case.base(), folder).eval()
         assert torch.equal(case.output(again), case.output(model))
-        ours, theirs = model.state_dict(), again.state_dict()
+        ours, theirs = _state(model), _state(again)
         assert set(ours) == set(theirs)
         assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
 
@@ -296,7 +313,7 @@ def only_the_adapter_trains(case: Case) -> None:
             assert p.grad is not None and bool((p.grad != 0).any()), f"no gradient reached {n}"
     optimizer.step()
     after = dict(model.named_parameters())
-    assert all(torch.equal(after[n], v) for n, v in before.items())
+    assert all(torch.equal(v, before[n]) for n, v in _frozen(model).items())
     assert all(not torch.equal(after[n], v) for n, v in trained.items())
 
 
@@ -459,13 +476,15 @@ def sites_of(config: Method) -> list[str]:
 def cases(
     configs: Iterable[Method], sites: Iterable[str] | None = None, dtypes: Iterable[torch.dtype] = (torch.float32,)
 ) -> Iterator[Case]:
-    """Every config on every site it claims in every dtype."""
-    wanted = set(sites) if sites is not None else None
+    """Every config on every site it claims in every dtype; on packed ones (see `packed_sites`) where they are asked for by name."""
     for config in configs:
-        for site in sites_of(config):
-            if wanted is None or site in wanted:
-                for dtype in dtypes:
-                    yield Case(config, site, dtype)
+        claimed = sites_of(config)
+        if sites is not None:
+            packed = packed_sites() if "linear" in config.kinds else {}
+            claimed = [s for s in [*claimed, *packed] if s in set(sites)]
+        for site in claimed:
+            for dtype in dtypes:
+                yield Case(config, site, dtype)
 
 
 def examples(method: type[Method]) -> list[Method]:

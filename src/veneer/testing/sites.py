@@ -20,6 +20,7 @@ class SiteCase:
         fields: what a config needs in order to hit it.
         mergeable: False where no weight of the layer can hold a change that reads all inputs (grouped convolutions).
         passes: False where torch's own layer holds gradients back: padding rows of a table, rows cut to a norm.
+        loose: by how much more than usual two outputs may differ, where a storage rounds what it is given.
     """
 
     kind: str
@@ -28,6 +29,7 @@ class SiteCase:
     fields: dict[str, Any]
     mergeable: bool = True
     passes: bool = True
+    loose: float = 1.0
 
 
 class _Wrap(nn.Module):

@@ -11,6 +11,7 @@ from typing import Any
 from ..config import PeftConfig
 from ..errors import ConfigError, hint
 from ..method import config_class, load_methods
+from .quantise import check_storage
 
 TASKS = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
 
@@ -27,6 +28,7 @@ class Recipe:
         steps: optimizer steps; if not given, `epochs` passes over the data.
         batch_size: rows per step and process;  accumulate: steps whose gradients are added up;  length: tokens per row.
         learning_rate, warmup, weight_decay, schedule: of AdamW;  dtype: of the frozen weights.
+        quantize: the storage that the frozen weights are packed in, such as "nf4"; see `veneer.training.quantise`.
         save_every: steps between checkpoints, 0 for none;  resume: go on from the last checkpoint in `out`.
     """
 
@@ -48,6 +50,7 @@ class Recipe:
     weight_decay: float = 0.0
     schedule: str = "linear"
     dtype: str = "auto"
+    quantize: str | None = None
     gradient_checkpointing: bool = False
     seed: int = 0
     save_every: int = 0
@@ -62,6 +65,8 @@ class Recipe:
             raise ConfigError(f"Unknown task {self.task!r}. There are {', '.join(TASKS)}.{hint(self.task, TASKS)}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"Unknown dtype {self.dtype!r}: auto, float32, bfloat16 or float16.")
+        if self.quantize is not None:
+            check_storage(self.quantize)
         for name in ("batch_size", "accumulate", "length", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} has to be positive, got {getattr(self, name)}.")

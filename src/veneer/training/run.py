@@ -17,13 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bases import stored_bytes
 from ..checkpoint import load_into, read_adapter
 from ..engine.inject import adapted_layers
 from ..errors import ConfigError
 from ..mapping import get_peft_model
 from ..model import PeftModel
+from ..status import count_parameters
 from .data import classification_examples, collate, language_examples, pack, read_rows
 from .loss import HeadlessLoss
+from .quantise import storage
 from .recipe import Recipe
 
 
@@ -109,13 +112,17 @@ def _check_model(model: str) -> None:
 def _load(recipe: Recipe, labels: Sequence[str]) -> Any:
     import transformers
 
-    dtype = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[recipe.dtype]
+    dtype: Any = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[recipe.dtype]
+    options: dict[str, Any] = {"dtype": dtype}
     try:
+        if recipe.quantize is not None:
+            own = getattr(transformers.AutoConfig.from_pretrained(recipe.model), "dtype", None) or torch.float32
+            options["quantization_config"] = storage(recipe.quantize, own if dtype == "auto" else dtype, recipe.task != "causal-lm")
         if recipe.task == "causal-lm":
-            return transformers.AutoModelForCausalLM.from_pretrained(recipe.model, dtype=dtype)
+            return transformers.AutoModelForCausalLM.from_pretrained(recipe.model, **options)
         names = dict(enumerate(labels))
         return transformers.AutoModelForSequenceClassification.from_pretrained(
-            recipe.model, dtype=dtype, num_labels=len(labels), id2label=names, label2id={v: k for k, v in names.items()}
+            recipe.model, num_labels=len(labels), id2label=names, label2id={v: k for k, v in names.items()}, **options
         )
     except (OSError, ValueError) as e:
         raise ConfigError(f"{recipe.model!r} cannot be loaded for {recipe.task}: {_first_line(e)}") from e
@@ -147,15 +154,13 @@ def overview(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
     for path, layer in adapted_layers(model.get_base_model()):
         groups.setdefault(path.rpartition(".")[2], []).append(sum(p.numel() for p in layer.parameters() if p.requires_grad))
     trainable = [p for p in model.parameters() if p.requires_grad]
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     grads = sum(p.numel() * p.element_size() for p in trainable)
-    total = sum(p.numel() for p in model.parameters())
     return {
         "modules": {name: {"count": len(sizes), "parameters": sum(sizes)} for name, sizes in groups.items()},
         "trained_whole": sorted(model.modules_to_save or ()),
         "trainable_parameters": sum(p.numel() for p in trainable),
-        "all_parameters": total,
-        "memory": {"weights": weights, "gradients": grads, "optimizer": 2 * grads},
+        "all_parameters": count_parameters(model)[1],
+        "memory": {"weights": stored_bytes(model), "gradients": grads, "optimizer": 2 * grads},
         "train_rows": len(prepared.train),
         "held_out_rows": len(prepared.held_out),
         "steps": _steps(recipe, len(prepared.train)),

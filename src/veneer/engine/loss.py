@@ -1,0 +1,96 @@
+"""What a merge loses, layer by layer."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..errors import MergeError, PeftWarning
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one layer's merge lost to rounding.
+
+    Attributes:
+        error: ‖rounded ΔW - ΔW‖ / ‖ΔW‖, where the weight is quantised again by that, too.
+        lost: share of entries whose weight did not move although their ΔW is not zero.
+        size: ‖ΔW‖ / ‖W‖.
+        quantisation: of a quantised layer, ‖M - W'‖ / ‖ΔW‖, M being the merged weight and W' what the layer computed with unmerged: above 1, what
+            quantising does to the layer is more than what was learned. None where nothing is quantised.
+    """
+
+    error: float
+    lost: float
+    size: float
+    quantisation: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """In words: `exact`, `good`, `lossy` where more than a tenth of the change is lost, `drowned` where quantising does more than it."""
+        if self.quantisation is not None and self.quantisation > 1:
+            return "drowned"
+        return "exact" if self.error < 1e-6 else "good" if self.error <= 0.1 else "lossy"
+
+
+@dataclass
+class MergeReport:
+    """Per layer path, what was lost."""
+
+    layers: dict[str, LayerReport] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> str | None:
+        """The path with the largest error."""
+        return max(self.layers, key=lambda p: self.layers[p].error) if self.layers else None
+
+    def warn(self, advice: str) -> None:
+        """Say so where quantising moves the weights further than the adapters do."""
+        drowned = {p: r.quantisation for p, r in self.layers.items() if r.quantisation is not None and r.quantisation > 1}
+        if drowned:
+            worst = max(drowned, key=lambda p: drowned[p] or 0)
+            warnings.warn(
+                f"In {len(drowned)} of {len(self.layers)} layers quantisation moves the merged weight further than the adapter does "
+                f"({drowned[worst]:.1f} times as far in {worst!r}), so the merged model may have lost what was trained. {advice}, or keep the "
+                "adapter unmerged; the report has the figure of each layer.",
+                PeftWarning,
+                stacklevel=4,
+            )
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "nothing merged"
+        rows = [
+            f"{p}: error {r.error:.1e}, lost {r.lost:.1%}"
+            + (f", quantisation {r.quantisation:.2g} of the change" if r.quantisation is not None else "")
+            + f", {r.verdict}"
+            for p, r in self.layers.items()
+        ]
+        return "\n".join(rows)
+
+
+def check_finite(path: str, names: Sequence[str], *tensors: Tensor | None) -> None:
+    """Raise MergeError unless all numbers are finite."""
+    if not all(bool(torch.isfinite(t).all()) for t in tensors if t is not None):
+        raise MergeError(f"{path}: NaNs detected in the merged weights. The adapter {list(names)} seems to be broken")
+
+
+def loss(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> LayerReport:
+    """`parts`: of each tensor the exact difference, the one that is left after rounding, and the frozen values."""
+
+    def norm(tensors: Iterable[Tensor]) -> float:
+        return math.sqrt(sum(float(t.norm()) ** 2 for t in tensors))
+
+    size = norm(d for d, _, _ in parts)
+    count = sum(int((d != 0).sum()) for d, _, _ in parts)
+    lost = sum(int(((got == 0) & (d != 0)).sum()) for d, got, _ in parts)
+    return LayerReport(
+        norm(got - d for d, got, _ in parts) / size if size else 0.0,
+        lost / count if count else 0.0,
+        size / max(norm(w for _, _, w in parts), 1e-30),
+    )

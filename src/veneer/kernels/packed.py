@@ -1,0 +1,57 @@
+"""x Wᵀ with a W that is stored packed: it is multiplied by its storage, dequantised again in the backward, and never kept whole."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+class Packed(Protocol):
+    """A packed weight W (n_out, n_in)."""
+
+    def times(self, x: Tensor) -> Tensor:
+        """x Wᵀ in the dtype of x; called without gradients."""
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        """W in a floating dtype, made for this one use."""
+
+
+def product(x: Tensor, w: Tensor | Packed, b: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b, without gradients for a packed W."""
+    if isinstance(w, Tensor):
+        return F.linear(x, w, b)
+    y = w.times(x)
+    return y if b is None else y + b.to(y.dtype)
+
+
+def packed_linear(x: Tensor, w: Packed) -> Tensor:
+    """x Wᵀ; its gradient for x is dy W. What the storage itself rounds in its product counts as not rounded.
+
+    Args:
+        x: (..., n_in);  w: it gets no gradient.
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    with torch.autocast(kind, enabled=False):
+        if torch.is_grad_enabled() and x.requires_grad:
+            y: Tensor = _PackedLinear.apply(x, w)  # type: ignore[no-untyped-call]
+            return y
+        with torch.no_grad():
+            return w.times(x)
+
+
+class _PackedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Packed) -> Tensor:
+        ctx.w = w
+        return w.times(x)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy @ ctx.w.whole(dy.dtype), None
