@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import veneer
 from veneer.deltas import thin, votes
-from veneer.engine.inject import adapted_layers
+from veneer.engine.layer import adapted_layers
 from veneer.errors import ConfigError, PeftWarning, RouteError
 from veneer.testing import SITES, sites_of
 from veneer.testing.laws import move

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import veneer
-from veneer.engine.inject import adapted_layers
+from veneer.engine.layer import adapted_layers
 from veneer.errors import ConfigError, ConversionError, PeftWarning, RouteError
 from veneer.intruders import reduce_intruder_dimension
 from veneer.method import Method, load_methods

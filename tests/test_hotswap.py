@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import veneer
-from veneer.engine.inject import adapted_layers
+from veneer.engine.layer import adapted_layers
 from veneer.errors import ConfigError, MergeError, PeftWarning, RouteError, SwapError
 from veneer.helpers import rescale_adapter_scale
 from veneer.hotswap import (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import veneer
-from veneer.engine.inject import adapted_layers
+from veneer.engine.layer import adapted_layers
 from veneer.errors import MergeError
 
 

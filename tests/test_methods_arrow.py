@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import veneer as V
-from veneer.engine.inject import adapted_layers
+from veneer.engine.layer import adapted_layers
 from veneer.errors import ConfigError, LoadError, MergeError, RouteError
 from veneer.testing.laws import move
 from veneer.variants.arrow import prototype

@@ -10,7 +10,7 @@ from torch import nn
 
 import veneer
 from veneer.change import bias, weight
-from veneer.engine.inject import adapted_layers
+from veneer.engine.layer import adapted_layers
 from veneer.method import Method, load_methods
 from veneer.testing import examples
 from veneer.testing.laws import move

@@ -133,15 +133,22 @@ def test_bfloat16_agrees_with_the_dequantised_model(config: dict[str, Any]) -> N
 class Watch(TorchDispatchMode):
     """The most tensors of a weight's size, and floating, that are alive at a time."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, model: nn.Module | None = None) -> None:
         super().__init__()
         self.size, self.alive, self.most = size, {}, 0
+        kept = [*model.parameters(), *model.buffers()] if model is not None else []
+        self.kept = {t.untyped_storage()._cdata for t in kept}  # a view of what the model holds is nothing new
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
-            if type(t) is Tensor and t.is_floating_point() and t.untyped_storage().nbytes() >= 4 * self.size:
-                self.alive[t.untyped_storage()._cdata] = StorageWeakRef(t.untyped_storage())
+            if (
+                type(t) is Tensor
+                and t.is_floating_point()
+                and (kept := t.untyped_storage()).nbytes() >= 4 * self.size
+                and kept._cdata not in self.kept
+            ):
+                self.alive[kept._cdata] = StorageWeakRef(kept)
         self.alive = {k: r for k, r in self.alive.items() if not r.expired()}
         self.most = max(self.most, len(self.alive))
         return out
@@ -153,7 +160,7 @@ def most_alive(config: Method, layers: int, pack: Pack = NF4) -> int:
     model(x).sum().backward()  # what is found out once
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    with Watch(64 * 64) as watch:
+    with Watch(64 * 64, model) as watch:
         model(x).square().sum().backward()
     return watch.most
 
@@ -163,6 +170,7 @@ CONFIGS = [
     for m in load_methods().values()
     if issubclass(m, Method) and "linear" in m.kinds and not m.takes and not m.__name__.startswith("TrainableTokens")
     for i, config in enumerate(examples(m))
+    if not config.experts()
 ]
 
 
@@ -411,6 +419,12 @@ def test_what_a_storage_cannot_carry_is_refused_before_training() -> None:
     unknown[0].weight = nn.Parameter(torch.zeros(64, 64, dtype=torch.int8), requires_grad=False)  # type: ignore[assignment]
     with pytest.raises(ConfigError, match=r"int8.*does not know.*bnb 4bit.*hqq"):
         veneer.get_peft_model(unknown, copy.deepcopy(lora))
+
+
+def test_a_packed_module_is_not_trained_as_a_whole() -> None:
+    """LN tuning takes modules of any kind, and would train a copy of packed bytes."""
+    with pytest.raises(ConfigError, match=r"layers\.0\.site.*module layer stored as"):
+        veneer.get_peft_model(Stack(NF4), veneer.LNTuningConfig(target_modules=["site"]))
 
 
 def test_options_that_a_packed_weight_cannot_serve_name_what_can() -> None:

@@ -14,8 +14,7 @@ from .checkpoint.load import config_of
 from .checkpoint.save import write_adapter
 from .deltas.thin import check_rank
 from .engine.combine import CombineReport, finished, layers_of
-from .engine.inject import adapted_layers
-from .engine.layer import AdaptedLayer
+from .engine.layer import AdaptedLayer, adapted_layers
 from .engine.merge import progress
 from .engine.parts import Parts, Recipe
 from .engine.route import check_known

@@ -16,7 +16,7 @@ from torch import nn
 from .bases import codec_for
 from .config import PeftConfig
 from .engine.caching import keep
-from .engine.inject import adapted_layers
+from .engine.layer import adapted_layers
 from .errors import PeftWarning
 from .kappa import KappaTuneSelector, find_kappa_target_modules
 

@@ -17,8 +17,7 @@ from .checkpoint.load import config_of, read_adapter
 from .checkpoint.match import match, plain
 from .config import PeftConfig
 from .engine.holders import Attached
-from .engine.inject import adapted_layers
-from .engine.layer import AdaptedLayer, set_slot
+from .engine.layer import AdaptedLayer, adapted_layers, set_slot
 from .engine.select import select
 from .errors import ConfigError, MergeError, PeftError, PeftWarning, SwapError, hint
 from .methods.lora import LoraConfig

@@ -19,6 +19,7 @@ from .checkpoint import LoadReport, folder_of, load_into, read_adapter, save_ada
 from .config import PeftConfig
 from .engine import inject
 from .engine.calls import ROWS, by_name, hold, knowing, knowing_each, routing, taken
+from .engine.layer import adapted_layers
 from .engine.route import disabled, find_switch, mixed, the_switch, using
 from .errors import ConfigError, PeftError, PeftWarning, RouteError, hint
 from .prompts.base import Prompt
@@ -369,7 +370,7 @@ class PeftModel(nn.Module):
             ValueError: if there is none of that name, or it is merged.
         """
         self._known(adapter_name)
-        if any(adapter_name in layer.merged_adapters for _, layer in inject.adapted_layers(self.get_base_model())):
+        if any(adapter_name in layer.merged_adapters for _, layer in adapted_layers(self.get_base_model())):
             raise ValueError(f"Cannot delete adapter(s) [{adapter_name!r}] while they are merged. Call unmerge_adapter() first.")
         self._tuner.delete_adapter(adapter_name)
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from .engine.inject import adapter_modules
 from .engine.layer import AdaptedLayer
+from .engine.wrapper import adapter_modules
 from .tuner import Tuner
 
 Irregular = Literal["irregular"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.inject import adapted_layers
+from ..engine.layer import adapted_layers
 from ..errors import ConfigError
 from .save import get_peft_model_state_dict, write_adapter
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RouteError
-from .inject import adapted_layers
-from .layer import Place
+from .layer import Place, adapted_layers
 from .route import Choice, Facts, Switch, choosing
 
 # arguments whose first dimension counts the rows of the batch

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ..errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, RouteError
 from ..method import Method
 from ..sites import adaptable
-from .inject import adapted_layers, adapter_modules
-from .layer import AdaptedLayer
+from .layer import AdaptedLayer, adapted_layers
 from .parts import AS_LORA, ON_DELTA, Combined, Parts, Recipe, united
 from .route import check_known
 from .select import select
+from .wrapper import adapter_modules
 
 LOSSY = 0.1  # the error from which a combination is worth a warning
 

@@ -590,3 +590,10 @@ __all__ = ["AdaptedLayer", "Place", "get_slot", "set_slot", "split_rows"]
 
 def _fields(config: Method) -> dict[str, Any]:
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+    """Every adapted layer with its path."""
+    for path, module in model.named_modules():
+        if isinstance(module, AdaptedLayer):
+            yield path, module

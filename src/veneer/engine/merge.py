@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..bases.config import tell_storage
 from ..errors import MergeError
-from .inject import active_adapters, adapted_layers, unwrap
-from .layer import AdaptedLayer
+from .inject import active_adapters, unwrap
+from .layer import AdaptedLayer, adapted_layers
 from .loss import LayerReport, MergeReport, check_finite, loss
 from .merge_packed import Into, merged_packed, originals
 from .original import Weights

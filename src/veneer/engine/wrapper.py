@@ -74,3 +74,10 @@ class Wrapper(nn.Module, ABC):
         """Let what these adapters train here get gradients, and nothing else here."""
         for adapter in self.adapters():
             self.set_requires_grad(adapter, adapter in names)
+
+
+def adapter_modules(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
+    """Every module that holds tensors of adapters, with its path: adapted layers and modules trained whole."""
+    for path, module in model.named_modules():
+        if isinstance(module, Wrapper):
+            yield path, module

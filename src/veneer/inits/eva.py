@@ -286,7 +286,7 @@ def _root(model: nn.Module) -> nn.Module:
 
 
 def _adapted(model: nn.Module, adapter_name: str) -> tuple[dict[str, Any], Any]:
-    from ..engine.inject import adapted_layers
+    from ..engine.layer import adapted_layers
 
     layers = {n: m for n, m in adapted_layers(_root(model)) if adapter_name in m.attached}
     config = getattr(model, "peft_config", {}).get(adapter_name)  # type: ignore[union-attr]

@@ -88,7 +88,7 @@ def replace_lora_weights_loftq(
         ConfigError: if no layer of this adapter has a quantised weight.
         LoadError: if the unquantised weights are not found, or do not fit. No layer is changed then.
     """
-    from ..engine.inject import adapted_layers
+    from ..engine.layer import adapted_layers
     from ..engine.original import original_weights
 
     root: nn.Module = peft_model.get_base_model() if hasattr(peft_model, "get_base_model") else peft_model  # type: ignore[operator]

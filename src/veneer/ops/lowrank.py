@@ -28,6 +28,10 @@ class LowRank(Op):
     def thin(self) -> tuple[Tensor, Tensor, float]:
         return self.up, self.down, float(self.scale)
 
+    @property
+    def lean(self) -> bool:
+        return self.down.shape[-2] < min(self.up.shape[-2], self.down.shape[-1])  # or its factors are of a weight's size
+
     def left(self, w: Tensor) -> Tensor:
         return self.up.to(w.dtype) @ (self.down.to(w.dtype) @ w) * self.scale
 

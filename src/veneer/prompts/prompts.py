@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..engine import inject
 from ..engine.holders import Keyed
 from ..engine.route import BASE, Choice, Switch, check_known
+from ..engine.wrapper import adapter_modules
 from ..errors import ConfigError, PeftWarning, RouteError
 from .base import Prompt, PromptModule
 from .cpt import CPTConfig
@@ -113,7 +114,7 @@ class Prompts(Keyed):
         """Take a prompt off. If it acted, the first that is left does, and trains, with a warning."""
         check_known([adapter_name], self.adapters())
         before = self.active_adapters
-        for _, wrapper in list(inject.adapter_modules(self.model)):
+        for _, wrapper in list(adapter_modules(self.model)):
             wrapper.delete_adapter(adapter_name)
         del self._modules[adapter_name], self.peft_config[adapter_name]
         left = [n for n in before if n != adapter_name] or self.adapters()[:1]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..bases import stored_bytes
 from ..checkpoint import load_into, read_adapter
-from ..engine.inject import adapted_layers
+from ..engine.layer import adapted_layers
 from ..errors import ConfigError
 from ..mapping import get_peft_model
 from ..model import PeftModel
