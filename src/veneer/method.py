@@ -26,8 +26,8 @@ from .types import PeftType
 if TYPE_CHECKING:
     from .change import Attend, Beside, Change, Swap
     from .engine.calls import Call
-    from .engine.layer import Place
     from .engine.parts import Parts
+    from .engine.place import Place
     from .sites import Site
 
 T = TypeVar("T")
@@ -72,6 +72,16 @@ def _made(t: Tensor) -> Tensor:
     return t
 
 
+def of_training(name: str) -> Any:
+    """For `Method.tuner_methods`: calls `name(sites, *args)` of the config of every adapter that trains, such as a schedule's step in a loop that drives it."""
+    return lambda tuner, *args: tuner.ask_training(name, *args)
+
+
+def of_acting(path: str) -> Any:
+    """For `Method.tuner_methods`: calls `path` of the config of the adapter that acts."""
+    return lambda tuner, *args: tuner.ask_acting(path, *args)
+
+
 METHODS: dict[str, type[PeftConfig]] = {}  # weight methods and prompts
 
 
@@ -84,10 +94,7 @@ class Method(PeftConfig):
         kinds: the kinds of site it adapts: `linear`, `embedding`, `conv`, `attention`, `parameter`, `module`, `self_attention`, `block`.
         stacking: how several active adapters act together: `"sum"` adds their differences to the frozen weight, `"chain"` applies one
             after another.
-        offers: names of methods `(sites, *args)` that `model.base_model` has too, such as a schedule's step for loops that drive it themselves.
-        tools: names of methods `(tuner, *args, **kwargs)` that `model.base_model` has too.
-        answers: methods that `model.base_model` has too: name -> path in the config of the adapter that acts, which is called.
-        tuner_methods: further methods of `model.base_model`, by name: functions of the tuner.
+        tuner_methods: further methods of `model.base_model`, by name: functions of the tuner, such as those that `of_training` and `of_acting` make.
         dry: the kinds of site on which its dropout has nothing to drop.
         unmergeable: why no weight holds the change, for one that depends on the input; empty if it can be merged.
         linear_in: the tensor in which the change is linear if all others are the same: then adapters add up to one of their own kind.
@@ -101,9 +108,6 @@ class Method(PeftConfig):
     prefix: ClassVar[str] = ""
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     stacking: ClassVar[Literal["sum", "chain"]] = "chain"
-    offers: ClassVar[tuple[str, ...]] = ()
-    tools: ClassVar[tuple[str, ...]] = ()
-    answers: ClassVar[Mapping[str, str]] = MappingProxyType({})
     tuner_methods: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     dry: ClassVar[frozenset[str]] = frozenset({"embedding"})
     unmergeable: ClassVar[str] = ""

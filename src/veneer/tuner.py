@@ -363,6 +363,18 @@ class Tuner(nn.Module):
         for part in self.parts.get(adapter, ()):
             yield from part.slots(adapter)
 
+    # ---------------------------------------------------------------- what methods add
+
+    def ask_training(self, name: str, *args: Any) -> None:
+        """Call `name(sites, *args)` of the config of every adapter that trains."""
+        ask(the_switch(self.model), name, *args)
+
+    def ask_acting(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        """Call `path` of the config of the adapter that acts, of the first that has one."""
+        head = path.partition(".")[0]
+        config = next(c for n in (*self.active_adapters, *self.peft_config) if hasattr(c := self.peft_config[n], head))
+        return operator.attrgetter(path)(config)(*args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -373,7 +385,7 @@ class Tuner(nn.Module):
 
 
 class MixedModel(Tuner):
-    """Adapters of several methods on one model; what any of them offers to a training loop, it offers."""
+    """Adapters of several methods on one model; what the tuner of any of them has, it has."""
 
     def _combining(self, adapters: Sequence[str]) -> Method | None:
         configs = [self.peft_config[n] for n in adapters]
@@ -383,9 +395,9 @@ class MixedModel(Tuner):
         return like(task_type=configs[0].task_type, inference_mode=configs[0].inference_mode)  # type: ignore[no-any-return]
 
     def __getattr__(self, name: str) -> Any:
-        configs = self.__dict__.get("peft_config", {})
-        if any(name in getattr(c, "offers", ()) for c in configs.values()):
-            return functools.partial(ask, the_switch(self.model), name)
+        for config in self.__dict__.get("peft_config", {}).values():
+            if name in config.tuner_methods:
+                return functools.partial(config.tuner_methods[name], self)
         return super().__getattr__(name)
 
 
@@ -403,35 +415,8 @@ def tuner_class(peft_type: str) -> type[Tuner]:
 def _class_for(config: Any) -> type[Tuner]:
     prefix = config.prefix if issubclass(config, Method) else ""
     name = config.__name__.removesuffix("Config") + "Model"
-    offered = {n: _offered(n) for n in getattr(config, "offers", ())} | {n: _tool(config, n) for n in getattr(config, "tools", ())}
-    offered |= {n: _answered(n, path) for n, path in getattr(config, "answers", {}).items()}
     own = {"prefix": prefix, "__module__": __name__, "__doc__": f"The tuner of {config.__name__}."}
-    return type(name, (Tuner,), {**own, **offered, **getattr(config, "tuner_methods", {})})
-
-
-def _offered(name: str) -> Any:
-    def call(self: Tuner, *args: Any) -> None:
-        ask(the_switch(self.model), name, *args)
-
-    call.__name__, call.__doc__ = name, f"Call `{name}` of every adapter that trains; see its config."
-    return call
-
-
-def _tool(config: Any, name: str) -> Any:
-    def call(self: Tuner, *args: Any, **kwargs: Any) -> Any:
-        return getattr(next(iter(self.peft_config.values())), name)(self, *args, **kwargs)
-
-    call.__name__, call.__doc__ = name, getattr(config, name).__doc__
-    return call
-
-
-def _answered(name: str, path: str) -> Any:
-    def call(self: Tuner, *args: Any) -> Any:
-        config = next(c for n in (*self.active_adapters, *self.peft_config) if name in (c := self.peft_config[n]).answers)
-        return operator.attrgetter(path)(config)(*args)
-
-    call.__name__, call.__doc__ = name, f"`{path}` of the config of the adapter that acts."
-    return call
+    return type(name, (Tuner,), {**own, **getattr(config, "tuner_methods", {})})
 
 
 def __getattr__(name: str) -> Any:

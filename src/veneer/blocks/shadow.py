@@ -57,7 +57,9 @@ class ShadowConfig(Method, peft_type="SHADOW"):
     kinds: ClassVar[frozenset[str]] = frozenset({"block"})
     unmergeable: ClassVar[str] = "the shadow follows the input from block to block; unload_shadow() gives it as a model of its own"
     routes: ClassVar[bool] = True
-    tools: ClassVar[tuple[str, ...]] = ("unload_shadow",)
+    tuner_methods: ClassVar[Any] = {
+        "unload_shadow": lambda tuner, *args, **kwargs: tuner.ask_acting("unload_shadow", tuner, *args, **kwargs)
+    }
     examples: ClassVar[Any] = ({"r": 3}, {"r": 3, "update_hidden_size": 5, "shadow_hidden_size": 8, "shadow_num_hidden_layers": 2})
 
     def __post_init__(self) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RouteError
-from .layer import Place, adapted_layers
+from .layer import adapted_layers
+from .place import Place
 from .route import Choice, Facts, Switch, choosing
 
 # arguments whose first dimension counts the rows of the batch

@@ -13,7 +13,7 @@ from ..method import Leaf, Method
 from ..ops import LowRank
 
 if TYPE_CHECKING:
-    from .layer import Place
+    from .place import Place
 
 
 class Keyed(nn.ModuleDict):

@@ -18,7 +18,8 @@ from ..errors import ConfigError, PeftWarning, hint
 from ..method import Method
 from ..ops.grouped import spread
 from .holders import Tensors
-from .layer import AdaptedLayer, Place
+from .layer import AdaptedLayer
+from .place import Place
 
 _ON_FACTORS = set(votes.KINDS)  # on A and B, each by itself
 ON_DELTA = {"svd", *(f"{k}_svd" for k in votes.KINDS if k != "linear")}

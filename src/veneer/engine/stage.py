@@ -17,8 +17,9 @@ from ..method import Leaf, Method
 from ..sites import Adaptable, ParameterSite, Site, adaptable
 from ..sites.module import ModuleSite
 from .holders import Attached
-from .layer import AdaptedLayer, Place, adapted_layers
+from .layer import AdaptedLayer, adapted_layers
 from .modules import Part, parts_of
+from .place import Place
 from .route import Switch
 from .select import Selection
 from .ties import tied_to

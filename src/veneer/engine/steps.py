@@ -14,7 +14,7 @@ from .holders import Attached, Tensors
 
 if TYPE_CHECKING:
     from ..method import Method
-    from .layer import Place
+    from .place import Place
     from .route import Switch
 
 

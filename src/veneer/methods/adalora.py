@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..change import Change
 from ..errors import ConfigError, PeftWarning, SaveError
-from ..method import Leaf, Targeted
+from ..method import Leaf, Targeted, of_training
 from ..ops import LowRank
 from ..schedules import Importance, add_gradient, cut, row_means, widen
 from .lora import LoraRuntimeConfig
@@ -80,7 +80,7 @@ class AdaLoraConfig(Targeted, peft_type="ADALORA"):
     prefix: ClassVar[str] = "lora_"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
     stacking: ClassVar[Any] = "sum"
-    offers: ClassVar[tuple[str, ...]] = ("update_and_allocate",)
+    tuner_methods: ClassVar[Any] = {"update_and_allocate": of_training("update_and_allocate")}
     examples: ClassVar[Any] = ({"init_r": 4, "total_step": 10},)
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..change import Change
 from ..errors import ConfigError, LoadError, SaveError
 from ..inits.base import wide
-from ..method import Leaf, Targeted
+from ..method import Leaf, Targeted, of_training
 from ..ops import LowRank
 from ..schedules import Importance
 
@@ -60,7 +60,7 @@ class AdamssConfig(Targeted, peft_type="ADAMSS"):
 
     prefix: ClassVar[str] = "adamss_"
     stacking: ClassVar[Any] = "sum"
-    offers: ClassVar[tuple[str, ...]] = ("update_and_allocate",)
+    tuner_methods: ClassVar[Any] = {"update_and_allocate": of_training("update_and_allocate")}
     examples: ClassVar[Any] = ({"r": 6, "num_subspaces": 2, "subspace_rank": 2}, {"r": 6, "num_subspaces": 3, "use_asa": True})
 
     def __post_init__(self) -> None:

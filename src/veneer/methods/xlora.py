@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..change import Change
 from ..errors import ConfigError, LoadError, PeftWarning, RouteError, SaveError
-from ..method import Leaf, Method
+from ..method import Leaf, Method, of_acting
 from ..ops import LowRank, Sum, gated, per_token
 from ..routes.classifier import Classifier
 from ..routes.experts import Kept, kept, plain, stacked
@@ -68,12 +68,12 @@ class XLoraConfig(Method, peft_type="XLORA"):
     starts_as_identity: ClassVar[bool] = False
     unmergeable: ClassVar[str] = "each token mixes the experts in its own way"
     routes: ClassVar[bool] = True
-    answers: ClassVar[Mapping[str, str]] = {
+    tuner_methods: ClassVar[Any] = {name: of_acting(path) for name, path in {
         "get_latest_scalings": "scalings.latest", "get_scalings_log": "scalings.log", "get_bucketed_scalings_log": "scalings.bucketed",
         "clear_scalings_log": "scalings.clear", "enable_scalings_logging": "scalings.enable", "disable_scalings_logging": "scalings.disable",
         "set_topk_lora": "set_topk_lora", "set_scaling_pass_value": "set_scaling_pass_value",
         "get_global_scaling_weight": "get_global_scaling_weight", "set_global_scaling_weight": "set_global_scaling_weight",
-    }  # fmt: skip
+    }.items()}  # fmt: skip
     examples: ClassVar[Any] = (
         {"adapters": {"a": "", "b": ""}, "xlora_depth": 2, "xlora_size": 6, "xlora_dropout_p": 0.0},
         {"adapters": {"0": "", "1": "", "2": ""}, "layerwise_scalings": True, "scaling_pass_value": 0.3},
