@@ -527,9 +527,21 @@ def test_two_thin_changes_cost_a_small_part_of_a_dense_svd() -> None:
 
 
 @pytest.mark.slow
-def test_five_hundred_times_faster_at_1024() -> None:
+def test_thin_factors_are_never_decomposed_whole() -> None:
+    """Idle, it is some 900 times faster at 1024; a busy machine shows less."""
     n, r = 1024, 16
     up, down = torch.randn(n, 2 * r), torch.randn(2 * r, n)
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "svd" in str(func):
+                sizes.append(max(args[0].shape))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        thin.of_product(up, down).factors(r)
+    assert sizes and max(sizes) <= 2 * r
     start = time.perf_counter()
     torch.linalg.svd(up @ down)
     dense = time.perf_counter() - start
@@ -538,7 +550,7 @@ def test_five_hundred_times_faster_at_1024() -> None:
         start = time.perf_counter()
         thin.of_product(up, down).factors(r)
         best = min(best, time.perf_counter() - start)
-    assert dense > 500 * best
+    assert dense > 50 * best
 
 
 # -------------------------------------------------------------------- the rooms of mathematics

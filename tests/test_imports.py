@@ -69,7 +69,7 @@ ALLOWED = {
     "bases": {"errors"},
     "deltas": {"errors"},
     "methods": {"change", "ops", "method", "config", "types", "errors", "inits", "kernels", "schedules", "variants", "routes"},
-    "schedules": set(),
+    "schedules": {"method", "errors"},
     "variants": {"change", "ops", "method", "types", "errors", "inits", "kernels", "schedules", "routes"},
     "routes": {"ops", "method", "errors"},
 }

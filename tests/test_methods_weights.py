@@ -227,7 +227,7 @@ def test_miss_refuses_what_does_not_divide() -> None:
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=text):
             adapted(V.MissConfig(**fields))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="'bat' or 'mini'"):
+    with pytest.raises(ConfigError, match="'bat', 'mini'"):
         V.MissConfig(init_weights="bet")
 
 
@@ -344,5 +344,5 @@ def test_deft_says_what_has_no_effect() -> None:
     for fields in ({"init_scale": 2.0}, {"para": True, "alpha": 4}, {"para": True, "deft_dropout": 0.1}):
         with pytest.warns(PeftWarning, match="no effect"):
             V.DeftConfig(**fields)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="'relu' or 'qr'"):
+    with pytest.raises(ConfigError, match="'relu', 'qr'"):
         V.DeftConfig(decomposition_method="svd")  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import functools
 import importlib
 import pkgutil
 import re
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import PeftConfig
-from .errors import ConfigError, hint
+from .errors import ConfigError, PeftWarning, hint
 from .types import PeftType
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .sites import Site
 
 T = TypeVar("T")
+M = TypeVar("M", bound="Method")
 Init = Callable[[Tensor], object]
 
 
@@ -98,7 +100,10 @@ class Method(PeftConfig):
         dry: the kinds of site on which its dropout has nothing to drop.
         unmergeable: why no weight holds the change, for one that depends on the input; empty if it can be merged.
         linear_in: the tensor in which the change is linear if all others are the same: then adapters add up to one of their own kind.
-        patterns: which field has the values of another by module, as `rank_pattern` those of `r`.
+        patterns: which field has the values of another by module, as `rank_pattern` those of `r`; keys are ends of names (see `by_pattern`).
+        positive: fields that must be above zero, also in their patterns; None is as good for one whose default it is.
+        shares: fields that must lie in [0, 1).
+        choices: fields that take one of few values.
         routes: whether the change depends on the call: then `facts` is asked at each.
         takes: arguments of the model's forward and generate that are meant for the method and not for the base model.
         examples: fields that suit small layers: what the laws hold the method to, and the table in the docs shows.
@@ -113,6 +118,9 @@ class Method(PeftConfig):
     unmergeable: ClassVar[str] = ""
     linear_in: ClassVar[str] = ""
     patterns: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    positive: ClassVar[tuple[str, ...]] = ()
+    shares: ClassVar[tuple[str, ...]] = ()
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({})
     routes: ClassVar[bool] = False
     takes: ClassVar[tuple[str, ...]] = ()
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
@@ -134,6 +142,22 @@ class Method(PeftConfig):
             value = getattr(self, field, None)
             if isinstance(value, (list, tuple)):
                 setattr(self, field, set(value))
+        self._check_fields()
+
+    def _check_fields(self) -> None:
+        for field in self.positive:
+            pattern, usual = getattr(self, self.patterns.get(field, ""), None) or {}, self.__dataclass_fields__[field].default
+            kind: Any = (int, float) if isinstance(usual, float) else int
+            for value in (getattr(self, field), *pattern.values()):
+                if (not isinstance(value, kind) or value <= 0) and not (value is None and usual is None):
+                    what = "integer value" if kind is int else "number"
+                    raise ConfigError(f"`{field}` should be a positive {what} but the value passed is {value!r}.")
+        for field in self.shares:
+            if not 0 <= getattr(self, field) < 1:
+                raise ConfigError(f"`{field}` should lie in [0, 1), got {getattr(self, field)!r}.")
+        for field, known in self.choices.items():
+            if (value := getattr(self, field)) not in known:
+                raise ConfigError(f"`{field}` is one of {', '.join(map(repr, known))}, got {value!r}.{hint(str(value), map(str, known))}")
 
     def leaves(self, site: Place) -> Mapping[str, Leaf]:
         """The tensors this method keeps at `site`, by name."""
@@ -236,12 +260,18 @@ class Method(PeftConfig):
         is not what the method promises, such as a schedule that never advanced. `step`: how many steps were made."""
 
     def scale(self) -> float:
-        """The nominal scaling of the change; `site.scaling` is its present value."""
-        return 1.0
+        """The nominal scaling of the change, by default the field `scaling`, if any; `site.scaling` is its present value."""
+        return float(getattr(self, "scaling", 1.0))
 
-    def at(self, name: str) -> Method:
-        """This config as it holds for the module called `name` (rank patterns and the like)."""
-        return self
+    def at(self: M, name: str) -> M:
+        """This config as it holds for the module called `name`: with the values of the `patterns`."""
+        tables = ((field, getattr(self, pattern), getattr(self, field)) for field, pattern in self.patterns.items())
+        other = {field: value for field, table, usual in tables if (value := by_pattern(table, name, usual)) != usual}
+        if not other:
+            return self
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PeftWarning)  # said when the config was made
+            return dataclasses.replace(self, **other)
 
     def over(self, here: Mapping[str, Mapping[str, Any]]) -> Method:
         """This config with the fields that `here` gives by module; what differs between modules goes into the `patterns`. Undoes `at`.
@@ -274,8 +304,8 @@ class Method(PeftConfig):
         """Raise RouteError if this adapter cannot act at one place together with `others`, which come after it."""
 
     def dropout(self) -> float:
-        """The probability with which entries of the input are dropped before the additive part, in training."""
-        return 0.0
+        """The probability with which entries of the input are dropped before the additive part, in training: the field `<prefix>dropout`, if any."""
+        return float(getattr(self, f"{self.prefix}dropout", 0.0))
 
     def skip(self) -> float:
         """The probability with which, in training, the additive part does not act on a layer for a call."""

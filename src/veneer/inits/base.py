@@ -50,6 +50,11 @@ def kaiming(*shape: int) -> Tensor:
     return nn.init.kaiming_uniform_(torch.empty(*shape), a=math.sqrt(5))
 
 
+def kaiming_(t: Tensor) -> Tensor:
+    """Fill a tensor so, in place."""
+    return nn.init.kaiming_uniform_(t, a=math.sqrt(5))
+
+
 def singular(w: Tensor, k: int, last: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The k largest (or smallest) singular triples of w (n_out, n_in): u (n_out, k), s (k,) falling, v (k, n_in).
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..change import Change
-from ..errors import ConfigError, PeftWarning, SaveError
-from ..method import Leaf, Targeted, of_training
+from ..errors import ConfigError, PeftWarning
+from ..method import Leaf
 from ..ops import LowRank
-from ..schedules import Importance, add_gradient, cut, row_means, widen
+from ..schedules import Allocating, Importance, add_gradient, by_rank, cut, widen
 from .lora import LoraRuntimeConfig
 
 _IDLE = ("alpha_pattern", "use_rslora", "loftq_config", "lora_bias", "layer_replication")  # LoRA's, without effect here
@@ -25,7 +25,7 @@ _OTHER = (
 
 
 @dataclass
-class AdaLoraConfig(Targeted, peft_type="ADALORA"):
+class AdaLoraConfig(Allocating, peft_type="ADALORA"):
     """W' = W + s · B diag(E) A,  s = alpha / init_r.
 
     A (r, n_in) and B (n_out, r) start normal(0, 0.02), E (r, 1) zero; all are trained, with `orth_reg_weight` · the mean of ‖A Aᵀ - I‖ and ‖Bᵀ B - I‖ over
@@ -80,7 +80,6 @@ class AdaLoraConfig(Targeted, peft_type="ADALORA"):
     prefix: ClassVar[str] = "lora_"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
     stacking: ClassVar[Any] = "sum"
-    tuner_methods: ClassVar[Any] = {"update_and_allocate": of_training("update_and_allocate")}
     examples: ClassVar[Any] = ({"init_r": 4, "total_step": 10},)
 
     def __post_init__(self) -> None:
@@ -107,9 +106,6 @@ class AdaLoraConfig(Targeted, peft_type="ADALORA"):
     def scale(self) -> float:
         return (self.lora_alpha if self.lora_alpha > 0 else self.init_r) / (self.init_r + 1e-5)
 
-    def dropout(self) -> float:
-        return self.lora_dropout
-
     def check(self, site: Any) -> None:
         if site.groups > 1:
             raise ConfigError(f"AdaLoRA does not take convolutions with groups ({site.name!r} has {site.groups}); LoRA does.")
@@ -132,65 +128,43 @@ class AdaLoraConfig(Targeted, peft_type="ADALORA"):
         each = [q for a, b in pairs for q in ((a, a.grad), (b.mT, b.grad.mT))]  # type: ignore[union-attr]
         add_gradient(each, self.orth_reg_weight / (2 * len(sites)))  # type: ignore[arg-type]
 
-    def after_step(self, sites: Sequence[Any], step: int) -> None:
-        """Measure, and allocate unless the training loop does."""
-        own = sites[0].memory
-        if step <= self._end:
-            self._measure(sites)
-        if "asked" not in own:
-            own["before"] = torch.cat(_flat(sites, "lora_E")), own.get("keep")
-            self._allocate(sites, step)
-            if step == self._end:
-                self.rank_pattern = self._pattern(sites)
+    def measure(self, sites: Sequence[Any], step: int) -> bool:
+        importance = sites[0].memory.setdefault("importance", Importance(self.beta1, self.beta2))
+        return step <= self._end and importance.update([s.tensor(n) for n in ("lora_A", "lora_B", "lora_E") for s in sites])
 
-    def update_and_allocate(self, sites: Sequence[Any], global_step: int) -> None:
-        """One step of the schedule, called between `optimizer.step()` and `zero_grad()`. From the first call on it does not run by itself."""
-        own = sites[0].memory
-        if "asked" not in own and "before" in own:  # what this very step has done by itself is taken back
-            e, own["keep"] = own.pop("before")
-            torch._foreach_copy_(_flat(sites, "lora_E"), list(e.split(_ranks(sites))))
-        own["asked"] = True
-        if not own.pop("measured", False) and global_step <= self._end:
-            self._measure(sites)
-            own.pop("measured", None)
-        self._allocate(sites, global_step)
-        self.rank_pattern = self._pattern(sites)
+    def snapshot(self, sites: Sequence[Any]) -> Any:
+        return torch.cat(_flat(sites, "lora_E")), sites[0].memory.get("keep")
+
+    def restore(self, sites: Sequence[Any], before: Any) -> None:
+        e, sites[0].memory["keep"] = before
+        torch._foreach_copy_(_flat(sites, "lora_E"), list(e.split(_ranks(sites))))
+
+    def allocate(self, sites: Sequence[Any], step: int) -> None:
+        own, ranks, es = sites[0].memory, _ranks(sites), _flat(sites, "lora_E")
+        live, target = sum(ranks), self.target_r * len(sites)
+        left = max(1 - (step - self.tinit) / (self._end - self.tinit), 0)
+        budget = int((live - target) * left**3 + target)
+        measured = own["importance"].mean if "importance" in own else []
+        now = self.tinit < step <= self._end and (step % self.deltaT == 0 or step == self._end) and budget < live and bool(measured)
+        if now:
+            score = by_rank(own["importance"].scores(), len(sites))
+            own["keep"] = (score > score.kthvalue(live - budget).values).to(es[0].dtype)
+        if own.get("keep") is not None and (now or step > self._end):
+            torch._foreach_mul_(es, [k.to(e.device) for k, e in zip(own["keep"].split(ranks), es, strict=True)])
+        if "asked" in own or step == self._end:
+            self.rank_pattern = self._pattern(sites)
 
     def check_saving(self, sites: Sequence[Any], step: int) -> None:
         moved = any(s.tensor("lora_E").grad is not None and bool(s.tensor("lora_E").any()) for s in sites)  # if by no torch optimizer
         if not getattr(sites[0].memory.get("importance"), "mean", None) and (0 < step <= self._end or (not step and moved)):
-            raise SaveError(
-                f"AdaLoRA has been trained for {step or 'some'} steps, and its schedule (total_step={self.total_step}) never advanced: no torch "
-                "optimizer was seen to step, so every layer still has its first rank. Call model.base_model.update_and_allocate(step) after each step."
+            raise self.never_advanced(
+                f"for {step or 'some'} steps, and every layer still has its first rank, since its schedule (total_step={self.total_step}) never advanced"
             )
         self.rank_pattern = self._pattern(sites)
 
     @property
     def _end(self) -> int:
         return (self.total_step or 0) - self.tfinal
-
-    def _measure(self, sites: Sequence[Any]) -> None:
-        own = sites[0].memory
-        importance = own.setdefault("importance", Importance(self.beta1, self.beta2))
-        own["measured"] = importance.update([s.tensor(n) for n in ("lora_A", "lora_B", "lora_E") for s in sites])
-
-    def _allocate(self, sites: Sequence[Any], step: int) -> None:
-        """Put to zero what the schedule wants gone at this step."""
-        own, ranks, es = sites[0].memory, _ranks(sites), _flat(sites, "lora_E")
-        live, target = sum(ranks), self.target_r * len(sites)
-        left = max(1 - (step - self.tinit) / (self._end - self.tinit), 0)
-        budget = int((live - target) * left**3 + target)
-        measured = own["importance"].mean if "importance" in own else []
-        if self.tinit < step <= self._end and (step % self.deltaT == 0 or step == self._end) and budget < live and measured:
-            scores = own["importance"].scores()
-            n, device = len(sites), es[0].device
-            of_e = torch.cat([e.flatten().to(device) for e in scores[2 * n :]])
-            score = of_e + row_means(scores[:n], device) + row_means([b.mT for b in scores[n : 2 * n]], device)
-            own["keep"] = (score > score.kthvalue(live - budget).values).to(es[0].dtype)
-        elif step <= self._end:
-            return
-        if own.get("keep") is not None:
-            torch._foreach_mul_(es, [k.to(e.device) for k, e in zip(own["keep"].split(ranks), es, strict=True)])
 
     def _pattern(self, sites: Sequence[Any]) -> dict[str, list[bool]] | None:
         if (keep := sites[0].memory.get("keep")) is None:

@@ -32,6 +32,7 @@ class AdaptionPromptConfig(Method, peft_type="ADAPTION_PROMPT"):
     adapter_layers: int | None = None
 
     prefix: ClassVar[str] = "adaption_"
+    positive: ClassVar[Any] = ("adapter_len", "adapter_layers")
     kinds: ClassVar[frozenset[str]] = frozenset({"self_attention"})
     stacking: ClassVar[Any] = "sum"
     unmergeable: ClassVar[str] = "an adaption prompt adds to the output what depends on the input"
@@ -39,10 +40,6 @@ class AdaptionPromptConfig(Method, peft_type="ADAPTION_PROMPT"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("adapter_len", "adapter_layers"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ConfigError(f"AdaptionPromptConfig.{name} must be a whole number over 0, got {value!r}.")
         if self.target_modules is not None and not isinstance(self.target_modules, str):
             raise ConfigError(f"AdaptionPromptConfig.target_modules is one name, such as 'self_attn', got {self.target_modules!r}.")
 
@@ -52,7 +49,7 @@ class AdaptionPromptConfig(Method, peft_type="ADAPTION_PROMPT"):
 
     def pick(self, names: list[str], fitting: list[str]) -> list[str]:
         """The names of the attention modules of the last layers, of all names in the model and of those that are attention."""
-        missing = [n for n in ("adapter_len", "adapter_layers") if getattr(self, n) is None]
+        missing = [n for n in self.positive if getattr(self, n) is None]
         if missing:
             raise ConfigError(
                 f"AdaptionPromptConfig needs {' and '.join(missing)}: the number of tokens, and of layers counted from the last."

@@ -33,6 +33,8 @@ class DeftConfig(Targeted, peft_type="DEFT"):
     deft_dropout: float = 0.0
 
     prefix: ClassVar[str] = "deft_"
+    positive: ClassVar[Any] = ("r",)
+    choices: ClassVar[Any] = {"decomposition_method": ("relu", "qr")}
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
     stacking: ClassVar[Any] = "sum"
     examples: ClassVar[Any] = (
@@ -43,10 +45,6 @@ class DeftConfig(Targeted, peft_type="DEFT"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r <= 0:
-            raise ConfigError(f"`r` should be a positive integer value but the value passed is {self.r}.")
-        if self.decomposition_method not in ("relu", "qr"):
-            raise ConfigError(f"`decomposition_method` is 'relu' or 'qr', got {self.decomposition_method!r}.")
         idle = ["init_scale"] * (self.init_scale != 1 and (self.para or bool(self.init_weights)))
         idle += [n for n in ("alpha", "deft_dropout") if self.para and getattr(self, n)]
         if idle:
@@ -56,9 +54,6 @@ class DeftConfig(Targeted, peft_type="DEFT"):
     @property
     def starts_as_identity(self) -> bool:
         return not self.para
-
-    def dropout(self) -> float:
-        return self.deft_dropout
 
     def check(self, site: Any) -> None:
         if site.groups > 1:

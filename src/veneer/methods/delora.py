@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -11,8 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..change import Change
-from ..errors import ConfigError
-from ..method import Leaf, Targeted, by_pattern
+from ..inits.base import kaiming_
+from ..method import Leaf, Targeted
 from ..ops import LowRank
 
 
@@ -31,27 +29,18 @@ class DeloraConfig(Targeted, peft_type="DELORA"):
     lambda_pattern: dict[str, int] | None = field(default_factory=dict)
 
     prefix: ClassVar[str] = "delora_"
+    patterns: ClassVar[Any] = {"r": "rank_pattern", "delora_lambda": "lambda_pattern"}
+    positive: ClassVar[Any] = ("r",)
     stacking: ClassVar[Any] = "sum"
     examples: ClassVar[Any] = ({"r": 4},)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if any(r <= 0 for r in (self.r, *(self.rank_pattern or {}).values())):
-            raise ConfigError(
-                f"`r` should be a positive integer value but the value passed is {self.r} (rank_pattern: {self.rank_pattern})."
-            )
 
     def skip(self) -> float:
         return self.module_dropout
 
-    def at(self, name: str) -> DeloraConfig:
-        strength = by_pattern(self.lambda_pattern, name, self.delora_lambda)
-        return dataclasses.replace(self, r=by_pattern(self.rank_pattern, name, self.r), delora_lambda=strength)
-
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
         return {
-            "delora_A": Leaf((self.r, site.n_in), _kaiming),
-            "delora_B": Leaf((site.n_out, self.r), nn.init.zeros_ if self.init_weights else _kaiming),
+            "delora_A": Leaf((self.r, site.n_in), kaiming_),
+            "delora_B": Leaf((site.n_out, self.r), nn.init.zeros_ if self.init_weights else kaiming_),
             "delora_lambda": Leaf((1,), lambda t: nn.init.constant_(t, self.delora_lambda)),
             "delora_w_norm": Leaf((site.n_in,), nn.init.ones_, trainable=False),
         }
@@ -63,7 +52,3 @@ class DeloraConfig(Targeted, peft_type="DELORA"):
         a, b = p.delora_A, p.delora_B
         length = a.norm(dim=1).clamp_min(1e-4) * b.norm(dim=0).clamp_min(1e-4)
         return Change(add=LowRank(b * (p.delora_lambda / (self.r * length)), a * p.delora_w_norm, site.scaling))
-
-
-def _kaiming(t: Tensor) -> Tensor:
-    return nn.init.kaiming_uniform_(t, a=math.sqrt(5))

@@ -35,9 +35,6 @@ class FourierFTConfig(Targeted, peft_type="FOURIERFT"):
     def at(self, name: str) -> FourierFTConfig:
         return dataclasses.replace(self, n_frequency=at_pattern(self.n_frequency_pattern, name, self.n_frequency))
 
-    def scale(self) -> float:
-        return self.scaling
-
     def check(self, site: Any) -> None:
         if not 0 < self.n_frequency <= site.n_out * site.n_in:
             raise ConfigError(

@@ -1,6 +1,6 @@
 """FRoD: the weight in a basis that layers of the same role share, with trained coordinates and a sparse trained mixture.
 
-Longer than most: it decomposes whole groups of layers, as PEFT does, and restores from a file what PEFT computes anew.
+Longer than most: it draws the places of its sparse part for one role after another, as PEFT does, and restores from a file what PEFT computes anew.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..change import Change
 from ..errors import ConfigError, PeftWarning
+from ..inits.roles import Places, block_of, category, common_basis, solver
 from ..method import Leaf, Targeted
 from ..ops import Diag, Geometry, Op, Sparse, Sum
 
@@ -60,14 +61,11 @@ class FrodConfig(Targeted, peft_type="FROD"):
                 stacklevel=4,
             )
 
-    def dropout(self) -> float:
-        return self.frod_dropout
-
     def shared(self, sites: Sequence[Any]) -> Mapping[str, Leaf]:
         roles: dict[str, list[Any]] = {}
         for site in sites:
             roles.setdefault(category(site.name), []).append(site)
-        places = _Places(self, {role: group[0].n_in for role, group in sorted(roles.items())})
+        places = Places(self.sparse_rate, self.projection_prng_key, {role: group[0].n_in for role, group in sorted(roles.items())})
         bar = _Bar(len(roles) if self.progressbar else 0)
         out: dict[str, Leaf] = {}
         for role, group in sorted(roles.items()):
@@ -89,13 +87,13 @@ class FrodConfig(Targeted, peft_type="FROD"):
         return out
 
     def _basis(self, group: Sequence[Any], sites: Sequence[Any]) -> Callable[[Tensor], Tensor]:
-        blocks = {_block(s.name, sites.index(s)): s for s in group}
+        blocks = {block_of(s.name, sites.index(s)): s for s in group}
         return lambda v: v.copy_(
-            _common_basis([s.weight().detach().float().cpu() for _, s in sorted(blocks.items())], self.regularization_alpha)
+            common_basis([s.weight().detach().float().cpu() for _, s in sorted(blocks.items())], self.regularization_alpha)
         )
 
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
-        n, k = site.n_in, _Places.number(self.sparse_rate, site.n_in)
+        n, k = site.n_in, Places.number(self.sparse_rate, site.n_in)
         return {
             "frod_lambda_l": Leaf((n,), nn.init.zeros_),
             "frod_lambda_s_values": Leaf((k,), nn.init.zeros_, saved=k > 0),
@@ -108,7 +106,7 @@ class FrodConfig(Targeted, peft_type="FROD"):
         for site, p in here:
             roles.setdefault(id(p.frod_V), []).append((site, p))
         for group in roles.values():
-            solve = _solver(group[0][1].frod_V)
+            solve = solver(group[0][1].frod_V)
             for site, p in group:
                 m = solve(site.weight())
                 length = m.norm(dim=0)
@@ -148,79 +146,6 @@ class _Inside(Op):
             x = geo.drop(x, self.dropout)
         h = self.middle.rows(geo.contract(x, self.down.to(x.dtype)), geo)
         return geo.mix(h, self.up.to(h.dtype))
-
-
-def category(name: str) -> str:
-    """The role of a module in its block: its name and that of the module it is in, unless that is a number."""
-    parts = name.split(".")
-    if len(parts) == 1 or parts[-2].isdigit():
-        return parts[-1]
-    return "attention_output" if parts[-3:] == ["attention", "output", "dense"] else f"{parts[-2]}_{parts[-1]}"
-
-
-def _block(name: str, otherwise: int) -> int:
-    """The number of the block a module is in: after `layers`, or the first there is."""
-    parts = name.split(".")
-    after = parts[parts.index("layers") + 1 :][:1] if "layers" in parts else []
-    return int(next((p for p in [*after, *parts] if p.isdigit()), otherwise))
-
-
-def _common_basis(weights: Sequence[Tensor], alpha: float) -> Tensor:
-    """V (n_in, n_in) for weights (n_out, n_in) each, in their dtype."""
-    stacked = torch.cat(list(weights))
-    if stacked.shape[0] < stacked.shape[1]:
-        right: Tensor = torch.linalg.svd(stacked, full_matrices=True).Vh
-        return right.T
-    q, r = torch.linalg.qr(stacked)
-    eye, mean = torch.eye(r.shape[1]), torch.zeros(r.shape[1], r.shape[1])
-    for part in q.split([w.shape[0] for w in weights]):
-        mean += torch.linalg.inv(part.T @ part + alpha * eye)
-    basis: Tensor = r.T @ torch.linalg.eigh(mean / len(weights)).eigenvectors
-    return basis
-
-
-def _solver(v: Tensor) -> Callable[[Tensor], Tensor]:
-    """W -> W V⁻ᵀ in float64; V is factored once for all layers that share it."""
-    device = torch.device("cpu") if v.device.type == "mps" else v.device
-    v = v.detach().to(device, torch.float64)
-    lu, pivots, singular = torch.linalg.lu_factor_ex(v)
-    inverse = torch.linalg.pinv(v, rtol=1e-6) if int(singular) else None
-
-    def solve(w: Tensor) -> Tensor:
-        right = w.T.to(device, torch.float64)
-        out = torch.linalg.lu_solve(lu, pivots, right) if inverse is None else inverse @ right
-        return cast(Tensor, out.T)
-
-    return solve
-
-
-class _Places:
-    """Where S has entries: drawn for one category after another from one generator, when the first is asked for."""
-
-    def __init__(self, config: FrodConfig, sides: Mapping[str, int]) -> None:
-        self.config, self.sides = config, sides
-        self.drawn: dict[str, Tensor] = {}
-
-    @staticmethod
-    def number(rate: float, n: int) -> int:
-        there = n * n - n
-        return max(min(int(n * n * rate), there), 1 if rate > 0 and there else 0)
-
-    def count(self, n: int) -> int:
-        return self.number(self.config.sparse_rate, n)
-
-    def of(self, role: str) -> Callable[[Tensor], Tensor]:
-        def fill(t: Tensor) -> Tensor:
-            if not self.drawn:
-                generator = torch.Generator().manual_seed(self.config.projection_prng_key)
-                for name, n in self.sides.items():
-                    if k := self.count(n):
-                        at = torch.randperm(n * n - n, generator=generator)[:k]
-                        i, j = at // (n - 1), at % (n - 1)
-                        self.drawn[name] = torch.stack([i, j + (j >= i)])  # the diagonal is passed over
-            return t.copy_(self.drawn.pop(role)) if t.numel() else t
-
-        return fill
 
 
 class _Bar:

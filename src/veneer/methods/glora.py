@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..change import Change
 from ..errors import ConfigError
+from ..inits.base import kaiming_
 from ..method import Init, Leaf, Targeted
 from ..ops import Dense, Diag, LowRank, Op
 
@@ -63,8 +64,8 @@ class GloraConfig(Targeted, peft_type="GLORA"):
         for path, kind, rows, columns in (("A", of_w, o, i), ("B", of_w, o, i), ("C", of_c, i, 1)):
             box = f"glora_{path}"
             if kind == "lora":
-                out[f"{path}d"] = Leaf((rows, self.r), nn.init.zeros_ if self.init_weights else _kaiming, container=box, attr="Xd")
-                out[f"{path}u"] = Leaf((self.r, columns), _kaiming, container=box, attr="Xu")
+                out[f"{path}d"] = Leaf((rows, self.r), nn.init.zeros_ if self.init_weights else kaiming_, container=box, attr="Xd")
+                out[f"{path}u"] = Leaf((self.r, columns), kaiming_, container=box, attr="Xu")
             elif kind == "none":
                 out[path] = Leaf((rows, columns), nn.init.zeros_, container=box, attr="zeros", trainable=False)
             else:
@@ -94,10 +95,6 @@ class GloraConfig(Targeted, peft_type="GLORA"):
             through = w @ (p.C if of_c == "vector" else p.Cd @ p.Cu).to(w.dtype)
             shift = through.squeeze(-1) if shift is None else shift + through.squeeze(-1)
         return Change(left=left, add=add, base=base, shift=shift)
-
-
-def _kaiming(t: Tensor) -> Tensor:
-    return nn.init.kaiming_uniform_(t, a=math.sqrt(5))
 
 
 def _small(t: Tensor) -> Tensor:

@@ -31,23 +31,19 @@ class GraloraConfig(Targeted, peft_type="GRALORA"):
     gralora_k: int = 2
 
     prefix: ClassVar[str] = "gralora_"
+    positive: ClassVar[Any] = ("r", "gralora_k")
     stacking: ClassVar[Any] = "sum"
     examples: ClassVar[Any] = ({"r": 4}, {"r": 4, "gralora_k": 4, "hybrid_r": 2})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r <= 0 or self.hybrid_r < 0 or self.gralora_k <= 0:
-            raise ConfigError(
-                f"`r` and `gralora_k` should be positive and `hybrid_r` not negative, got {self.r}, {self.gralora_k} and {self.hybrid_r}."
-            )
+        if self.hybrid_r < 0:
+            raise ConfigError(f"`hybrid_r` should not be negative, got {self.hybrid_r}.")
         if self.r % self.gralora_k:
             raise ConfigError(f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}.")
 
     def scale(self) -> float:
         return self.alpha / (self.r + self.hybrid_r)
-
-    def dropout(self) -> float:
-        return self.gralora_dropout
 
     def check(self, site: Any) -> None:
         if site.n_in % self.gralora_k or site.n_out % self.gralora_k:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,8 +11,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..change import Change
-from ..errors import ConfigError
-from ..method import Init, Leaf, Targeted, by_pattern
+from ..inits.base import kaiming_
+from ..method import Init, Leaf, Targeted
 from ..ops import Derived, Dropped
 
 
@@ -29,29 +28,16 @@ class HiraConfig(Targeted, peft_type="HIRA"):
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
 
     prefix: ClassVar[str] = "hira_"
+    positive: ClassVar[Any] = ("r",)
+    choices: ClassVar[Any] = {"init_weights": (True, False, "gaussian")}
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv"})
     stacking: ClassVar[Any] = "sum"
     patterns: ClassVar[Mapping[str, str]] = MappingProxyType({"r": "rank_pattern"})
     examples: ClassVar[Any] = ({"r": 4},)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if any(r <= 0 for r in (self.r, *(self.rank_pattern or {}).values())):
-            raise ConfigError(
-                f"`r` should be a positive integer value but the value passed is {self.r} (rank_pattern: {self.rank_pattern})."
-            )
-        if self.init_weights not in (True, False, "gaussian"):
-            raise ConfigError(f"`init_weights` is True, False or 'gaussian', got {self.init_weights!r}.")
-
-    def dropout(self) -> float:
-        return self.hira_dropout
-
-    def at(self, name: str) -> HiraConfig:
-        return dataclasses.replace(self, r=by_pattern(self.rank_pattern, name, self.r))
-
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
         zero: Init = nn.init.zeros_ if self.init_weights else nn.init.normal_
-        first: Init = {True: _kaiming, "gaussian": _narrow(1 / self.r)}.get(self.init_weights, nn.init.normal_)
+        first: Init = {True: kaiming_, "gaussian": _narrow(1 / self.r)}.get(self.init_weights, nn.init.normal_)
         a, b = (self.r, site.n_in), (site.n_out, self.r)
         if site.kind == "embedding":
             return {"hira_embedding_A": Leaf(a, zero), "hira_embedding_B": Leaf(b, nn.init.normal_)}
@@ -70,10 +56,6 @@ class HiraConfig(Targeted, peft_type="HIRA"):
         w: Tensor = site.weight()
         add = Derived(lambda b, a: w.to(a.dtype) * (b @ a), (b * site.scaling, a))
         return Change(add=Dropped(add, site.dropout) if site.dropout > 0 else add)
-
-
-def _kaiming(t: Tensor) -> Tensor:
-    return nn.init.kaiming_uniform_(t, a=math.sqrt(5))
 
 
 def _narrow(std: float) -> Init:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..change import Change
-from ..errors import ConfigError, PeftWarning
+from ..errors import PeftWarning
+from ..inits.base import kaiming_
 from ..method import Leaf, Targeted
 from ..ops import Reflections
 
@@ -29,13 +29,12 @@ class HRAConfig(Targeted, peft_type="HRA"):
     apply_GS: bool = False  # noqa: N815  PEFT's name
 
     prefix: ClassVar[str] = "hra_"
+    positive: ClassVar[Any] = ("r",)
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
     examples: ClassVar[Any] = ({"r": 4}, {"r": 3, "apply_GS": True})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r <= 0:
-            raise ConfigError(f"`r` should be a positive integer value but the value passed is {self.r}.")
         if self.r % 2 and self.init_weights and not self.apply_GS:
             warnings.warn(f"HRA with an odd number of reflections (r={self.r}) does not start as the identity.", PeftWarning, stacklevel=4)
 
@@ -44,7 +43,7 @@ class HRAConfig(Targeted, peft_type="HRA"):
         return bool(self.init_weights) and self.r % 2 == 0 and not self.apply_GS
 
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
-        return {"hra_u": Leaf((site.n_in, self.r), _pairs if self.starts_as_identity else _kaiming)}
+        return {"hra_u": Leaf((site.n_in, self.r), _pairs if self.starts_as_identity else kaiming_)}
 
     def change(self, p: Any, site: Any) -> Change:
         u: Tensor = p.hra_u
@@ -55,10 +54,6 @@ class HRAConfig(Targeted, peft_type="HRA"):
         return Change(right=Reflections(q.to(u.dtype)))  # of orthonormal columns: I - 2 U Uᵀ
 
 
-def _kaiming(t: Tensor) -> Tensor:
-    return nn.init.kaiming_uniform_(t, a=math.sqrt(5))
-
-
 def _pairs(t: Tensor) -> Tensor:
-    half = _kaiming(torch.empty(t.shape[0], t.shape[1] // 2, dtype=t.dtype, device=t.device))
+    half = kaiming_(torch.empty(t.shape[0], t.shape[1] // 2, dtype=t.dtype, device=t.device))
     return t.copy_(half.repeat_interleave(2, 1))

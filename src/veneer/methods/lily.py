@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 
 from ..change import Change
 from ..errors import ConfigError
+from ..inits.base import kaiming_
 from ..method import Leaf, Targeted
 from ..ops import Between
 
@@ -33,6 +33,7 @@ class LilyConfig(Targeted, peft_type="LILY"):
     scaling: float = 1.0
 
     prefix: ClassVar[str] = "lily_"
+    positive: ClassVar[Any] = ("r", "stride_A")
     stacking: ClassVar[Any] = "sum"
     unmergeable: ClassVar[str] = "how its up-projections mix depends on the input"
     examples: ClassVar[Any] = ({"r": 4, "num_B": 3, "scaling": 4.0},)
@@ -40,19 +41,14 @@ class LilyConfig(Targeted, peft_type="LILY"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r < 1 or self.stride_A < 1:
-            raise ConfigError(f"`r` and `stride_A` must be at least 1, got {self.r} and {self.stride_A}.")
         if self.num_B < 2:
             raise ConfigError(f"`num_B` must be at least 2 for the router to be trained, got {self.num_B}.")
 
-    def scale(self) -> float:
-        return self.scaling
-
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
         return {
-            "lily_A": Leaf((self.r, site.n_in), _kaiming, attr="weight"),
-            "lily_B": Leaf((self.num_B * self.r, site.n_out), nn.init.zeros_ if self.init_weights else _kaiming, attr="weight"),
-            "lily_router": Leaf((self.num_B, self.r), _kaiming, attr="weight"),
+            "lily_A": Leaf((self.r, site.n_in), kaiming_, attr="weight"),
+            "lily_B": Leaf((self.num_B * self.r, site.n_out), nn.init.zeros_ if self.init_weights else kaiming_, attr="weight"),
+            "lily_router": Leaf((self.num_B, self.r), kaiming_, attr="weight"),
         }
 
     def common(self, sites: Sequence[Any]) -> Mapping[str, Sequence[Hashable]]:
@@ -81,7 +77,3 @@ class LilyConfig(Targeted, peft_type="LILY"):
             return mixed.T
 
         return Change(add=Between(up, p.lily_A, scale=site.scaling, why=self.unmergeable))
-
-
-def _kaiming(t: Tensor) -> Tensor:
-    return nn.init.kaiming_uniform_(t, a=math.sqrt(5))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -12,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..change import Change
-from ..method import Leaf, Targeted, by_pattern
-from ..ops import Derived, Diag, Op, Product
+from ..inits.base import kaiming_
+from ..method import Leaf, Targeted
+from ..ops import Derived, rank_dropped
 
 
 @dataclass
@@ -34,14 +33,11 @@ class LoHaConfig(Targeted, peft_type="LOHA"):
     use_effective_conv2d: bool = False
 
     prefix: ClassVar[str] = "hada_"
+    patterns: ClassVar[Any] = {"r": "rank_pattern", "alpha": "alpha_pattern"}
+    positive: ClassVar[Any] = ("r",)
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
     stacking: ClassVar[Any] = "sum"
     examples: ClassVar[Any] = ({"r": 4},)
-
-    def at(self, name: str) -> LoHaConfig:
-        return dataclasses.replace(
-            self, r=by_pattern(self.rank_pattern, name, self.r), alpha=by_pattern(self.alpha_pattern, name, self.alpha)
-        )
 
     def scale(self) -> float:
         return self.alpha / self.r
@@ -50,16 +46,16 @@ class LoHaConfig(Targeted, peft_type="LOHA"):
         return self.module_dropout
 
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
-        r, last = self.r, nn.init.zeros_ if self.init_weights else _kaiming
+        r, last = self.r, nn.init.zeros_ if self.init_weights else kaiming_
         sides: tuple[tuple[int, ...], tuple[int, ...]] = (site.n_out, r), (r, site.n_in)
         out: dict[str, Leaf] = {}
         if site.kind == "conv" and self.use_effective_conv2d and max(site.kernel) > 1:
             kernel = site.kernel if len(site.kernel) > 1 else (*site.kernel, 1)
             sides = (r, site.n_out), (r, site.channels // site.groups)
-            out = {f"hada_t{i}": Leaf((r, r, *kernel), _kaiming) for i in (1, 2)}
+            out = {f"hada_t{i}": Leaf((r, r, *kernel), kaiming_) for i in (1, 2)}
         for i in (1, 2):
-            out[f"hada_w{i}_a"] = Leaf(sides[0], _kaiming)
-            out[f"hada_w{i}_b"] = Leaf(sides[1], last if i == 2 else _kaiming)
+            out[f"hada_w{i}_a"] = Leaf(sides[0], kaiming_)
+            out[f"hada_w{i}_b"] = Leaf(sides[1], last if i == 2 else kaiming_)
         return out
 
     def change(self, p: Any, site: Any) -> Change:
@@ -74,15 +70,3 @@ def _hadamard(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, t1: Tensor | None 
     one, two = (a @ b if t is None else torch.einsum("ij...,ip,jq->pq...", t, a, b).flatten(1) for a, b, t in ((a1, b1, t1), (a2, b2, t2)))
     whole: Tensor = one * two
     return whole
-
-
-def rank_dropped(add: Op, rate: float, rows: int, like: Tensor, *, rescale: bool) -> Op:
-    """ΔW with whole rows dropped with probability `rate`; `rescale`: what is left is scaled up, so that the mean stays."""
-    if rate == 0:
-        return add
-    kept = (torch.rand(rows, device=like.device) >= rate).to(like.dtype)
-    return Product([Diag(kept / kept.mean().clamp_min(1 / rows) if rescale else kept), add])
-
-
-def _kaiming(t: Tensor) -> Tensor:
-    return nn.init.kaiming_uniform_(t, a=math.sqrt(5))

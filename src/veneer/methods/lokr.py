@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..change import Change
-from ..errors import ConfigError
-from ..method import Leaf, Targeted, by_pattern
-from ..ops import Dense, Kron, Op
-from .loha import rank_dropped
+from ..inits.base import kaiming_
+from ..method import Leaf, Targeted
+from ..ops import Dense, Kron, Op, rank_dropped
 
 
 @dataclass
@@ -46,26 +44,15 @@ class LoKrConfig(Targeted, peft_type="LOKR"):
     init_weights: Any = True
 
     prefix: ClassVar[str] = "lokr_"
+    patterns: ClassVar[Any] = {"r": "rank_pattern", "alpha": "alpha_pattern"}
+    positive: ClassVar[Any] = ("r",)
+    choices: ClassVar[Any] = {"init_weights": (True, False, "lycoris")}
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
     stacking: ClassVar[Any] = "sum"
     examples: ClassVar[Any] = (
         {"r": 4},
         {"r": 1, "decompose_both": True, "use_effective_conv2d": True, "init_weights": "lycoris"},
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if any(r <= 0 for r in (self.r, *(self.rank_pattern or {}).values())):
-            raise ConfigError(
-                f"`r` should be a positive integer value but the value passed is {self.r} (rank_pattern: {self.rank_pattern})."
-            )
-        if self.init_weights not in (True, False, "lycoris"):
-            raise ConfigError(f"`init_weights` is True, False or 'lycoris', got {self.init_weights!r}.")
-
-    def at(self, name: str) -> LoKrConfig:
-        return dataclasses.replace(
-            self, r=by_pattern(self.rank_pattern, name, self.r), alpha=by_pattern(self.alpha_pattern, name, self.alpha)
-        )
 
     def scale(self) -> float:
         return self.alpha / self.r
@@ -77,9 +64,9 @@ class LoKrConfig(Targeted, peft_type="LOKR"):
         r, kernel = self.r, site.kernel
         m, n = factorization(site.n_in // math.prod(kernel), self.decompose_factor)
         l, k = factorization(site.n_out, self.decompose_factor)  # noqa: E741  the paper's letters
-        one, two = (_kaiming if self.init_weights in (False, x) else nn.init.zeros_ for x in ("lycoris", True))
+        one, two = (kaiming_ if self.init_weights in (False, x) else nn.init.zeros_ for x in ("lycoris", True))
         if self.decompose_both and r < max(l, m) / 2:
-            out = {"lokr_w1_a": Leaf((l, r), one), "lokr_w1_b": Leaf((r, m), _kaiming)}
+            out = {"lokr_w1_a": Leaf((l, r), one), "lokr_w1_b": Leaf((r, m), kaiming_)}
         else:
             out = {"lokr_w1": Leaf((l, m), one)}
         if r >= max(k, n) / 2:
@@ -88,11 +75,11 @@ class LoKrConfig(Targeted, peft_type="LOKR"):
             core = kernel if len(kernel) > 1 else (*kernel, 1)
             return {
                 **out,
-                "lokr_t2": Leaf((r, r, *core), _kaiming),
-                "lokr_w2_a": Leaf((r, k), _kaiming),
+                "lokr_t2": Leaf((r, r, *core), kaiming_),
+                "lokr_w2_a": Leaf((r, k), kaiming_),
                 "lokr_w2_b": Leaf((r, n), two),
             }
-        return {**out, "lokr_w2_a": Leaf((k, r), _kaiming), "lokr_w2_b": Leaf((r, n * math.prod(kernel)), two)}
+        return {**out, "lokr_w2_a": Leaf((k, r), kaiming_), "lokr_w2_b": Leaf((r, n * math.prod(kernel)), two)}
 
     def change(self, p: Any, site: Any) -> Change:
         w1: Tensor = (p.lokr_w1 if hasattr(p, "lokr_w1") else p.lokr_w1_a @ p.lokr_w1_b) * site.scaling
@@ -119,7 +106,3 @@ def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
     top = math.isqrt(dimension) if factor == -1 else min(math.isqrt(dimension), factor)
     m = next((d for d in range(top, 1, -1) if dimension % d == 0), 1)
     return m, dimension // m
-
-
-def _kaiming(t: Tensor) -> Tensor:
-    return nn.init.kaiming_uniform_(t, a=math.sqrt(5))

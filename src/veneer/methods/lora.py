@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -14,14 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..change import Change
-from ..errors import ConfigError, PeftWarning, hint
+from ..errors import ConfigError
 from ..inits import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from ..inits.leaves import is_counted, starting_leaves
 from ..inits.options import check_start, read_start
-from ..kernels.norms import row_norm_sq
-from ..method import Leaf, Method, by_pattern
+from ..method import Leaf
 from ..ops import LowRank
-from ..ops.grouped import spread
 from ..variants import (
     VARIANTS,
     ArrowConfig,
@@ -33,11 +29,9 @@ from ..variants import (
     read_options,
     variant_of,
 )  # fmt: skip
+from ..variants.varied import Varied
 
 __all__ = ["LoraConfig", "LoraRuntimeConfig"]
-
-# what makes a LoRA more than A and B: its start and its variants
-_OWN = ("init_lora_weights", "eva_config", "corda_config", "lora_ga_config", "use_rslora", "lora_bias", "ensure_weight_tying", *VARIANTS)
 
 
 @dataclass
@@ -48,7 +42,7 @@ class LoraRuntimeConfig:
 
 
 @dataclass
-class LoraConfig(Method, peft_type="LORA"):
+class LoraConfig(Varied, peft_type="LORA"):
     """W' = W + s · B A,  s = alpha / r (rsLoRA: alpha / √r).
 
     A (r, n_in) starts Kaiming-uniform, B (n_out, r) zero, both are trained, W is frozen. Hu et al. 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski 2023,
@@ -93,24 +87,17 @@ class LoraConfig(Method, peft_type="LORA"):
     ensure_weight_tying: bool = False
 
     prefix: ClassVar[str] = "lora_"
+    positive: ClassVar[Any] = ("r",)
+    shares: ClassVar[Any] = ("lora_dropout",)
+    choices: ClassVar[Any] = {"bias": ("none", "all", "lora_only")}
     patterns: ClassVar[Mapping[str, str]] = MappingProxyType({"r": "rank_pattern", "lora_alpha": "alpha_pattern"})
     stacking: ClassVar[Literal["sum", "chain"]] = "sum"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv", "attention", "parameter"})
     examples: ClassVar[Any] = tuple({"r": 4, "lora_alpha": 8, **fields} for fields in ({}, *(v.example for v in VARIANTS.values())))
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
-        if not isinstance(self.r, int) or any(r <= 0 for r in (self.r, *self.rank_pattern.values())):
-            raise ConfigError(
-                f"`r` should be a positive integer value but the value passed is {self.r} (rank_pattern: {self.rank_pattern})."
-            )
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"`lora_dropout` should lie in [0, 1), got {self.lora_dropout}.")
-        if self.bias not in ("none", "all", "lora_only"):
-            raise ConfigError(
-                f"`bias` is one of 'none', 'all', 'lora_only', got {self.bias!r}.{hint(str(self.bias), ('none', 'all', 'lora_only'))}"
-            )
+        super().__post_init__()
         read_start(self)
         if isinstance(self.runtime_config, dict):
             self.runtime_config = LoraRuntimeConfig(**self.runtime_config)
@@ -128,17 +115,6 @@ class LoraConfig(Method, peft_type="LORA"):
 
     def scale(self) -> float:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-    def dropout(self) -> float:
-        return self.lora_dropout
-
-    def at(self, name: str) -> LoraConfig:
-        r, alpha = by_pattern(self.rank_pattern, name, self.r), by_pattern(self.alpha_pattern, name, self.lora_alpha)
-        if (r, alpha) == (self.r, self.lora_alpha):
-            return self
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PeftWarning)
-            return dataclasses.replace(self, r=r, lora_alpha=alpha)
 
     def check(self, site: Any) -> None:
         if site.kind == "conv" and self.r % site.groups:
@@ -194,61 +170,3 @@ class LoraConfig(Method, peft_type="LORA"):
 
     def combine(self, parts: Any, site: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return self.holding(parts.low_rank(), site)
-
-    @staticmethod
-    def holding(sum_: Any, site: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The fields and tensors of a LoRA without start or variant (but DoRA's gain) whose change of `site`, with the scaling 1, is a given one.
-
-        Args:
-            sum_: a `veneer.engine.parts.Total`.
-        """
-        r = sum_.down.shape[-2] * max(site.groups, 1)
-        fields = {name: getattr(LoraConfig, name, None) for name in _OWN} | {"r": r, "lora_alpha": r, "loftq_config": {}}
-        tensors = layout.tensors(sum_.up, sum_.down, site)
-        if sum_.gain is not None:
-            fields["use_dora"] = True
-            up = sum_.up if site.groups == 1 else torch.block_diag(*sum_.up)
-            w = spread(site.weight(), site.groups).to(up.dtype)
-            norm = row_norm_sq(w, sum_.down.flatten(0, -2), up, 1.0).sqrt()
-            tensors["lora_magnitude_vector"] = sum_.gain * norm
-        if sum_.shift is not None:
-            fields["lora_bias"], tensors["lora_B_bias"] = True, sum_.shift
-        return fields, tensors
-
-    @property
-    def starts_as_identity(self) -> bool:
-        return variant_of(self).starts_as_identity
-
-    @property
-    def exceptions(self) -> Mapping[str, str]:  # type: ignore[override]  # a variant's own
-        return variant_of(self).exceptions
-
-    @property
-    def unmergeable(self) -> str:  # type: ignore[override]
-        return variant_of(self).unmergeable
-
-    @property
-    def routes(self) -> bool:  # type: ignore[override]
-        return variant_of(self).routes
-
-    @property
-    def takes(self) -> tuple[str, ...]:  # type: ignore[override]
-        return variant_of(self).takes
-
-    def facts(self, call: Any) -> Mapping[str, Tensor]:
-        return variant_of(self).facts(self, call)
-
-    def experts(self) -> Mapping[str, str | None]:
-        return variant_of(self).experts(self)
-
-    def example_call(self, rows: int) -> dict[str, Tensor]:
-        return variant_of(self).example_call(rows)
-
-    def acts(self) -> bool:
-        return variant_of(self).acts
-
-    def before_step(self, sites: Sequence[Any], step: int) -> None:
-        variant_of(self).before_step(self, sites)
-
-    def penalty(self, p: Any, site: Any) -> Tensor | None:
-        return variant_of(self).penalty(self, p, site)

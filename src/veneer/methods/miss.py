@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..change import Change
 from ..errors import ConfigError
+from ..inits.base import kaiming_
 from ..method import Leaf, Targeted
 from ..ops import Derived, Dropped, Op, Tiled
 
@@ -33,18 +33,10 @@ class MissConfig(Targeted, peft_type="MISS"):
     init_weights: Any = True
 
     prefix: ClassVar[str] = "miss_"
+    positive: ClassVar[Any] = ("r", "mini_r")
+    choices: ClassVar[Any] = {"init_weights": (True, False, "bat", "mini")}
     stacking: ClassVar[Any] = "sum"
     examples: ClassVar[Any] = ({"r": 5}, {"r": 4, "init_weights": "bat"}, {"r": 4, "mini_r": 4, "init_weights": "mini"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.r <= 0 or self.mini_r <= 0:
-            raise ConfigError(f"`r` and `mini_r` should be positive integers, got {self.r} and {self.mini_r}.")
-        if self.init_weights not in (True, False, "bat", "mini"):
-            raise ConfigError(f"`init_weights` is True, False, 'bat' or 'mini', got {self.init_weights!r}.")
-
-    def dropout(self) -> float:
-        return self.miss_dropout
 
     def check(self, site: Any) -> None:
         if self.r > site.n_in:
@@ -59,7 +51,7 @@ class MissConfig(Targeted, peft_type="MISS"):
         shape: tuple[int, ...] = (r, self.mini_r if self.init_weights == "mini" else site.n_out)
         if self.init_weights == "bat":
             shape = (site.n_out // r, r, r)
-        return {"miss_block": Leaf(shape, nn.init.zeros_ if self.init_weights else _kaiming)}
+        return {"miss_block": Leaf(shape, nn.init.zeros_ if self.init_weights else kaiming_)}
 
     def change(self, p: Any, site: Any) -> Change:
         block: Tensor = p.miss_block * site.scaling
@@ -75,7 +67,3 @@ def _bat(w: Tensor, m: Tensor) -> Tensor:
     k, r, _ = m.shape
     strips = torch.bmm(w.to(m.dtype).reshape(k, -1, r), m).view(k, r, -1, r) + m.unsqueeze(2)
     return strips.view(w.shape)
-
-
-def _kaiming(t: Tensor) -> Tensor:
-    return nn.init.kaiming_uniform_(t, a=math.sqrt(5))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from ..change import Change
 from ..errors import ConfigError, PeftWarning
-from ..method import Leaf, Targeted, by_pattern
+from ..method import Leaf, Targeted
 from ..ops import LowRank
 
 
@@ -30,6 +29,7 @@ class OSFConfig(Targeted, peft_type="OSF"):
     target_svd_config: dict[str, int] | None = None  # PEFT's files have it, and PEFT does not act on it
 
     prefix: ClassVar[str] = "osf_"
+    patterns: ClassVar[Any] = {"effective_rank": "rank_pattern"}
     stacking: ClassVar[Any] = "sum"
     examples: ClassVar[Any] = ({"effective_rank": 3},)
 
@@ -40,10 +40,6 @@ class OSFConfig(Targeted, peft_type="OSF"):
         for value in (self.effective_rank, *(self.rank_pattern or {}).values()):
             if value is not None and value <= 0:
                 raise ConfigError(f"`effective_rank` should be a positive integer, or a share of the weight's smaller side; got {value}.")
-
-    def at(self, name: str) -> OSFConfig:
-        k = by_pattern(self.rank_pattern, name, self.effective_rank)
-        return self if k == self.effective_rank else dataclasses.replace(self, effective_rank=k)
 
     def _split(self, site: Any) -> tuple[int, int]:
         """(k, d - k)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 from ..change import Change
 from ..errors import ConfigError, hint
+from ..inits.base import kaiming_
 from ..method import Leaf, Targeted
 from ..ops import LowRank
 
@@ -47,23 +47,19 @@ class PeanutConfig(Targeted, peft_type="PEANUT"):
         if self.act_fn not in ACTIVATIONS:
             ACTIVATIONS[self.act_fn] = _of_transformers(self.act_fn)
 
-    def scale(self) -> float:
-        return self.scaling
-
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
         out = {
-            "peanut_A": Leaf((self.r, site.n_out), _kaiming, attr="weight"),
-            "peanut_B": Leaf((site.n_out, self.r), nn.init.zeros_ if self.init_weights else _kaiming, attr="weight"),
+            "peanut_A": Leaf((self.r, site.n_out), kaiming_, attr="weight"),
+            "peanut_B": Leaf((site.n_out, self.r), nn.init.zeros_ if self.init_weights else kaiming_, attr="weight"),
         }
         for part in ("encoders", "decoders"):
             for k in range(self.depth):
-                out[f"{part}_{k}"] = Leaf((self.r, self.r), _kaiming, container=f"peanut_{part}", attr=f"{k}.weight")
+                out[f"{part}_{k}"] = Leaf((self.r, self.r), kaiming_, container=f"peanut_{part}", attr=f"{k}.weight")
         return out
 
     def change(self, p: Any, site: Any) -> Change:
         f = ACTIVATIONS[self.act_fn]
-        w = site.weight()
-        h = [f(p.peanut_A @ w.to(p.peanut_A.dtype))]
+        h = [f(p.peanut_A @ site.weight().to(p.peanut_A.dtype))]
         for k in range(self.depth):
             h.append(f(getattr(p, f"encoders_{k}") @ h[-1]))
         g = h[-1]
@@ -81,7 +77,3 @@ def _of_transformers(name: str) -> Activation:
         raise ConfigError(f"Unsupported `act_fn` {name!r}.{hint(str(name), ACT2FN)} Activations that train something are none.")
     found: Activation = made
     return found
-
-
-def _kaiming(t: Tensor) -> Tensor:
-    return nn.init.kaiming_uniform_(t, a=math.sqrt(5))

@@ -32,16 +32,12 @@ class PolyConfig(Targeted, peft_type="POLY"):
     n_splits: int = 1
 
     prefix: ClassVar[str] = "poly_"
+    choices: ClassVar[Any] = {"poly_type": ("poly",)}
     stacking: ClassVar[Any] = "sum"
     unmergeable: ClassVar[str] = "each task has a change of its own"
     routes: ClassVar[bool] = True
     takes: ClassVar[tuple[str, ...]] = ("task_ids",)
     examples: ClassVar[Any] = ({"r": 3, "n_tasks": 2, "n_skills": 3}, {"r": 3, "n_skills": 2, "n_splits": 4})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.poly_type != "poly":
-            raise ConfigError(f"`poly_type` is 'poly', got {self.poly_type!r}.")
 
     def check(self, site: Any) -> None:
         if site.n_in % self.n_splits or site.n_out % self.n_splits:

@@ -38,20 +38,12 @@ class PsoftConfig(Targeted, peft_type="PSOFT"):
     cayley_neumann_eps: float | None = None
 
     prefix: ClassVar[str] = "psoft_"
+    choices: ClassVar[Any] = {"ab_svd_init": ("psoft_init", "pissa_init"), "psoft_svd": ("full", "lowrank")}
     stacking: ClassVar[Any] = "sum"
     examples: ClassVar[Any] = ({"r": 4}, {"r": 4, "psoft_orth": False, "ab_svd_init": "pissa_init"})
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, known in (("ab_svd_init", ("psoft_init", "pissa_init")), ("psoft_svd", ("full", "lowrank"))):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"`{name}` is one of {', '.join(known)}, got {getattr(self, name)!r}.")
-
     def scale(self) -> float:
         return self.psoft_alpha / self.r
-
-    def dropout(self) -> float:
-        return self.psoft_dropout
 
     def check(self, site: Any) -> None:
         if self.r > min(site.n_out, site.n_in):

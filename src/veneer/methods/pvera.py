@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..change import Change
-from ..errors import ConfigError
 from ..inits.seeded import kaiming, seeded
 from ..method import Leaf, Targeted
 from ..ops import Between, LowRank
@@ -36,20 +35,13 @@ class PveraConfig(Targeted, peft_type="PVERA"):
     generator_seed: int | None = None
 
     prefix: ClassVar[str] = "pvera_"
+    positive: ClassVar[Any] = ("r",)
     stacking: ClassVar[Any] = "sum"
     examples: ClassVar[Any] = ({"r": 8},)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.r <= 0:
-            raise ConfigError(f"`r` should be a positive integer value but the value passed is {self.r}.")
 
     @property
     def unmergeable(self) -> str:  # type: ignore[override]
         return "it is drawn anew in every call; to merge its mean, set sample_at_inference=False" if self.sample_at_inference else ""
-
-    def dropout(self) -> float:
-        return self.pvera_dropout
 
     def shared(self, sites: Sequence[Any]) -> Mapping[str, Leaf]:
         shapes = {"pvera_A": (2 * self.r, max(s.n_in for s in sites)), "pvera_B": (max(s.n_out for s in sites), self.r)}

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..change import Change
-from ..errors import ConfigError
 from ..inits.seeded import kaiming, seeded
 from ..kernels.bases import scaled_bases
 from ..method import Leaf, Targeted
@@ -41,19 +40,12 @@ class RandLoraConfig(Targeted, peft_type="RANDLORA"):
     randlora_alpha: int = 640
 
     prefix: ClassVar[str] = "randlora_"
+    positive: ClassVar[Any] = ("r",)
     stacking: ClassVar[Any] = "sum"
     examples: ClassVar[Any] = ({"r": 3, "randlora_alpha": 6}, {"r": 3, "randlora_alpha": 6, "sparse": True, "save_projection": False})
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.r <= 0:
-            raise ConfigError(f"`r` should be a positive integer value but the value passed is {self.r}.")
-
     def scale(self) -> float:
         return self.randlora_alpha / self.r
-
-    def dropout(self) -> float:
-        return self.randlora_dropout
 
     def _sides(self, site: Any) -> tuple[int, int, int]:
         """(the shorter side, the longer one, N)."""

@@ -66,15 +66,12 @@ class ShiraConfig(Targeted, peft_type="SHIRA"):
 
     def _of_mask(self, mask: Tensor, site: Any) -> Tensor:
         """The places of the ones in a mask of the layer's weight, as it is stored."""
-        if tuple(mask.shape) != tuple(site.layer.get_base_weight().shape):
+        shape, ones, wanted = tuple(site.layer.get_base_weight().shape), int(mask.count_nonzero()), self._count(site)
+        if tuple(mask.shape) != shape or ones != wanted:
             raise ConfigError(
-                f"SHiRA: the mask of {site.name!r} is {tuple(mask.shape)}, and the weight {tuple(site.layer.get_base_weight().shape)}."
+                f"SHiRA: the mask of {site.name!r} is {tuple(mask.shape)} with {ones} ones; r={self.r} asks for {shape} with {wanted}."
             )
         at: Tensor = site.layer.site.canonical(mask).nonzero().T
-        if at.shape[1] != self._count(site):
-            raise ConfigError(
-                f"SHiRA: the mask of {site.name!r} has {at.shape[1]} ones, and r={self.r} asks for {self._count(site)}: r (n_out + n_in)."
-            )
         return at.to(torch.int32)
 
     def change(self, p: Any, site: Any) -> Change:

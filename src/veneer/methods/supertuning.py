@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..change import Change
 from ..errors import ConfigError
+from ..inits.base import kaiming_
 from ..method import Leaf, Targeted
 from ..ops import LowRank, Sparse, Sum
 
@@ -33,19 +33,15 @@ class SupertuningConfig(Targeted, peft_type="SUPERTUNING"):
     save_precomputed_indices: bool = True
 
     prefix: ClassVar[str] = "supertuning_"
+    positive: ClassVar[Any] = ("r",)
+    shares: ClassVar[Any] = ("sparsity", "lora_dropout")
     stacking: ClassVar[Any] = "sum"
     examples: ClassVar[Any] = ({"sparsity": 0.8}, {"sparsity": 0.9, "r": 2, "select_top": False, "save_precomputed_indices": False})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.sparsity < 1:
-            raise ConfigError(f"`sparsity` must be in [0.0, 1.0), got {self.sparsity}.")
-        if self.r is not None and (not isinstance(self.r, int) or self.r <= 0):
-            raise ConfigError(f"`r` must be a positive integer or None, got {self.r!r}.")
         if self.r is None and self.lora_alpha is not None:
             raise ConfigError("`lora_alpha` is set, and there is no LoRA: give `r` too.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"`lora_dropout` must be in [0.0, 1.0), got {self.lora_dropout}.")
         if self.r is not None and self.lora_alpha is None:
             self.lora_alpha = 2 * self.r
 
@@ -57,9 +53,7 @@ class SupertuningConfig(Targeted, peft_type="SUPERTUNING"):
 
     def check(self, site: Any) -> None:
         if not self._count(site):
-            raise ConfigError(
-                f"sparsity={self.sparsity} leaves no entry of {site.name!r} to train: its weight has {site.n_out * site.n_in}. Lower it."
-            )
+            raise ConfigError(f"sparsity={self.sparsity} leaves no entry of {site.name!r} ({site.n_out} x {site.n_in}) to train. Lower it.")
 
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
         k, on = self._count(site), self.init_weights
@@ -68,8 +62,8 @@ class SupertuningConfig(Targeted, peft_type="SUPERTUNING"):
             "supertuning_indices": Leaf((k,), nn.init.zeros_, trainable=False, dtype=torch.int32, saved=self.save_precomputed_indices),
         }
         if self.r:
-            out["supertuning_lora_A"] = Leaf((self.r, site.n_in), _kaiming, attr="weight")
-            out["supertuning_lora_B"] = Leaf((site.n_out, self.r), nn.init.zeros_ if on else _kaiming, attr="weight")
+            out["supertuning_lora_A"] = Leaf((self.r, site.n_in), kaiming_, attr="weight")
+            out["supertuning_lora_B"] = Leaf((site.n_out, self.r), nn.init.zeros_ if on else kaiming_, attr="weight")
         return out
 
     def start(self, site: Any, *, only_frozen: bool = False) -> Mapping[str, Tensor]:
@@ -81,10 +75,5 @@ class SupertuningConfig(Targeted, peft_type="SUPERTUNING"):
         sparse = Sparse(p.supertuning_indices, p.supertuning_values * site.scaling, (site.n_out, site.n_in))
         if not self.r:
             return Change(add=sparse)
-        assert self.lora_alpha is not None
-        scale = self.lora_alpha / self.r * site.scaling
+        scale = (self.lora_alpha or 0.0) / self.r * site.scaling
         return Change(add=Sum([sparse, LowRank(p.supertuning_lora_B, p.supertuning_lora_A, scale, site.dropout)]))
-
-
-def _kaiming(t: Tensor) -> Tensor:
-    return nn.init.kaiming_uniform_(t, a=math.sqrt(5))

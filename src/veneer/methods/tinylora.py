@@ -38,6 +38,8 @@ class TinyLoraConfig(Targeted, peft_type="TINYLORA"):
     tinylora_dropout: float = 0.0
 
     prefix: ClassVar[str] = "tinylora_"
+    positive: ClassVar[Any] = ("r", "u")
+    choices: ClassVar[Any] = {"init_weights": (True, False, "uniform")}
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding"})
     stacking: ClassVar[Any] = "sum"
     dry: ClassVar[frozenset[str]] = frozenset()
@@ -45,20 +47,12 @@ class TinyLoraConfig(Targeted, peft_type="TINYLORA"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("r", "u"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"`{name}` should be a positive integer value but the value passed is {getattr(self, name)}.")
         if not 0 <= self.weight_tying <= 1:
             raise ConfigError(f"`weight_tying` should lie between 0 (no layers share) and 1 (all do), got {self.weight_tying}.")
-        if self.init_weights not in (True, False, "uniform"):
-            raise ConfigError(f"`init_weights` is True, False or 'uniform', got {self.init_weights!r}.")
 
     @property
     def starts_as_identity(self) -> bool:
         return self.init_weights is True
-
-    def dropout(self) -> float:
-        return self.tinylora_dropout
 
     def shared(self, sites: Sequence[Any]) -> Mapping[str, Leaf]:
         groups = max(1, round(len(sites) * (1 - self.weight_tying)))

@@ -55,6 +55,8 @@ class UniLoraConfig(Targeted, peft_type="UNILORA"):
     save_indices: bool = False
 
     prefix: ClassVar[str] = "unilora_"
+    positive: ClassVar[Any] = ("r", "theta_d_length", "init_theta_d_bound")
+    choices: ClassVar[Any] = {"bias": ("none", "all", "unilora_only")}
     stacking: ClassVar[Any] = "sum"
     starts_as_identity: ClassVar[bool] = False
     tuner_methods: ClassVar[Mapping[str, Any]] = MappingProxyType({"generate_index": staticmethod(balanced)})  # PEFT's name for it
@@ -62,16 +64,8 @@ class UniLoraConfig(Targeted, peft_type="UNILORA"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("r", "theta_d_length", "init_theta_d_bound"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"`{name}` should be a positive number, got {getattr(self, name)}.")
         if not 0 <= self.unilora_dropout <= 1:
             raise ConfigError(f"`unilora_dropout` should be between 0.0 and 1.0, got {self.unilora_dropout}.")
-        if self.bias not in ("none", "all", "unilora_only"):
-            raise ConfigError(f"`bias` should be 'none', 'all', or 'unilora_only', got {self.bias!r}.")
-
-    def dropout(self) -> float:
-        return self.unilora_dropout
 
     def shared(self, sites: Sequence[Any]) -> Mapping[str, Leaf]:
         bound = self.init_theta_d_bound

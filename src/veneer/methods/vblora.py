@@ -61,6 +61,7 @@ class VBLoRAConfig(Targeted, peft_type="VBLORA"):
     init_logits_std: float = 0.1
 
     prefix: ClassVar[str] = "vblora_"
+    positive: ClassVar[Any] = ("r", "num_vectors", "vector_length", "topk")
     stacking: ClassVar[Any] = "sum"
     starts_as_identity: ClassVar[bool] = False
     tuner_methods: ClassVar[Mapping[str, Any]] = MappingProxyType(
@@ -71,17 +72,11 @@ class VBLoRAConfig(Targeted, peft_type="VBLORA"):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._only_topk = False  # whether the tensors come from a file of that kind
-        for name in ("r", "num_vectors", "vector_length", "topk"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"`{name}` should be a positive integer value, got {getattr(self, name)}.")
         if self.topk > self.num_vectors:
             raise ConfigError(f"`topk` is {self.topk}, and the bank has {self.num_vectors} vectors. Lower topk or raise num_vectors.")
 
     def to_dict(self) -> dict[str, Any]:
         return {k: v for k, v in super().to_dict().items() if k != "init_weights"}  # this method has no such choice
-
-    def dropout(self) -> float:
-        return self.vblora_dropout
 
     def check(self, site: Any) -> None:
         for what, n in (("in_features", site.n_in), ("out_features", site.n_out)):

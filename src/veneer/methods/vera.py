@@ -33,9 +33,6 @@ class VeraConfig(Targeted, peft_type="VERA"):
     linear_in: ClassVar[str] = "vera_lambda_b"
     examples: ClassVar[Any] = ({"r": 8},)
 
-    def dropout(self) -> float:
-        return self.vera_dropout
-
     def shared(self, sites: Sequence[Any]) -> Mapping[str, Leaf]:
         shapes = {"vera_A": (self.r, max(s.n_in for s in sites)), "vera_B": (max(s.n_out for s in sites), self.r)}
         starts = seeded({n: kaiming(shape) for n, shape in shapes.items()}, self.projection_prng_key)

@@ -63,9 +63,6 @@ class WaveFTConfig(Targeted, peft_type="WAVEFT"):
         here._shares = self._shares
         return here
 
-    def scale(self) -> float:
-        return self.scaling
-
     def _count(self, site: Any) -> int:
         return self._shares.get(site.name, self.n_frequency)
 

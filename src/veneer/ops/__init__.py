@@ -6,7 +6,7 @@ from .dense import Dense, Derived, Sum
 from .diag import Diag
 from .kron import Kron
 from .lowrank import Deflated, LowRank
-from .noise import Dropped, Switched
+from .noise import Dropped, Switched, rank_dropped
 from .rotations import BlockDiag, Pairs, Product, Reflections, Shuffle, blocks_dropped, cayley, skew
 from .rows import ReplaceRows
 from .sparse import Sparse
@@ -15,5 +15,5 @@ from .tiled import Tiled
 __all__ = [
     "Between", "BlockDiag", "Deflated", "Dense", "Derived", "Diag", "Dropped", "Geometry", "Kron", "LowRank", "Op", "Pairs", "Product",
     "Reflections", "ReplaceRows", "Rows", "Shuffle", "Sparse", "Sum", "Switched", "Tiled", "blocks_dropped", "cayley", "gated", "per_row", "per_token",
-    "skew",
+    "rank_dropped", "skew",
 ]  # fmt: skip

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .base import Geometry, Op
+from .diag import Diag
+from .rotations import Product
 
 
 @dataclass(eq=False)
@@ -53,3 +56,11 @@ class Switched(Op):
     def rows(self, x: Tensor, geo: Geometry) -> Tensor:
         y = self.inner.rows(x, geo)
         return y * self.gate.to(y.dtype)
+
+
+def rank_dropped(add: Op, rate: float, rows: int, like: Tensor, *, rescale: bool) -> Op:
+    """ΔW with whole rows dropped with probability `rate`; `rescale`: what is left is scaled up, so that the mean stays."""
+    if rate == 0:
+        return add
+    kept = (torch.rand(rows, device=like.device) >= rate).to(like.dtype)
+    return Product([Diag(kept / kept.mean().clamp_min(1 / rows) if rescale else kept), add])

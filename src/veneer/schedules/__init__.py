@@ -1,7 +1,8 @@
-"""What methods do when an optimizer steps: measure how much numbers matter, and keep matrices orthogonal."""
+"""What methods do when an optimizer steps: measure how much numbers matter, share out ranks, and keep matrices orthogonal."""
 
-from .importance import Importance, row_means
+from .allocating import Allocating
+from .importance import Importance, by_rank
 from .orthogonality import add_gradient
 from .ranks import cut, widen
 
-__all__ = ["Importance", "add_gradient", "cut", "row_means", "widen"]
+__all__ = ["Allocating", "Importance", "add_gradient", "by_rank", "cut", "widen"]

@@ -54,3 +54,14 @@ def row_means(matrices: Sequence[Tensor], device: torch.device) -> Tensor:
         for i, m in zip(at, means, strict=True):
             out[i] = m.to(device)
     return torch.cat(out)
+
+
+def by_rank(scores: Sequence[Tensor], n: int) -> Tensor:
+    """The importance of every rank of n layers: of its factor, plus the means over its row of A and its column of B.
+
+    Args:
+        scores: those of all A, then of all B, then of all factors.
+    """
+    device = scores[2 * n].device
+    of_e = torch.cat([e.flatten().to(device) for e in scores[2 * n :]])
+    return of_e + row_means(scores[:n], device) + row_means([b.mT for b in scores[n : 2 * n]], device)

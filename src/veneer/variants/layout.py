@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..kernels.norms import row_norm_sq
 from ..ops import LowRank
 from ..ops.grouped import spread
 
@@ -37,3 +39,10 @@ def tensors(up: Tensor, down: Tensor, site: Any) -> dict[str, Tensor]:
     elif site.experts:
         down, up = down.reshape(-1, site.n_in), up.permute(1, 2, 0).reshape(site.n_out, -1)
     return dict(zip(names(site), (down, up), strict=True))
+
+
+def row_norms(total: Any, site: Any) -> Tensor:
+    """The lengths (n_out,) of the rows of W + B A, A and B being the factors of a `veneer.engine.parts.Total`."""
+    up = total.up if site.groups == 1 else torch.block_diag(*total.up)
+    w = spread(site.weight(), site.groups).to(up.dtype)
+    return row_norm_sq(w, total.down.flatten(0, -2), up, 1.0).sqrt()
