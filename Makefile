@@ -40,7 +40,7 @@ $(VENV)/.gptq: $(VENV)/.dev # it asks for a later torch than ours, and runs with
 	@touch $@
 
 test-slow: $(VENV)/.gptq ## the tests that take long
-	$(TEST_ENV) $(BIN)/python -m pytest -q -m slow tests; status=$$?; [ $$status -eq 5 ] || exit $$status
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow tests; status=$$?; [ $$status -eq 5 ] || exit $$status
 
 check: $(VENV)/.dev ## lint, format and types
 	$(BIN)/ruff check .

@@ -7,8 +7,10 @@ import dataclasses
 import functools
 import pickle
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -339,6 +341,30 @@ def several_adapters(case: Case) -> None:
     case.close(case.output(model.unload()), base)
 
 
+def threads_choose_for_themselves(case: Case) -> None:
+    """Two threads inside `using` at the same time, each with another adapter, get what their own gives alone."""
+    if case.dtype.itemsize < 4:
+        raise Exempt("numbers of any width are chosen alike")
+    model = case.trained()
+    model.add_adapter("other", case.targeted())
+    model.set_adapter("other")
+    move(model, seed=5)
+    names, x = ("default", "other"), case.inputs()
+
+    def run(name: str, both: Callable[[], Any] = lambda: None) -> Tensor:
+        with model.using(name):
+            both()
+            y = case.output(model, x)
+            both()
+        return y
+
+    alone = [run(name) for name in names]
+    barrier = threading.Barrier(len(names), timeout=60)
+    with ThreadPoolExecutor(len(names)) as pool:
+        together = list(pool.map(lambda name: run(name, barrier.wait), names))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
 def both_at_once_merge_as_they_run(case: Case) -> None:
     """Two active adapters: the merged model gives the unmerged one's output."""
     _fitting(case)
@@ -459,9 +485,9 @@ LAWS: dict[str, Law] = {
     law.__name__: law
     for law in (
         identity_at_the_start, moves_the_output, output_is_that_of_the_changed_weight, fused_equals_reference, merged_equals_unmerged,
-        unmerging_is_exact, saved_and_loaded_is_the_same, only_the_adapter_trains, several_adapters, both_at_once_merge_as_they_run,
-        mixed_batch_equals_one_by_one, autocast_runs, checkpointing_recomputes_the_same, compiles_whole, copies_are_independent, builds_on_meta,
-        config_survives_json,
+        unmerging_is_exact, saved_and_loaded_is_the_same, only_the_adapter_trains, several_adapters, threads_choose_for_themselves,
+        both_at_once_merge_as_they_run, mixed_batch_equals_one_by_one, autocast_runs, checkpointing_recomputes_the_same, compiles_whole,
+        copies_are_independent, builds_on_meta, config_survives_json,
     )
 }  # fmt: skip
 
