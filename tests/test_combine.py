@@ -397,13 +397,16 @@ LINEAR = {
     "SHIRA": {"r": 2, "random_seed": 1},
     "BEFT": {},
     "HIRA": {"r": 2},
+    "WAVEFT": {"n_frequency": 12},
+    "MISS": {"r": 3},
+    "MISS bat": {"r": 2, "init_weights": "bat"},
 }
 
 
 @pytest.mark.parametrize("method", LINEAR)
 def test_methods_that_add_up_to_one_of_their_own(method: str, tmp_path: Path) -> None:
     def config() -> Any:
-        return veneer.get_peft_config({"peft_type": method, "target_modules": ["0", "2"], **LINEAR[method]})
+        return veneer.get_peft_config({"peft_type": method.partition(" ")[0], "target_modules": ["0", "2"], **LINEAR[method]})
 
     model = veneer.get_peft_model(net(), config(), "a")
     model.add_adapter("b", config())

@@ -40,6 +40,7 @@ class WaveFTConfig(Targeted, peft_type="WAVEFT"):
     proportional_parameters: bool = False
 
     prefix: ClassVar[str] = "waveft_"
+    linear_in: ClassVar[str] = "waveft_spectrum"
     stacking: ClassVar[Any] = "sum"
     examples: ClassVar[Any] = ({"n_frequency": 20, "scaling": 2.0}, {"n_frequency": 9, "use_idwt": False, "proportional_parameters": True})
 
