@@ -6,7 +6,7 @@ import base64
 import json
 import struct
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -189,22 +189,25 @@ def other_base(remembered: str, model: nn.Module) -> str | None:
 
     Rounding by another dtype is no difference, nor is a weight that is packed (quantised) or not there.
     """
+    held = {name: (spot, key) for name, spot, key in _held(model)} if remembered else {}
+    return differing(remembered, lambda name: _frozen(*held[name]) if name in held else None)
+
+
+def differing(remembered: str, read: Callable[[str], Tensor | None]) -> str | None:
+    """The same for any base: `read` gives a tensor by its name, or None."""
     stored: dict[str, Any] = json.loads(remembered) if remembered else {}
-    held = {name: (spot, key) for name, spot, key in _held(model)} if stored else {}
-    differ, compared = [], 0
+    differ, compared, there = [], 0, 0
     for name, (shape, dtype, text) in stored.items():
-        if name not in held:
-            continue
-        spot, key = held[name]
-        t = _frozen(spot, key)
-        if not _readable(t):
+        t = read(name)
+        there += t is not None
+        if t is None or not _readable(t):
             continue
         compared += 1
         if list(t.shape) != shape:
             return f"{name!r} has the shape {tuple(t.shape)}, and {tuple(shape)} in the base the adapter was made for"
         if not _equal(_decode(text), getattr(torch, dtype, torch.float32), _sample(t), t.dtype):
             differ.append(name)
-    if stored and not compared and not any(n in held for n in stored):
+    if stored and not there:
         return f"it has no weights {', '.join(map(repr, list(stored)[:2]))}"
     return f"{len(differ)} of {compared} compared weights have other values, such as {differ[0]!r}" if differ else None
 

@@ -10,6 +10,7 @@ def main() -> None:
     try:
         import typer
 
+        from .merge import merge
         from .methods import methods
         from .train import train
     except ImportError as e:
@@ -17,6 +18,7 @@ def main() -> None:
         raise SystemExit(2) from None
     app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Parameter-efficient fine-tuning.")
     app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
+    app.command()(merge)
     app.command()(methods)
 
     @app.callback()

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..bases.config import tell_storage
+from ..change import bias
 from ..errors import MergeError
 from .inject import active_adapters, unwrap
 from .layer import AdaptedLayer, adapted_layers
 from .loss import LayerReport, MergeReport, check_finite, loss
 from .merge_packed import Into, merged_packed, originals
+from .merge_rows import by_rows, merge_rows
 from .original import Weights
 from .route import adapter_names, check_known
 from .ties import holders, untie_config
@@ -65,7 +67,7 @@ def merge_layers(
         if layer.quantised:
             merged, report.layers[path] = merged_packed(path, layer, mine, into, model, original)
         else:
-            merged, report.layers[path] = _merged(path, layer, mine)
+            merged, report.layers[path] = merged_tensors(path, layer, mine)
         ready.append((layer, mine, merged))
     shared = {id(p) for p in _shared_parameters(model)} if model is not None else set()
     for layer, mine, merged in ready:
@@ -82,22 +84,41 @@ def merge_layers(
 
 
 @torch.no_grad()
-def _merged(path: str, layer: AdaptedLayer, names: list[str]) -> tuple[dict[str, Tensor], LayerReport]:
-    """The layer's tensors that change, by name, in its own layout and dtypes, checked."""
-    frozen = layer.frozen_tensors()
+def merged_tensors(path: str, layer: AdaptedLayer, names: list[str]) -> tuple[dict[str, Tensor], LayerReport]:
+    """The tensors of a plain layer that change, by name, in its own layout and dtypes, checked.
+
+    Raises:
+        MergeError: if they cannot be formed, or are not finite.
+    """
+    frozen, changes = layer.frozen_tensors(), layer.changes(names, at_rest=True)
+    if by_rows(layer, changes):
+        site = layer.weight_site
+        rounded, lost = {}, None
+        rounded[site.weight_name], lost = merge_rows(layer, changes, frozen[site.weight_name])
+        b = frozen.get(site.bias_name)
+        if any(c.shift is not None for c, _ in changes):
+            shifted = bias(changes, b if b is None else b.to(torch.promote_types(b.dtype, torch.float32)))
+            _check_held(path, frozen, {site.bias_name})
+            rounded[site.bias_name] = shifted.to(frozen[site.bias_name].dtype)  # type: ignore[union-attr]
+        check_finite(path, names, *rounded.values())
+        return rounded, lost
     wide = {k: t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t for k, t in frozen.items()}
     try:
-        exact = layer.site.substituted(layer.base_layer, layer.changes(names, at_rest=True), wide)
+        exact = layer.site.substituted(layer.base_layer, changes, wide)
     except MergeError as e:
         raise MergeError(f"{path}: {e}") from None
-    if set(exact) - set(frozen):
-        raise MergeError(
-            f"{path}: the adapter trains a bias, and the layer has none to merge it into. Keep it unmerged, or give the layer a bias of zeros."
-        )
+    _check_held(path, frozen, exact)
     rounded = {k: t.to(frozen[k].dtype).contiguous() for k, t in exact.items() if t is not wide[k]}
     check_finite(path, names, *rounded.values())
     floating = [k for k, t in rounded.items() if t.is_floating_point()]
     return rounded, loss([(exact[k] - wide[k], rounded[k].to(wide[k].dtype) - wide[k], wide[k]) for k in floating])
+
+
+def _check_held(path: str, frozen: Mapping[str, Tensor], new: Iterable[str]) -> None:
+    if set(new) - set(frozen):
+        raise MergeError(
+            f"{path}: the adapter trains a bias, and the layer has none to merge it into. Keep it unmerged, or give the layer a bias of zeros."
+        )
 
 
 def _shared_parameters(model: nn.Module) -> list[nn.Parameter]:
