@@ -14,5 +14,10 @@ from .freezing import unfreezing as unfreezing
 from .hooks import Control as Control
 from .hooks import attached as attached
 from .hooks import trainer_callback as trainer_callback
+from .pictures import picture_of_schedule as picture_of_schedule
+from .pictures import picture_of_statistics as picture_of_statistics
 from .rates import Rates as Rates
 from .rates import parameter_groups as parameter_groups
+from .spectra import effective_rank as effective_rank
+from .spectra import singular_values as singular_values
+from .statistics import LayerStatistics as LayerStatistics

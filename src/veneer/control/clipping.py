@@ -33,7 +33,11 @@ class LayerClipping(Control):
     """
 
     def __init__(
-        self, model: nn.Module, norm: float, by: Literal["module", "layer", "tensor"] = "module", patterns: Mapping[str, float] | None = None
+        self,
+        model: nn.Module,
+        norm: float,
+        by: Literal["module", "layer", "tensor"] = "module",
+        patterns: Mapping[str, float] | None = None,
     ) -> None:
         patterns = patterns or {}
         for name, value in (("norm", norm), *patterns.items()):

@@ -151,7 +151,7 @@ class FreezingSchedule(Control):
             self.apply(self.step)
 
     def detach(self) -> None:
-        if getattr(self, "_handles", None):
+        if self._handles:
             self.release()
         super().detach()
 

@@ -19,8 +19,9 @@ class Control(ABC):
     """
 
     step: int = 0
+    _handles: Sequence[RemovableHandle] = ()
 
-    def attach(self, optimizer: Optimizer, step: int = 0) -> list[RemovableHandle]:
+    def attach(self, optimizer: Optimizer, step: int = 0) -> Sequence[RemovableHandle]:
         """Act at each step of this optimizer, in the place of the one it acted at before.
 
         Args:
@@ -31,7 +32,7 @@ class Control(ABC):
             handles: `remove()` ends it.
         """
         inner: Any = optimizer
-        while not isinstance(inner, Optimizer) or hasattr(inner, "accelerator_state"):
+        while hasattr(inner, "optimizer"):
             inner = inner.optimizer
         self.detach()
         self.step = step
@@ -49,9 +50,9 @@ class Control(ABC):
 
     def detach(self) -> None:
         """Act no more."""
-        for handle in getattr(self, "_handles", ()):
+        for handle in self._handles:
             handle.remove()
-        self._handles: list[RemovableHandle] = []
+        self._handles = ()
 
     def begin(self, optimizer: Optimizer) -> None:  # noqa: B027  not all have something to do
         """Check what the optimizer trains, and act on the first step."""

@@ -40,7 +40,9 @@ class Rates:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
                 raise ConfigError(f"rates: {name} has to be a number of at least 0, got {value!r}.")
         if self.decay == 0:
-            raise ConfigError("rates: a decay of 0 lets only the last layer train. Use a freezing schedule for that, or a decay such as 0.9.")
+            raise ConfigError(
+                "rates: a decay of 0 lets only the last layer train. Use a freezing schedule for that, or a decay such as 0.9."
+            )
 
     def factor(self, t: Trained, depths: Depths) -> float:
         """What the learning rate of one tensor is multiplied by."""

@@ -39,9 +39,7 @@ class LoraFAOptimizer(Optimizer):
         correct_bias: bool = True,
     ) -> None:
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= b < 1 for b in betas)):
-            raise ConfigError(
-                f"lr, eps and weight_decay are 0 or more and betas in [0, 1), got {lr=}, {eps=}, {weight_decay=}, {betas=}."
-            )
+            raise ConfigError(f"lr, eps and weight_decay are 0 or more and betas in [0, 1), got {lr=}, {eps=}, {weight_decay=}, {betas=}.")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias})
         self.pairs: dict[int, Pair] = {}  # by id of B; no part of the state, which the model's tensors make anew
 
@@ -102,7 +100,9 @@ def create_lorafa_optimizer(
             config: Any = _config(model, pair)
             have = getattr(config, name, given)
             if given is not None and have != given:
-                raise ConfigError(f"create_lorafa_optimizer: {name}={given!r}, and the adapter {pair.adapter!r} has {name}={have!r}. Give {have!r}.")
+                raise ConfigError(
+                    f"create_lorafa_optimizer: {name}={given!r}, and the adapter {pair.adapter!r} has {name}={have!r}. Give {have!r}."
+                )
     for pair in held:
         pair.a.requires_grad_(False)
     optimizer = LoraFAOptimizer([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,7 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNor
 
 
 def create_loraplus_optimizer(
-    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
+    model: nn.Module, optimizer_cls: Callable[..., Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
 ) -> Optimizer:
     """An optimizer of the class asked for, in which B has the learning rate lr · ratio and A has lr. Hayou et al. 2024, arXiv:2402.12354.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from .pairs import damped, gram, pairs, solved
 
 
 def create_riemannian_optimizer(
-    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, reg: float = 1e-2, **kwargs: Any
+    model: nn.Module, optimizer_cls: Callable[..., Optimizer], *, lr: float, reg: float = 1e-2, **kwargs: Any
 ) -> Optimizer:
     """An optimizer of the class asked for, before whose steps the gradients of A and B are divided by the metric of the other factor:
 

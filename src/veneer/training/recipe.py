@@ -11,6 +11,7 @@ from typing import Any
 from ..config import PeftConfig
 from ..errors import ConfigError, hint
 from ..method import config_class, load_methods
+from .controls import check_controls
 from .quantise import check_storage
 
 TASKS = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
@@ -29,6 +30,8 @@ class Recipe:
         batch_size: rows per step and process;  accumulate: steps whose gradients are added up;  length: tokens per row.
         learning_rate, warmup, weight_decay, schedule: of AdamW;  dtype: of the frozen weights.
         quantize: the storage that the frozen weights are packed in, such as "nf4"; see `veneer.training.quantise`.
+        optimizer, optimizer_fields: "adamw", or one of PEFT's with its fields;  rates, clipping, freezing: by layer; see `veneer.training.controls`.
+        statistics: of the layers, every so many steps, or a dict of options; 0 for none.
         save_every: steps between checkpoints, 0 for none;  resume: go on from the last checkpoint in `out`.
     """
 
@@ -49,6 +52,12 @@ class Recipe:
     warmup: float = 0.05
     weight_decay: float = 0.0
     schedule: str = "linear"
+    optimizer: str = "adamw"
+    optimizer_fields: dict[str, Any] = field(default_factory=dict)
+    rates: dict[str, Any] = field(default_factory=dict)
+    clipping: Any = None
+    freezing: Any = None
+    statistics: Any = 0
     dtype: str = "auto"
     quantize: str | None = None
     gradient_checkpointing: bool = False
@@ -67,6 +76,7 @@ class Recipe:
             raise ConfigError(f"Unknown dtype {self.dtype!r}: auto, float32, bfloat16 or float16.")
         if self.quantize is not None:
             check_storage(self.quantize)
+        check_controls(self)
         for name in ("batch_size", "accumulate", "length", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} has to be positive, got {getattr(self, name)}.")

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from ..bases import stored_bytes
 from ..checkpoint import load_into, read_adapter
+from ..control import Control, FreezingSchedule, LayerStatistics, picture_of_schedule, picture_of_statistics, trainer_callback
 from ..engine.inject import adapted_layers
 from ..errors import ConfigError
 from ..mapping import get_peft_model
 from ..model import PeftModel
 from ..status import count_parameters
+from .controls import controls_of, optimizer_of, rate_groups
 from .data import classification_examples, collate, language_examples, pack, read_rows
 from .loss import HeadlessLoss
 from .quantise import storage
@@ -220,16 +222,19 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
         disable_tqdm=True,
         log_level="error",
     )
+    own = optimizer_of(recipe, prepared.model)
+    steering = controls_of(recipe, prepared.model)
     trainer = AdapterTrainer(
         model=prepared.model,
         args=args,
         train_dataset=prepared.train,
         eval_dataset=prepared.held_out or None,
         data_collator=collate(pad),
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, *([trainer_callback(steering)] if steering else [])],
+        optimizers=(own, None),
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.headless = headless
+    trainer.headless, trainer.steering = headless, steering
     return trainer
 
 
@@ -259,15 +264,37 @@ def evaluate(trainer: Any, recipe: Recipe) -> dict[str, float]:
     return {"accuracy": mean} if recipe.task != "causal-lm" else {"loss": mean, "perplexity": math.exp(min(mean, 700))}
 
 
-def finish(prepared: Prepared, recipe: Recipe, record: dict[str, Any]) -> None:
-    """Write the adapter, the tokenizer's files, the picture and, last, the record."""
+def finish(prepared: Prepared, recipe: Recipe, record: dict[str, Any], steering: Sequence[Control] = ()) -> None:
+    """Write the adapter, the tokenizer's files, the pictures and, last, the record."""
     out = Path(recipe.out)
     prepared.model.save_pretrained(out)
+    freezing = next((c for c in steering if isinstance(c, FreezingSchedule)), None)
+    if recipe.rates or freezing is not None:
+        _picture_schedule(record, recipe, prepared, freezing, out / "schedule.png")
+    for control in steering:
+        if isinstance(control, LayerStatistics) and control.records:
+            picture_of_statistics(out / "statistics.png", control)
     prepared.tokenizer.save_pretrained(out)
     _picture(record["losses"], record.get("before", {}), record.get("after", {}), out / "loss.png")
     beside = out / ".run.json"
     beside.write_text(json.dumps(record, indent=2), encoding="utf-8")
     os.replace(beside, out / "run.json")
+
+
+def _picture_schedule(record: dict[str, Any], recipe: Recipe, prepared: Prepared, freezing: FreezingSchedule | None, path: Path) -> None:
+    """Each group's rate times what the schedule makes of it at each step."""
+    import transformers
+
+    steps = record["plan"]["steps"]
+    one = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler = transformers.get_scheduler(recipe.schedule, one, round(steps * recipe.warmup), steps)
+    curve = []
+    for _ in range(steps):
+        curve.append(one.param_groups[0]["lr"])
+        one.step()
+        if recipe.schedule != "reduce_lr_on_plateau":  # which follows the loss
+            scheduler.step()
+    picture_of_schedule(path, rate_groups(recipe, prepared.model), steps, lambda s: curve[s], freezing)
 
 
 def new_record(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
