@@ -11,12 +11,14 @@ def main() -> None:
         import typer
 
         from .methods import methods
+        from .plan import plan
         from .train import train
     except ImportError as e:
         print(f'veneer: the command line needs {e.name!r}: pip install "veneer[train]"', file=sys.stderr)
         raise SystemExit(2) from None
     app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Parameter-efficient fine-tuning.")
     app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
+    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(plan)
     app.command()(methods)
 
     @app.callback()

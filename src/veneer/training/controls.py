@@ -35,38 +35,31 @@ OPTIMIZERS: Mapping[str, Sequence[str]] = {
 }
 
 
-def check_controls(recipe: Recipe) -> None:
-    """Raise ConfigError for what can be seen to be wrong without a model."""
-    for problem in problems_of(recipe):
-        raise ConfigError(problem)
+def problems_of(recipe: Recipe) -> list[tuple[str, str]]:
+    """(field, what is wrong) for what can be seen to be wrong without a model."""
+    out: list[tuple[str, str]] = []
 
-
-def problems_of(recipe: Recipe) -> list[str]:
-    """All of that at once, in words."""
-    out: list[str] = []
-
-    def tried(make: Callable[[], Any]) -> None:
+    def tried(field: str, make: Callable[[], Any]) -> None:
         try:
             make()
         except ConfigError as e:
-            out.append(str(e))
+            out.append((field, str(e)))
 
     if recipe.optimizer not in OPTIMIZERS:
-        out.append(f"Unknown optimizer {recipe.optimizer!r}. There are {', '.join(OPTIMIZERS)}.{hint(str(recipe.optimizer), OPTIMIZERS)}")
+        text = f"Unknown optimizer {recipe.optimizer!r}. There are {', '.join(OPTIMIZERS)}.{hint(str(recipe.optimizer), OPTIMIZERS)}"
+        out.append(("optimizer", text))
     else:
-        tried(lambda: _known("optimizer_fields", recipe.optimizer_fields, OPTIMIZERS[recipe.optimizer]))
+        tried("optimizer_fields", lambda: _known("optimizer_fields", recipe.optimizer_fields, OPTIMIZERS[recipe.optimizer]))
         if recipe.rates and recipe.optimizer != "adamw":
-            out.append(
-                f"rates act with optimizer: adamw, not with {recipe.optimizer}, which makes groups of its own. LoRA+ with rates is "
-                "optimizer: adamw, rates: {patterns: {lora_B: 16}}."
-            )
+            text = f"rates act with optimizer: adamw, not with {recipe.optimizer}, which makes groups of its own. LoRA+ with rates is "
+            out.append(("rates", text + "optimizer: adamw, rates: {patterns: {lora_B: 16}}."))
         if recipe.optimizer == "lorafa" and recipe.method.lower() != "lora":
-            out.append(f"The optimizer lorafa works on method: lora, not on {recipe.method!r}.")
-    tried(lambda: _rates(recipe))
-    tried(lambda: _clipping(recipe))
+            out.append(("optimizer", f"The optimizer lorafa works on method: lora, not on {recipe.method!r}."))
+    tried("rates", lambda: _rates(recipe))
+    tried("clipping", lambda: _clipping(recipe))
     if recipe.freezing is not None:
-        tried(lambda: read_phases(recipe.freezing, 2))
-    tried(lambda: _statistics(recipe))
+        tried("freezing", lambda: read_phases(recipe.freezing, 2))
+    tried("statistics", lambda: _statistics(recipe))
     return out
 
 

@@ -17,14 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bases import stored_bytes
 from ..checkpoint import load_into, read_adapter
 from ..control import Control, FreezingSchedule, LayerStatistics, picture_of_schedule, picture_of_statistics, trainer_callback
-from ..engine.inject import adapted_layers
 from ..errors import ConfigError
 from ..mapping import get_peft_model
 from ..model import PeftModel
-from ..status import count_parameters
+from ..planning import plan
 from .controls import controls_of, optimizer_of, rate_groups
 from .data import classification_examples, collate, language_examples, pack, read_rows
 from .loss import HeadlessLoss
@@ -95,14 +93,15 @@ def _split(rows: list[dict[str, Any]], recipe: Recipe) -> tuple[list[dict[str, A
 def _tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
-    _check_model(model)
+    check_model(model)
     try:
         return AutoTokenizer.from_pretrained(model)
     except Exception as e:
         raise ConfigError(f"{model!r} has no tokenizer that transformers can load: {_first_line(e)}") from e
 
 
-def _check_model(model: str) -> None:
+def check_model(model: str) -> None:
+    """Raise ConfigError for what is plainly no model."""
     path = Path(model)
     looks_local = path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
     if path.is_dir() and not (path / "config.json").exists():
@@ -151,18 +150,13 @@ def _check_disk(out: str, model: nn.Module) -> None:
 
 def overview(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
     """What is going to be trained: modules by kind, parameters, memory in bytes."""
-    model = prepared.model
-    groups: dict[str, list[int]] = {}
-    for path, layer in adapted_layers(model.get_base_model()):
-        groups.setdefault(path.rpartition(".")[2], []).append(sum(p.numel() for p in layer.parameters() if p.requires_grad))
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    grads = sum(p.numel() * p.element_size() for p in trainable)
+    found = plan(prepared.model, batch_size=recipe.batch_size, length=recipe.length, accumulate=recipe.accumulate, simulate=False)
     return {
-        "modules": {name: {"count": len(sizes), "parameters": sum(sizes)} for name, sizes in groups.items()},
-        "trained_whole": sorted(model.modules_to_save or ()),
-        "trainable_parameters": sum(p.numel() for p in trainable),
-        "all_parameters": count_parameters(model)[1],
-        "memory": {"weights": stored_bytes(model), "gradients": grads, "optimizer": 2 * grads},
+        "modules": found.groups(),
+        "trained_whole": found.whole,
+        "trainable_parameters": found.trainable_parameters,
+        "all_parameters": found.all_parameters,
+        "memory": found.memory,
         "train_rows": len(prepared.train),
         "held_out_rows": len(prepared.held_out),
         "steps": _steps(recipe, len(prepared.train)),
