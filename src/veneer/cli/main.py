@@ -10,6 +10,7 @@ def main() -> None:
     try:
         import typer
 
+        from .inspect import inspect
         from .methods import methods
         from .plan import plan
         from .train import train
@@ -20,6 +21,7 @@ def main() -> None:
     app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
     app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(plan)
     app.command()(methods)
+    app.command()(inspect)
 
     @app.callback()
     def _root() -> None:

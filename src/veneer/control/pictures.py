@@ -114,3 +114,22 @@ def picture_of_statistics(path: str | os.PathLike[str], statistics: LayerStatist
         figure.colorbar(image, ax=axis)
     axes[0][0].set_ylabel("module, from the input up")
     _save(pyplot, figure, path)
+
+
+def heat(
+    path: str | os.PathLike[str], title: str, grid: Sequence[Sequence[float]], columns: str, bars: Sequence[float], bars_title: str
+) -> None:
+    """Draw a field of numbers, a row for each layer from the input up, and a bar for each beside it.
+
+    Raises:
+        ConfigError: if matplotlib is not installed.
+    """
+    pyplot, figure, axes = _figure(1, 2, (9, 5))
+    image = axes[0][0].imshow(grid, aspect="auto", origin="lower", interpolation="nearest", cmap="viridis")
+    axes[0][0].set_title(title, fontsize=9)
+    axes[0][0].set_xlabel(columns)
+    axes[0][0].set_ylabel("layer, from the input up")
+    figure.colorbar(image, ax=axes[0][0])
+    axes[0][1].barh(range(len(bars)), bars, color="#2a6f97")
+    axes[0][1].set_title(bars_title, fontsize=9)
+    _save(pyplot, figure, path)
