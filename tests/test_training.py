@@ -370,3 +370,84 @@ def test_the_command_exits_with_two_and_says_why(data: Path, tmp_path: Path) -> 
     assert "config.json" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- control
+
+
+def _controlled(model_folder: Path, data: Path, out: Path, text: str) -> str:
+    path = out.parent / "recipe.yaml"
+    head = f"model: {model_folder}\ndata: {data}\nout: {out}\nsteps: 6\nbatch_size: 2\nlength: 8\ndtype: float32\nmethod_fields: {{r: 4}}\n"
+    path.write_text(head + text, encoding="utf-8")
+    return str(path)
+
+
+def test_a_recipe_controls_rates_clipping_freezing_and_statistics(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    text = (
+        "learning_rate: 0.01\nschedule: constant\nwarmup: 0\nrates: {decay: 0.5, patterns: {v_proj: 0}}\n"
+        "clipping: {norm: 0.01, by: module}\nfreezing: {every: 3}\nstatistics: {every: 1}\naccumulate: 2\n"
+    )
+    out = tmp_path / "out"
+    run(_controlled(model_folder, data, out, text), {})
+    lines = [json.loads(line) for line in (out / "statistics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in lines] == [1, 2, 3, 4, 5, 6]
+    for r in lines:
+        for name, m in r["layers"].items():
+            early = "layers.0." in name and r["step"] <= 3
+            assert (m["gradient"] is None) is early
+            assert (m["update"] == 0) is (early or "v_proj" in name)
+            assert m["gradient"] is None or m["gradient"] <= 0.0101
+    assert (out / "statistics.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "schedule.png").read_bytes().startswith(b"\x89PNG")
+    saved = load_file(out / "adapter_model.safetensors")
+    moved = {k: bool(v.any()) for k, v in saved.items() if "lora_B" in k}
+    assert all(on is ("v_proj" not in k) for k, on in moved.items()) and moved
+
+
+@pytest.mark.parametrize("optimizer", ["loraplus", "lorafa", "riemannian"])
+def test_a_recipe_names_pefts_optimizers(optimizer: str, model_folder: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    record = run(_controlled(model_folder, data, out, f"optimizer: {optimizer}\nlearning_rate: 0.02\n"), {"steps": 30})
+    assert record["after"]["loss"] < record["before"]["loss"] - 0.1
+
+
+def test_controls_go_on_where_a_run_was_cut(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    text = "rates: {decay: 0.5}\nfreezing: [{step: 0, layers: '-1:'}, {step: 4}]\nstatistics: 1\nsave_every: 3\nseed: 1\n"
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(_controlled(model_folder, data, whole, text), {})
+    run(_controlled(model_folder, data, cut, text), {})
+    import shutil
+
+    shutil.rmtree(cut / "checkpoints" / "checkpoint-6")
+    for name in ("adapter_model.safetensors", "adapter_config.json", "run.json"):
+        (cut / name).unlink()
+    run(_controlled(model_folder, data, cut, text), {"resume": True})
+    a, b = load_file(whole / "adapter_model.safetensors"), load_file(cut / "adapter_model.safetensors")
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optimizer: lorapuls", "Did you mean 'loraplus'"),
+        ("optimizer: loraplus\noptimizer_fields: {lr_ratio: 4}", "Did you mean 'loraplus_lr_ratio'"),
+        ("optimizer: loraplus\nrates: {decay: 0.9}", "patterns: {lora_B: 16}"),
+        ("optimizer: lorafa\nmethod: ia3\nmethod_fields: {}", "lorafa works on method: lora"),
+        ("rates: {decy: 0.9}", "Did you mean 'decay'"),
+        ("rates: {patterns: {q_prj: 2}}", "Did you mean 'q_proj'"),
+        ("clipping: {by: module}", "`norm` is missing"),
+        ("clipping: -1", "positive norm"),
+        ("freezing: {evry: 3}", "Did you mean 'every'"),
+        ("freezing: [{step: 0, layers: [7]}]", r"layers \[7\]"),
+        ("statistics: {every: 0}", "1 or more"),
+    ],
+)
+def test_wrong_controls_are_one_error_and_write_nothing(text: str, message: str, model_folder: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match=message):
+        run(_controlled(model_folder, data, out, text.replace("\nmethod_fields: {}", "")), {})
+    assert not out.exists()

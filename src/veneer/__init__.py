@@ -33,6 +33,8 @@ _HOME: dict[str, str] = {
         "method": "Leaf Method",
         "mixed": "PeftMixedModel",
         "model": "PeftModel",
+        "planning.inspection": "inspect_adapter",
+        "planning.plan": "plan",
         "status": "get_layer_status get_model_status",
         "tasks": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification",

@@ -10,8 +10,10 @@ def main() -> None:
     try:
         import typer
 
+        from .inspect import inspect
         from .merge import merge
         from .methods import methods
+        from .plan import plan
         from .train import train
     except ImportError as e:
         print(f'veneer: the command line needs {e.name!r}: pip install "veneer[train]"', file=sys.stderr)
@@ -19,7 +21,9 @@ def main() -> None:
     app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Parameter-efficient fine-tuning.")
     app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
     app.command()(merge)
+    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(plan)
     app.command()(methods)
+    app.command()(inspect)
 
     @app.callback()
     def _root() -> None:

@@ -116,7 +116,7 @@ def run(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
     record["tokens_per_second"] = watcher.tokens / max(record["seconds"], 1e-9)
     record["peak_memory"] = room.peak_memory()
     if first:
-        room.finish(prepared, recipe, record)
+        room.finish(prepared, recipe, record, trainer.steering)
         _report(record, recipe)
     return record
 

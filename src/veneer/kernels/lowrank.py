@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -53,7 +54,7 @@ def lowrank_linear(
 
 def ordinary(t: Any) -> bool:
     """Whether the fused functions know how to handle it: no sharded or otherwise special tensor."""
-    return type(t) in (Tensor, torch.nn.Parameter) or not isinstance(t, Tensor) or torch.compiler.is_compiling()
+    return type(t) in (Tensor, torch.nn.Parameter, FakeTensor) or not isinstance(t, Tensor) or torch.compiler.is_compiling()
 
 
 def _run(
@@ -68,7 +69,7 @@ def _run(
     seed: int | None,
 ) -> Tensor:
     if dropout > 0 and seed is None:
-        seed = int(torch.randint(0, 2**62, ()))
+        seed = 0 if isinstance(x, FakeTensor) else int(torch.randint(0, 2**62, ()))  # shapes alone hold no number to draw
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b, a, up, gain)):
         out: Tensor = _LowRankLinear.apply(x, w, b, a, up, scale, dropout, gain, seed or 0)  # type: ignore[no-untyped-call]
         return out

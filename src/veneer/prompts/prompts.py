@@ -70,7 +70,9 @@ class Prompts(Keyed):
             )
         config.fill(model)
         check_checkpointing(model, config, training=True)
-        made = config.module(table, start=not empty and not config.inference_mode).to(weight.device)
+        made = config.module(table, start=not empty and not config.inference_mode)
+        if any(t.device != weight.device for t in (*made.parameters(), *made.buffers())):  # `to` swaps tensors even if it has nothing to do
+            made = made.to(weight.device)
         plan = inject.attach_saved(model, config, adapter_name, self.switch)
         self[adapter_name] = made
         self.peft_config[adapter_name] = config

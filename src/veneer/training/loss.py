@@ -49,8 +49,13 @@ def chunked_cross_entropy(h: Tensor, w: Tensor, b: Tensor | None, labels: Tensor
     h, labels = h[keep], labels[keep]
     if not len(labels):
         return h.sum() * 0, 0
+    return summed_cross_entropy(h, w, b, labels), len(labels)
+
+
+def summed_cross_entropy(h: Tensor, w: Tensor, b: Tensor | None, labels: Tensor) -> Tensor:
+    """The sum of the losses where all labels count; arguments as in `chunked_cross_entropy`."""
     loss: Tensor = _ChunkedCrossEntropy.apply(h, w, b, labels)  # type: ignore[no-untyped-call]
-    return loss, len(labels)
+    return loss
 
 
 class Aside(nn.Module):
@@ -94,15 +99,19 @@ class HeadlessLoss:
             model.train(training)
         return loss if abs(float(total) / count - theirs) <= 2e-2 * max(abs(theirs), 1.0) else None
 
-    def __call__(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-        """(sum of the losses, number of labels that count)."""
+    def hidden(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """(rows, length, n): what the head would have read."""
         parent, _, name = self.path.rpartition(".")
         owner = self.inner.get_submodule(parent)
-        inputs = {k: v for k, v in batch.items() if k != "labels"}
         owner._modules[name] = Aside()
         try:
-            h = model(**inputs).logits
+            h: Tensor = model(**inputs).logits
         finally:
             owner._modules[name] = self.head
+        return h
+
+    def __call__(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        """(sum of the losses, number of labels that count)."""
+        h = self.hidden(model, {k: v for k, v in batch.items() if k != "labels"})
         labels = batch["labels"][:, 1:].reshape(-1)
         return chunked_cross_entropy(h[:, :-1].reshape(-1, h.shape[-1]), self.head.weight, self.head.bias, labels)

@@ -53,6 +53,13 @@ STORAGES: Mapping[str, tuple[str, str, Callable[[torch.dtype], Any]]] = {
 }
 
 
+# bits for each number, with the scales of its block (and, in bitsandbytes, the scales of those)
+BITS: Mapping[str, float] = {
+    "nf4": 4 + 8 / 64 + 32 / (64 * 256), "fp4": 4 + 8 / 64 + 32 / (64 * 256), "int8": 8.03,
+    "torchao-int8": 8.03, "torchao-int4": 9.0, "torchao-float8": 8.03, "quanto-int8": 8.03, "quanto-int4": 4.25, "quanto-float8": 8.03,
+}  # fmt: skip
+
+
 def check_storage(name: str) -> None:
     """Raise ConfigError for a storage that does not exist, or whose library is not installed."""
     if name not in STORAGES:

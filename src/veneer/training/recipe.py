@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ from typing import Any
 from ..config import PeftConfig
 from ..errors import ConfigError, hint
 from ..method import config_class, load_methods
+from .controls import problems_of
 from .quantise import check_storage
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 TASKS = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
 
 
@@ -29,6 +31,8 @@ class Recipe:
         batch_size: rows per step and process;  accumulate: steps whose gradients are added up;  length: tokens per row.
         learning_rate, warmup, weight_decay, schedule: of AdamW;  dtype: of the frozen weights.
         quantize: the storage that the frozen weights are packed in, such as "nf4"; see `veneer.training.quantise`.
+        optimizer, optimizer_fields: "adamw", or one of PEFT's with its fields;  rates, clipping, freezing: by layer; see `veneer.training.controls`.
+        statistics: of the layers, every so many steps, or a dict of options; 0 for none.
         save_every: steps between checkpoints, 0 for none;  resume: go on from the last checkpoint in `out`.
     """
 
@@ -49,6 +53,12 @@ class Recipe:
     warmup: float = 0.05
     weight_decay: float = 0.0
     schedule: str = "linear"
+    optimizer: str = "adamw"
+    optimizer_fields: dict[str, Any] = field(default_factory=dict)
+    rates: dict[str, Any] = field(default_factory=dict)
+    clipping: Any = None
+    freezing: Any = None
+    statistics: Any = 0
     dtype: str = "auto"
     quantize: str | None = None
     gradient_checkpointing: bool = False
@@ -58,27 +68,41 @@ class Recipe:
 
     def check(self) -> None:
         """Raise ConfigError for what can be seen to be wrong before anything is loaded."""
-        for name in ("model", "data", "out"):
+        for _, text in self.problems():
+            raise ConfigError(text)
+
+    def problems(self, needed: Sequence[str] = ("model", "data", "out")) -> Iterator[tuple[str, str]]:
+        """(field, what is wrong) for all of that.
+
+        Args:
+            needed: the fields that have to be given.
+        """
+        for name in needed:
             if not getattr(self, name):
-                raise ConfigError(f"--{name} is missing: say which {name} to use, on the command line or in the recipe.")
+                yield name, f"--{name} is missing: say which {name} to use, on the command line or in the recipe."
         if self.task not in TASKS:
-            raise ConfigError(f"Unknown task {self.task!r}. There are {', '.join(TASKS)}.{hint(self.task, TASKS)}")
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ConfigError(f"Unknown dtype {self.dtype!r}: auto, float32, bfloat16 or float16.")
+            yield "task", f"Unknown task {self.task!r}. There are {', '.join(TASKS)}.{hint(self.task, TASKS)}"
+        if self.dtype not in DTYPES:
+            yield "dtype", f"Unknown dtype {self.dtype!r}: {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.{hint(self.dtype, DTYPES)}"
         if self.quantize is not None:
-            check_storage(self.quantize)
+            try:
+                check_storage(self.quantize)
+            except ConfigError as e:
+                yield "quantize", str(e)
+        yield from problems_of(self)
         for name in ("batch_size", "accumulate", "length", "learning_rate"):
             if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} has to be positive, got {getattr(self, name)}.")
+                yield name, f"{name} has to be positive, got {getattr(self, name)}."
         if self.steps is not None and self.steps <= 0:
-            raise ConfigError(f"steps has to be positive, got {self.steps}.")
+            yield "steps", f"steps has to be positive, got {self.steps}."
         if not 0 <= self.eval_fraction < 1:
-            raise ConfigError(f"eval_fraction lies in [0, 1), got {self.eval_fraction}.")
+            yield "eval_fraction", f"eval_fraction lies in [0, 1), got {self.eval_fraction}."
         if Path(self.out).is_file():
-            raise ConfigError(f"{self.out!r} is a file; --out names a folder.")
-        if (Path(self.out) / "adapter_config.json").exists() and not self.resume:
-            raise ConfigError(
-                f"{self.out!r} holds an adapter already, which is not overwritten. Give another --out, or --resume to go on with its run."
+            yield "out", f"{self.out!r} is a file; --out names a folder."
+        if self.out and (Path(self.out) / "adapter_config.json").exists() and not self.resume:
+            yield (
+                "out",
+                f"{self.out!r} holds an adapter already, which is not overwritten. Give another --out, or --resume to go on with its run.",
             )
 
     def config(self) -> PeftConfig:
@@ -86,6 +110,19 @@ class Recipe:
 
         Raises:
             ConfigError: for an unknown method or field; names the nearest.
+        """
+        cls, values = self.fields()
+        known = {f.name for f in dataclasses.fields(cls) if f.init}
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"{cls.__name__} has no field {key!r}.{hint(key, known)}")
+        return cls(**values)
+
+    def fields(self) -> tuple[type[PeftConfig], dict[str, Any]]:
+        """The method's config class, and the values for it, known fields or not.
+
+        Raises:
+            ConfigError: for an unknown method; names the nearest.
         """
         names = {n.lower().replace("_", "-"): n for n in load_methods()}
         name = self.method.lower().replace("_", "-")
@@ -95,15 +132,12 @@ class Recipe:
         known = {f.name: f for f in dataclasses.fields(cls) if f.init}
         values: dict[str, Any] = {"target_modules": "all-linear"} if "target_modules" in known else {}
         for key, value in self.method_fields.items():
-            plain = key.replace("-", "_")
-            if plain not in known:
-                raise ConfigError(f"{cls.__name__} has no field {key!r}.{hint(plain, known)}")
-            values[plain] = value
+            values[key.replace("-", "_")] = value
         if "lora_alpha" in known and "lora_alpha" not in values and "r" in values:
             values["lora_alpha"] = values["r"]
         if isinstance(values.get("target_modules"), str) and "," in values["target_modules"]:
             values["target_modules"] = [t.strip() for t in values["target_modules"].split(",")]
-        return cls(**values, task_type=TASKS[self.task])
+        return cls, {**values, "task_type": TASKS.get(self.task)}
 
 
 def read_recipe(path: str | None, given: Mapping[str, Any]) -> Recipe:

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bases import stored_bytes
 from ..checkpoint import load_into, read_adapter
-from ..engine.layer import adapted_layers
+from ..control import Control, FreezingSchedule, LayerStatistics, picture_of_schedule, picture_of_statistics, trainer_callback
 from ..errors import ConfigError
 from ..mapping import get_peft_model
 from ..model import PeftModel
-from ..status import count_parameters
+from ..planning import plan
+from .controls import controls_of, optimizer_of, rate_groups
 from .data import classification_examples, collate, language_examples, pack, read_rows
 from .loss import HeadlessLoss
 from .quantise import storage
@@ -93,14 +93,15 @@ def _split(rows: list[dict[str, Any]], recipe: Recipe) -> tuple[list[dict[str, A
 def _tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
-    _check_model(model)
+    check_model(model)
     try:
         return AutoTokenizer.from_pretrained(model)
     except Exception as e:
         raise ConfigError(f"{model!r} has no tokenizer that transformers can load: {_first_line(e)}") from e
 
 
-def _check_model(model: str) -> None:
+def check_model(model: str) -> None:
+    """Raise ConfigError for what is plainly no model."""
     path = Path(model)
     looks_local = path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
     if path.is_dir() and not (path / "config.json").exists():
@@ -149,18 +150,13 @@ def _check_disk(out: str, model: nn.Module) -> None:
 
 def overview(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
     """What is going to be trained: modules by kind, parameters, memory in bytes."""
-    model = prepared.model
-    groups: dict[str, list[int]] = {}
-    for path, layer in adapted_layers(model.get_base_model()):
-        groups.setdefault(path.rpartition(".")[2], []).append(sum(p.numel() for p in layer.parameters() if p.requires_grad))
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    grads = sum(p.numel() * p.element_size() for p in trainable)
+    found = plan(prepared.model, batch_size=recipe.batch_size, length=recipe.length, accumulate=recipe.accumulate, simulate=False)
     return {
-        "modules": {name: {"count": len(sizes), "parameters": sum(sizes)} for name, sizes in groups.items()},
-        "trained_whole": sorted(model.modules_to_save or ()),
-        "trainable_parameters": sum(p.numel() for p in trainable),
-        "all_parameters": count_parameters(model)[1],
-        "memory": {"weights": stored_bytes(model), "gradients": grads, "optimizer": 2 * grads},
+        "modules": found.groups(),
+        "trained_whole": found.whole,
+        "trainable_parameters": found.trainable_parameters,
+        "all_parameters": found.all_parameters,
+        "memory": found.memory,
         "train_rows": len(prepared.train),
         "held_out_rows": len(prepared.held_out),
         "steps": _steps(recipe, len(prepared.train)),
@@ -220,16 +216,19 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
         disable_tqdm=True,
         log_level="error",
     )
+    own = optimizer_of(recipe, prepared.model)
+    steering = controls_of(recipe, prepared.model)
     trainer = AdapterTrainer(
         model=prepared.model,
         args=args,
         train_dataset=prepared.train,
         eval_dataset=prepared.held_out or None,
         data_collator=collate(pad),
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, *([trainer_callback(steering)] if steering else [])],
+        optimizers=(own, None),
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.headless = headless
+    trainer.headless, trainer.steering = headless, steering
     return trainer
 
 
@@ -259,15 +258,37 @@ def evaluate(trainer: Any, recipe: Recipe) -> dict[str, float]:
     return {"accuracy": mean} if recipe.task != "causal-lm" else {"loss": mean, "perplexity": math.exp(min(mean, 700))}
 
 
-def finish(prepared: Prepared, recipe: Recipe, record: dict[str, Any]) -> None:
-    """Write the adapter, the tokenizer's files, the picture and, last, the record."""
+def finish(prepared: Prepared, recipe: Recipe, record: dict[str, Any], steering: Sequence[Control] = ()) -> None:
+    """Write the adapter, the tokenizer's files, the pictures and, last, the record."""
     out = Path(recipe.out)
     prepared.model.save_pretrained(out)
+    freezing = next((c for c in steering if isinstance(c, FreezingSchedule)), None)
+    if recipe.rates or freezing is not None:
+        _picture_schedule(record, recipe, prepared, freezing, out / "schedule.png")
+    for control in steering:
+        if isinstance(control, LayerStatistics) and control.records:
+            picture_of_statistics(out / "statistics.png", control)
     prepared.tokenizer.save_pretrained(out)
     _picture(record["losses"], record.get("before", {}), record.get("after", {}), out / "loss.png")
     beside = out / ".run.json"
     beside.write_text(json.dumps(record, indent=2), encoding="utf-8")
     os.replace(beside, out / "run.json")
+
+
+def _picture_schedule(record: dict[str, Any], recipe: Recipe, prepared: Prepared, freezing: FreezingSchedule | None, path: Path) -> None:
+    """Each group's rate times what the schedule makes of it at each step."""
+    import transformers
+
+    steps = record["plan"]["steps"]
+    one = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler = transformers.get_scheduler(recipe.schedule, one, round(steps * recipe.warmup), steps)
+    curve = []
+    for _ in range(steps):
+        curve.append(one.param_groups[0]["lr"])
+        one.step()
+        if recipe.schedule != "reduce_lr_on_plateau":  # which follows the loss
+            scheduler.step()
+    picture_of_schedule(path, rate_groups(recipe, prepared.model), steps, lambda s: curve[s], freezing)
 
 
 def new_record(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
