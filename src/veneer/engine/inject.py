@@ -15,6 +15,7 @@ from ..bases import codec_for
 from ..errors import ConfigError, PeftWarning, hint
 from ..method import Leaf, Method
 from ..sites import Adaptable, ParameterSite, Site, adaptable, site_for
+from .fused import FIELDS, take_fused
 from .holders import Attached, Holder, Tensors, hold
 from .layer import AdaptedLayer, Place
 from .modules import Part, hold_parts, parts_of
@@ -90,9 +91,11 @@ def attach(
         raise ConfigError(f"There is already an adapter {adapter_name!r}. Choose another name, or delete_adapter({adapter_name!r}) first.")
     replicated = replicate(model, getattr(config, "layer_replication", None)) if first else None
     staged: list[_Staged] = []
-    targeted, asked = hasattr(config, "target_modules"), getattr(config, "target_modules", None)
+    targeted, asked = hasattr(config, "target_modules"), {name: getattr(config, name) for name in FIELDS if hasattr(config, name)}
     try:
         config.meet(model)
+        if state_dict is None:
+            take_fused(model, config)
         selection = select(model, config, supports=lambda m: adaptable(m, config.kinds), state_dict=state_dict, strict=strict)
         if targeted and selection.resolved_targets is not None:
             cast(Any, config).target_modules = selection.resolved_targets
@@ -122,8 +125,8 @@ def attach(
         for s in staged:
             if not s.new:
                 s.layer.scaling.pop(adapter_name, None)
-        if targeted:
-            cast(Any, config).target_modules = asked
+        for name, value in asked.items():
+            setattr(config, name, value)
         undo(model, replicated)
         raise
     # from here on nothing can fail
