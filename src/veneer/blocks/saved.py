@@ -95,6 +95,10 @@ class ModulesToSaveWrapper(Wrapper):
         for name, key, owner in saved_tensors(self.modules_to_save[adapter]):
             yield name, f"modules_to_save.{adapter}.{name}", key, owner
 
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Keys that transformers' loader has yet to rename: none, `build_peft_weight_mapping` knows these too."""
+        return {}
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

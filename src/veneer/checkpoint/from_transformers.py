@@ -14,7 +14,7 @@ from torch import nn
 
 from ..engine import inject
 from ..engine.fused import Fusion, conversions, fusions, layer_of, renamed
-from ..errors import ConfigError, LoadError
+from ..errors import LoadError
 from .fused import fuse, split_key
 from .keys import PREFIX, join_path, slots, walk
 from .match import plain
@@ -28,12 +28,14 @@ class Expected:
     Attributes:
         model: the model it has been attached to, once it is.
         seen: the names that keys of the file have been found for.
+        keys: of a method that packs its tensors in its file: its keys, in the order in which transformers reads them.
     """
 
     def __init__(self, config: Any, adapter: str) -> None:
         self.config, self.adapter = config, adapter
         self.model: weakref.ref[nn.Module] | None = None
         self.seen: set[str] = set()
+        self.keys: list[str] = []
         self._names: dict[str, str] | None = None
         self._rules: list[Any] = []
         self._fusions: list[Fusion] = []
@@ -80,6 +82,17 @@ class Expected:
         self.seen.add(name)
         return name, at[1], at[2]
 
+    def anchor(self) -> str:
+        """One name in the model, where tensors of a packed file can be collected: of a floating-point tensor, to whose type they are turned."""
+        self.names()
+        return next(s.memory_key for s in slots(self.there(), self.adapter, self.config).values() if s.required and s.tensor.is_floating_point())
+
+    def unpacked(self, tensors: Sequence[Any]) -> dict[str, Any]:
+        """What a packed file holds, by name in the model."""
+        found = {self.place(k): t for k, t in self.config.from_file(dict(zip(self.keys, tensors, strict=True))).items()}
+        table = {s.memory_key: s.tensor.dtype for s in slots(self.there(), self.adapter, self.config).values()}
+        return {name: t.to(table[name]) for name, t in found.items() if name is not None}
+
     def there(self) -> nn.Module:
         """The model."""
         model = self.model() if self.model is not None else None
@@ -92,12 +105,13 @@ class Expected:
             return  # nothing was read
         model: Any = self.there()
         found = slots(model, self.adapter, self.config)
-        missing = [s.key for s in found.values() if s.required and (s.tied_with or s).memory_key not in self.seen and s.memory_key not in self.seen]
+        needed = [s for s in found.values() if s.required]
+        missing = [s.key for s in needed if (s.tied_with or s).memory_key not in self.seen and s.memory_key not in self.seen]
         if missing:
             inject.detach(model, self.adapter)
             model.peft_config.pop(self.adapter, None)
             raise LoadError(
-                f"The file lacks {len(missing)} of the {len(found)} tensors of the adapter {self.adapter!r}, such as {missing[0]!r}: it would be dead or "
+                f"The file lacks {len(missing)} of the {len(needed)} tensors of the adapter {self.adapter!r}, such as {missing[0]!r}: it would be dead or "
                 "half there. It has been taken off again. Is it the adapter of another model?"
             )
         inject.settle(model, self.config, self.adapter)
@@ -122,16 +136,10 @@ def build_peft_weight_mapping(weight_conversions: Sequence[Any] | None, adapter_
         transformers' WeightRenaming and WeightConverter objects.
 
     Raises:
-        ConfigError: if the method's files are no plain tensors of the model.
         LoadError: at the end of the loading, if the file lacks tensors of the adapter.
     """
     from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
-    if hasattr(peft_config, "from_file"):
-        raise ConfigError(
-            f"{type(peft_config).__name__} packs its tensors in its file, which transformers' loader does not know. Use "
-            "PeftModel.from_pretrained(model, folder)."
-        )
     expected = Expected(peft_config, adapter_name)
     _waiting[id(peft_config)] = expected
 
@@ -165,6 +173,20 @@ def build_peft_weight_mapping(weight_conversions: Sequence[Any] | None, adapter_
         def was_used(self) -> bool:
             return False
 
+    class Unpacked(WeightConverter):  # type: ignore[misc]
+        """All tensors of the file of a method that packs them to those of the model."""
+
+        def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+            expected.keys.append(source_key)
+            return expected.anchor(), "file"
+
+        def convert(self, layer_name: str, **kwargs: Any) -> dict[str, Any]:
+            return expected.unpacked(self.materialize_tensors()["file"])
+
+        def was_used(self) -> bool:
+            expected.finish()
+            return False
+
     class AsIs(ConversionOps):  # type: ignore[misc]
         """A converter has to have an operation; ours converts as a whole."""
 
@@ -175,6 +197,8 @@ def build_peft_weight_mapping(weight_conversions: Sequence[Any] | None, adapter_
         def reverse_op(self) -> ConversionOps:
             return self
 
+    if hasattr(peft_config, "from_file"):
+        return [Unpacked("file", "model", [AsIs()])]
     sources = _sources(weight_conversions or ())
     return [
         ToModel("file", "model"),
