@@ -81,7 +81,7 @@ def take_fused(model: nn.Module, config: Any) -> None:
     targets = getattr(config, "target_modules", None)
     if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA" or not targets or isinstance(targets, str):
         return
-    modules = [n for n, _ in model.named_modules()]
+    modules = [n.replace(".base_layer", "") for n, _ in model.named_modules()]
     meant = [(f, hit) for f in fusions(model) if (hit := [(s, e) for s in f.sources if (e := _entries(s, targets))])]
     if not meant:
         return
@@ -104,7 +104,7 @@ def take_fused(model: nn.Module, config: Any) -> None:
             if value != now:
                 table[fusion.parameter] = value
     used = {e for _, hit in meant for _, entries in hit for e in entries}
-    still = {e for e in used if any(n == e or n.endswith(f".{e}") for n in modules)}
+    still = {e for e in used if any(f".{n}".endswith(f".{e}") for n in modules)}
     config.target_modules = set(targets) - (used - still)
     config.target_parameters, config.rank_pattern, config.alpha_pattern = parameters, ranks, alphas
     warnings.warn(
@@ -130,7 +130,7 @@ def _ends(source: list[str], entry: list[str]) -> bool:
 
 
 def _hits(model: nn.Module, end: str) -> bool:
-    return any(n == end or n.endswith(f".{end}") for n, _ in model.named_parameters())
+    return any(f".{n}".endswith(f".{end}") for n in (n.replace(".base_layer", "") for n, _ in model.named_parameters()))
 
 
 def renamed(key: str, rules: Collection[Any]) -> str:
