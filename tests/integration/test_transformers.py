@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import veneer
 from veneer.method import load_methods
 
-from .small import ids, llama, stir
+from .small import ids, llama, stir, tokenizer
 
 
 def _logits(model: Any, x: torch.Tensor | None = None) -> torch.Tensor:
@@ -149,22 +149,13 @@ def test_a_method_whose_layers_share_tensors_is_refused() -> None:
 
 def test_a_pipeline_takes_an_adapted_model(tmp_path: Path) -> None:
     model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    tokenizer = _tokenizer()
+    words = tokenizer()
     stir(model)
-    generate = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    generate = transformers.pipeline("text-generation", model=model, tokenizer=words)
     out = generate("w5 w6 w7", max_new_tokens=4, do_sample=False, return_full_text=False)
-    ids_ = tokenizer("w5 w6 w7", return_tensors="pt").input_ids
+    ids_ = words("w5 w6 w7", return_tensors="pt").input_ids
     want = model.generate(input_ids=ids_, max_new_tokens=4, do_sample=False)[0, ids_.shape[1] :]
-    assert out[0]["generated_text"].split() == tokenizer.decode(want, skip_special_tokens=True).split()
-
-
-def _tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    vocabulary = {"<pad>": 0, "</s>": 1, "<s>": 2, **{f"w{i}": i for i in range(3, 64)}}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", bos_token="<s>")
+    assert out[0]["generated_text"].split() == words.decode(want, skip_special_tokens=True).split()
 
 
 CACHES = [
