@@ -19,6 +19,7 @@ from .fused import FIELDS, take_fused
 from .holders import Attached, Holder, Tensors, hold
 from .layer import AdaptedLayer, Place
 from .modules import Part, hold_parts, parts_of
+from .offload import brought_in, runs_on
 from .replicate import replicate, undo
 from .route import Switch, adapter_names, check_known, find_switch, the_switch
 from .select import Selection, select
@@ -277,8 +278,14 @@ def _check_storage(layer: AdaptedLayer, path: str) -> None:
 def _tensors(attached: Attached, place: Place | None, options: _Options) -> dict[str, Tensor]:
     """The tensors of one layer's share, or of what all share (then `place` is any of them)."""
     assert place is not None
+    with brought_in(place.module):
+        return _made_tensors(attached, place, options)
+
+
+def _made_tensors(attached: Attached, place: Place, options: _Options) -> dict[str, Tensor]:
     config, leaves = attached.config, {n: leaf for n, leaf in attached.leaves.items() if n not in attached.derived}
     home, dtype = place.layer.site.where(place.module)
+    home = runs_on(place.module) or home
     if options.autocast and dtype in _LOW:
         dtype = torch.float32
     device = torch.device("meta") if options.meta else home

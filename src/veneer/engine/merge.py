@@ -14,6 +14,7 @@ from .inject import active_adapters, adapted_layers, unwrap
 from .layer import AdaptedLayer
 from .loss import LayerReport, MergeReport, check_finite, loss
 from .merge_packed import Into, merged_packed, originals
+from .offload import runs_on
 from .original import Weights
 from .route import adapter_names, check_known
 from .ties import holders, untie_config
@@ -61,6 +62,11 @@ def merge_layers(
         for name in mine:
             if why := layer.attached[name].config.unmergeable:
                 raise MergeError(f"{path}: the adapter {name!r} cannot be merged: {why}. Keep it unmerged.")
+        if runs_on(layer.get_base_layer()) is not None:
+            raise MergeError(
+                f"{path}: accelerate keeps this layer's weights elsewhere and would bring the old ones in at each call. Load the model without offload "
+                "(device_map={'': 'cpu'}) to merge. Nothing was changed."
+            )
         merged: dict[str, Tensor] | nn.Module
         if layer.quantised:
             merged, report.layers[path] = merged_packed(path, layer, mine, into, model, original)
