@@ -65,8 +65,8 @@ def _old_file(folder: Path, make: Callable[[], Any], stem: str, names: tuple[str
                 w += scale * b @ a
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": targets, "task_type": "CAUSAL_LM", "inference_mode": True, **fields}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": targets, "task_type": "CAUSAL_LM", "inference_mode": True, "lora_dropout": 0.05}
+    (folder / "adapter_config.json").write_text(json.dumps(config | fields))
     return _logits(model)
 
 

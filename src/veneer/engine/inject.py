@@ -183,7 +183,7 @@ def _tell_dry(staged: Sequence[_Staged], adapter: str) -> None:
     def heeded(config: Method, site: Any) -> bool:
         return not isinstance(site, Site) or (not site.own_forward and site.kind not in config.dry)
 
-    dry = [s.path for s in staged if (c := s.attached.config).dropout() > 0 and not heeded(c, s.layer.site)]
+    dry = [s.path for s in staged if (c := s.attached.config).dropout() > 0 and not c.inference_mode and not heeded(c, s.layer.site)]
     if dry:
         warnings.warn(
             f"The dropout of the adapter {adapter!r} does not act on {dry[0]!r}{f' and {len(dry) - 1} more' * (len(dry) > 1)}: an embedding reads no "
