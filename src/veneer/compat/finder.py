@@ -34,6 +34,8 @@ class Served(ModuleType):
         table = TABLE[self.__name__]
         if name == "__all__":
             return [n for n in table if not n.startswith("_")]
+        if name not in table and f"{self.__name__}.{name}" in TABLE:  # PEFT imports all its modules by itself
+            return importlib.import_module(f"{self.__name__}.{name}")
         if name not in table:
             near = hint(name, [*table, *_children(self.__name__)])
             raise AttributeError(f"module {self.__name__!r}, which veneer serves, has no attribute {name!r}.{near}")
@@ -87,8 +89,6 @@ class Loader:
         """Names come when they are asked for; the version stands there from the first."""
         if module.__name__ == _NAME:
             module.__version__ = PEFT_FORMAT_VERSION  # type: ignore[attr-defined]
-            for child in ("utils", "tuners", "helpers", "functional", "mapping", "config", "peft_model"):  # as `import peft` brings them
-                importlib.import_module(f"{_NAME}.{child}")
 
 
 class Peft(importlib.metadata.Distribution):
