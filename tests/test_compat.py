@@ -20,9 +20,7 @@ PENDING = {"optimizers", "distributed"}  # rooms that the table names and that m
 
 def _run(*args: str, cwd: Path | None = None, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([*([env.pop("first")] if "first" in env else []), str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")])
-    out = subprocess.run(
-        [sys.executable, *args], capture_output=True, text=True, cwd=cwd, env={**os.environ, **env, "PYTHONPATH": path}
-    )
+    out = subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=cwd, env={**os.environ, **env, "PYTHONPATH": path})
     if check:
         assert out.returncode == 0, out.stdout[-8000:] + out.stderr[-4000:]
     return out
@@ -172,7 +170,10 @@ def test_the_real_peft_is_left_alone_or_told_of(tmp_path: Path) -> None:
     first = str(tmp_path)
     assert _python("import importlib.metadata as m; print(m.version('peft'))", first=first) == "9.9"
     # installed and not imported: veneer wins
-    assert _python("import veneer.compat, peft, importlib.metadata as m; print(m.version('peft'), peft.__version__)", first=first) == "0.21.2 0.21.2"
+    assert (
+        _python("import veneer.compat, peft, importlib.metadata as m; print(m.version('peft'), peft.__version__)", first=first)
+        == "0.21.2 0.21.2"
+    )
     out = _run("-c", "import peft, veneer.compat", first=first, check=False)
     assert out.returncode != 0 and "has been imported already" in out.stderr
     # not asked for: the real one is what it was
@@ -200,7 +201,9 @@ def test_a_program_runs_with_it(tmp_path: Path) -> None:
 def _integration(*more: str) -> None:
     files = [str(f) for f in sorted((HERE / "integration").glob("test_*.py")) if _needs(f)]
     assert files
-    out = _run("-m", "veneer.compat", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *more, *files, cwd=HERE.parent, check=False)
+    out = _run(
+        "-m", "veneer.compat", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *more, *files, cwd=HERE.parent, check=False
+    )
     assert out.returncode in (0, 5), out.stdout[-12000:] + out.stderr[-4000:]  # 5: none of this mark
 
 

@@ -31,7 +31,9 @@ def mixtral() -> Any:
 
 def qwen() -> Any:
     torch.manual_seed(0)
-    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SHAPE, num_experts=EXPERTS, moe_intermediate_size=MIDDLE, head_dim=8)).eval()
+    return transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(**SHAPE, num_experts=EXPERTS, moe_intermediate_size=MIDDLE, head_dim=8)
+    ).eval()
 
 
 def _logits(model: Any) -> torch.Tensor:
@@ -46,7 +48,9 @@ KINDS = [
 ]
 
 
-def _old_file(folder: Path, make: Callable[[], Any], stem: str, names: tuple[str, str, str], targets: list[str], **fields: Any) -> torch.Tensor:
+def _old_file(
+    folder: Path, make: Callable[[], Any], stem: str, names: tuple[str, str, str], targets: list[str], **fields: Any
+) -> torch.Tensor:
     """An adapter as it was written when experts were modules; returns the logits of the model with its changes added by hand."""
     r, alpha = 3, 6
     scale = alpha / (r**0.5 if fields.get("use_rslora") else r)
@@ -54,7 +58,11 @@ def _old_file(folder: Path, make: Callable[[], Any], stem: str, names: tuple[str
     model, tensors = make(), {}
     for i, layer in enumerate(model.model.layers):
         experts = layer.mlp.experts
-        halves = {names[0]: experts.gate_up_proj.data[:, :MIDDLE], names[1]: experts.gate_up_proj.data[:, MIDDLE:], names[2]: experts.down_proj.data}
+        halves = {
+            names[0]: experts.gate_up_proj.data[:, :MIDDLE],
+            names[1]: experts.gate_up_proj.data[:, MIDDLE:],
+            names[2]: experts.down_proj.data,
+        }
         places: dict[str, tuple[torch.Tensor, str]] = {"q_proj": (layer.self_attn.q_proj.weight.data, f"model.layers.{i}.self_attn.q_proj")}
         for name, w in halves.items():
             places |= {f"{name} {e}": (w[e], f"model.layers.{i}.{stem}.experts.{e}.{name}") for e in range(EXPERTS)}
@@ -65,7 +73,15 @@ def _old_file(folder: Path, make: Callable[[], Any], stem: str, names: tuple[str
                 w += scale * b @ a
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": targets, "task_type": "CAUSAL_LM", "inference_mode": True, "lora_dropout": 0.05}
+    config = {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": alpha,
+        "target_modules": targets,
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "lora_dropout": 0.05,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config | fields))
     return _logits(model)
 
@@ -111,7 +127,9 @@ def test_a_file_without_an_expert_is_an_error(make: Any, stem: str, names: tuple
 def test_fused_experts_train_merge_and_travel(make: Any, implementation: str, tmp_path: Path) -> None:
     model = make()
     model.set_experts_implementation(implementation)
-    model = get_peft_model(model, LoraConfig(r=2, target_modules=["v_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]))
+    model = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["v_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    )
     stir(model)
     model.train()(input_ids=ids(), labels=ids()).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)

@@ -22,7 +22,14 @@ TEXTS = ["w5 w6 w7", "w8 w9", "w10 w11 w12 w13"]
 
 def _encoder(folder: Path) -> Path:
     torch.manual_seed(0)
-    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "pad_token_id": 0}
+    shape = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "pad_token_id": 0,
+    }
     transformers.BertModel(transformers.BertConfig(**shape, max_position_embeddings=32)).save_pretrained(folder / "bert")
     tokenizer().save_pretrained(folder / "bert")
     return folder / "bert"

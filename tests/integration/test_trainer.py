@@ -19,7 +19,9 @@ ROWS = [{"input_ids": row, "labels": row} for row in torch.randint(3, 64, (24, 8
 
 def _adapted(config: Any = None) -> Any:
     torch.manual_seed(0)
-    config = config or LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.2, modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    config = config or LoraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.2, modules_to_save=["lm_head"], task_type="CAUSAL_LM"
+    )
     return get_peft_model(llama(), config)
 
 
@@ -42,7 +44,9 @@ def _state(model: Any) -> dict[str, torch.Tensor]:
 CONFIGS = {
     "lora": None,
     "dora": LoraConfig(r=2, use_dora=True, target_modules=["v_proj"], task_type="CAUSAL_LM"),
-    "adalora": AdaLoraConfig(init_r=4, target_r=2, tinit=1, tfinal=1, deltaT=1, total_step=8, target_modules=["v_proj"], task_type="CAUSAL_LM"),
+    "adalora": AdaLoraConfig(
+        init_r=4, target_r=2, tinit=1, tfinal=1, deltaT=1, total_step=8, target_modules=["v_proj"], task_type="CAUSAL_LM"
+    ),
     "prompt": PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
 }
 

@@ -64,7 +64,9 @@ def test_what_is_saved_opens_everywhere(tmp_path: Path) -> None:
     """One adapter, saved by transformers: opened by load_adapter, AutoModel*, AutoPeftModel and PeftModel, bit for bit."""
     base = _base(tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    model.add_adapter(LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"))
+    model.add_adapter(
+        LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    )
     stir(model)
     want = _logits(model)
     model.save_pretrained(tmp_path / "adapter")
@@ -118,7 +120,9 @@ def test_an_adapter_that_would_be_dead_is_an_error(tmp_path: Path) -> None:
 INJECTABLE = sorted(
     n
     for n, m in load_methods().items()
-    if issubclass(m, veneer.Method) and {"linear"} & set(m.kinds) and n not in {"XLORA", "VERA", "PVERA", "FROD", "TINYLORA", "UNILORA", "VBLORA", "POLY"}
+    if issubclass(m, veneer.Method)
+    and {"linear"} & set(m.kinds)
+    and n not in {"XLORA", "VERA", "PVERA", "FROD", "TINYLORA", "UNILORA", "VBLORA", "POLY"}
 )
 
 
@@ -168,7 +172,9 @@ CACHES = [
 ]
 
 
-@pytest.mark.parametrize("cache", CACHES, ids=lambda c: "-".join(map(str, [*c.values()][:1])) + str(c.get("cache_config", {}).get("backend", "")))
+@pytest.mark.parametrize(
+    "cache", CACHES, ids=lambda c: "-".join(map(str, [*c.values()][:1])) + str(c.get("cache_config", {}).get("backend", ""))
+)
 @pytest.mark.filterwarnings("ignore:.*offloaded.*", "ignore:.*quantiz.*")
 def test_generate_with_every_cache_does_what_the_merged_model_does(cache: dict[str, Any]) -> None:
     model = get_peft_model(llama(), LoraConfig(r=4, target_modules="all-linear"))

@@ -13,7 +13,9 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 
 from .small import llama, tokenizer
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning:torch.*", "ignore:.*pin_memory.*")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning:torch.*", "ignore:.*pin_memory.*"
+)
 
 COMMON: dict[str, Any] = {
     "max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 5e-2, "logging_steps": 1, "report_to": [], "disable_tqdm": True, "use_cpu": True,
@@ -68,7 +70,11 @@ def test_dpo_takes_the_model_without_its_adapter_for_reference(precomputed: bool
 def test_grpo_measures_its_distance_to_the_model_without_its_adapter(tmp_path: Path) -> None:
     rows = Dataset.from_list([{"prompt": f"w{i} w{i + 1}"} for i in range(3, 15)])
     args = GRPOConfig(
-        output_dir=str(tmp_path), **{**COMMON, "per_device_train_batch_size": 4, "max_steps": 3}, num_generations=4, max_completion_length=6, beta=0.1
+        output_dir=str(tmp_path),
+        **{**COMMON, "per_device_train_batch_size": 4, "max_steps": 3},
+        num_generations=4,
+        max_completion_length=6,
+        beta=0.1,
     )
     lengths: list[int] = []
 

@@ -19,7 +19,9 @@ PIXELS = {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().
 def vit() -> Any:
     torch.manual_seed(0)
     return t.ViTForImageClassification(
-        t.ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=32, patch_size=8, num_labels=5)
+        t.ViTConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=32, patch_size=8, num_labels=5
+        )
     )
 
 
@@ -61,7 +63,10 @@ def wav2vec2() -> Any:
     )  # fmt: skip
 
 
-SOUND = {"input_features": torch.randn(2, 16, 40, generator=torch.Generator().manual_seed(4)), "decoder_input_ids": torch.tensor([[1, 5, 6], [1, 7, 8]])}
+SOUND = {
+    "input_features": torch.randn(2, 16, 40, generator=torch.Generator().manual_seed(4)),
+    "decoder_input_ids": torch.tensor([[1, 5, 6], [1, 7, 8]]),
+}
 WAVE = {"input_values": torch.randn(2, 400, generator=torch.Generator().manual_seed(4))}
 
 CASES = {
@@ -71,7 +76,9 @@ CASES = {
     "resnet dora": (resnet, PIXELS, LoraConfig(r=4, use_dora=True, target_modules=["convolution"])),
     "resnet loha": (resnet, PIXELS, LoHaConfig(r=4, target_modules=["convolution"], use_effective_conv2d=True)),
     "resnet lokr": (resnet, PIXELS, LoKrConfig(r=4, target_modules=["convolution"])),
-    "segformer": (segformer, PIXELS, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "sequence_reduction.sequence_reduction", "linear_fuse"], modules_to_save=["decode_head.classifier"])),
+    "segformer": (segformer, PIXELS, LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj", "sequence_reduction.sequence_reduction", "linear_fuse"], modules_to_save=["decode_head.classifier"]
+    )),
     "whisper": (whisper, SOUND, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "conv1", "conv2"])),
     "wav2vec2": (wav2vec2, WAVE, LoraConfig(r=4, target_modules=["q_proj", "v_proj"])),
 }  # fmt: skip

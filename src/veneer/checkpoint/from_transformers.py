@@ -85,7 +85,9 @@ class Expected:
     def anchor(self) -> str:
         """One name in the model, where tensors of a packed file can be collected: of a floating-point tensor, to whose type they are turned."""
         self.names()
-        return next(s.memory_key for s in slots(self.there(), self.adapter, self.config).values() if s.required and s.tensor.is_floating_point())
+        return next(
+            s.memory_key for s in slots(self.there(), self.adapter, self.config).values() if s.required and s.tensor.is_floating_point()
+        )
 
     def unpacked(self, tensors: Sequence[Any]) -> dict[str, Any]:
         """What a packed file holds, by name in the model."""

@@ -52,7 +52,9 @@ def fuse(factor: str, parts: Mapping[int, Sequence[Tensor]], sources: int, n_out
     return torch.stack(up).permute(1, 2, 0).reshape(n_out, -1)
 
 
-def fuse_tensors(model: nn.Module, peft_config: Any, adapter_state_dict: Mapping[str, Tensor], adapter_name: str = "default") -> dict[str, Tensor]:
+def fuse_tensors(
+    model: nn.Module, peft_config: Any, adapter_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
+) -> dict[str, Tensor]:
     """An adapter's tensors as this model takes them: factors of single experts put together, whatever else there is left as it is.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.abc
 import importlib.metadata
 import sys
 from collections.abc import Iterable, Sequence
@@ -76,16 +77,14 @@ class Finder:
         """There are none."""
 
 
-class Loader:
+class Loader(importlib.abc.Loader):
     """Makes a module that is served."""
 
-    @staticmethod
-    def create_module(spec: ModuleSpec) -> ModuleType:
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
         """The module, without its names."""
         return Served(spec.name, f"veneer under PEFT's name {spec.name}.")
 
-    @staticmethod
-    def exec_module(module: ModuleType) -> None:
+    def exec_module(self, module: ModuleType) -> None:
         """Names come when they are asked for; the version stands there from the first."""
         if module.__name__ == _NAME:
             module.__version__ = PEFT_FORMAT_VERSION  # type: ignore[attr-defined]

@@ -27,7 +27,9 @@ class _Matched(type):
         return cls is subclass or (cls is BaseTunerLayer and (subclass is AdaptedLayer or isinstance(subclass, _Matched)))
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(f"{cls.__name__} stands for layers that veneer makes: use get_peft_model or inject_adapter_in_model. A method of your own is a Method.")
+        raise TypeError(
+            f"{cls.__name__} stands for layers that veneer makes: use get_peft_model or inject_adapter_in_model. A method of your own is a Method."
+        )
 
 
 def _matched(name: str, test: Test, doc: str, containers: tuple[str, ...] = ()) -> Any:
@@ -50,7 +52,9 @@ def _holds(*kinds: str) -> Test:
     """Whether a layer holds an adapter of one of these methods."""
 
     def test(m: object) -> bool:
-        return isinstance(m, AdaptedLayer) and any(str(getattr(a.config.peft_type, "value", a.config.peft_type)) in kinds for a in m.attached.values())
+        return isinstance(m, AdaptedLayer) and any(
+            str(getattr(a.config.peft_type, "value", a.config.peft_type)) in kinds for a in m.attached.values()
+        )
 
     return test
 
@@ -91,5 +95,8 @@ def __getattr__(name: str) -> Any:
     if name == "PEFT_TYPE_TO_PREFIX_MAPPING":
         from ..mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-        return {kind: getattr(config, "prefix", "") or f"{str(getattr(kind, 'value', kind)).lower()}_" for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        return {
+            kind: getattr(config, "prefix", "") or f"{str(getattr(kind, 'value', kind)).lower()}_"
+            for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+        }
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

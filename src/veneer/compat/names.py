@@ -154,6 +154,8 @@ METHODS: dict[str, str] = {
     "waveft": "WaveFTConfig waveft_spectrum",
     "xlora": "XLoraConfig",
 }
+
+
 def layer_name(config: str) -> str:
     """What PEFT calls the layers of a method, from the name of its config."""
     return config.removesuffix("Config") + "Layer"
@@ -184,10 +186,9 @@ def _table() -> dict[str, dict[str, str]]:
     for folder, row in METHODS.items():
         config = row.split()[0]
         layer, model = layer_name(config), config.removesuffix("Config") + "Model"
-        home = f"peft.tuners.{folder}"
         classes = {config: f":{config}", model: f":{model}", layer: f"compat.layers:{layer}"}
-        for module, names in {"": classes, ".config": [config], ".model": [model], ".layer": [layer]}.items():
-            table.setdefault(home + module, {}).update({n: classes[n] for n in names})
+        for end, some in {"": (config, model, layer), ".config": (config,), ".model": (model,), ".layer": (layer,)}.items():
+            table.setdefault(f"peft.tuners.{folder}{end}", {}).update({n: classes[n] for n in some})
         table["peft.tuners"].update({n: classes[n] for n in (config, model)})
     for module in [m for m in table if m.startswith("peft.tuners.") and m.count(".") == 2]:
         for name, at in table[module].items():  # of the prompts, and what LoRA has beside its config
@@ -195,9 +196,9 @@ def _table() -> dict[str, dict[str, str]]:
                 table["peft.tuners"].setdefault(name, at)
     for prompt, kind in (("prompt_tuning", "PromptTuning"), ("prefix_tuning", "PrefixTuning"), ("p_tuning", "PromptEncoder"), ("cpt", "CPT"),
                          ("multitask_prompt_tuning", "MultitaskPromptTuning"), ("cartridge", "Cartridge")):  # fmt: skip
-        names = table[f"peft.tuners.{prompt}"]
-        table[f"peft.tuners.{prompt}.config"] = {n: at for n, at in names.items() if n.startswith(kind) and n != kind}
-        table[f"peft.tuners.{prompt}.model"] = {n: at for n, at in names.items() if n not in table[f"peft.tuners.{prompt}.config"]}
+        both = table[f"peft.tuners.{prompt}"]
+        table[f"peft.tuners.{prompt}.config"] = {n: at for n, at in both.items() if n.startswith(kind) and n != kind}
+        table[f"peft.tuners.{prompt}.model"] = {n: at for n, at in both.items() if n not in table[f"peft.tuners.{prompt}.config"]}
     for module in ("peft.utils", "peft.utils.constants"):
         table.setdefault(module, {}).update({n: f"engine.defaults:{n}" for n in constant_names()})
     return table

@@ -98,7 +98,10 @@ def take_fused(model: nn.Module, config: Any) -> None:
         ((r, alpha),) = sizes
         n = len(hit)
         parameters += [fusion.parameter] if fusion.parameter not in parameters else []
-        for table, now, value in ((ranks, config.r, n * r), (alphas, config.lora_alpha, alpha * (math.sqrt(n) if config.use_rslora else n))):
+        for table, now, value in (
+            (ranks, config.r, n * r),
+            (alphas, config.lora_alpha, alpha * (math.sqrt(n) if config.use_rslora else n)),
+        ):
             for key in [k for k in table if any(ending(k).match(name) for name in names) and not any(ending(k).match(m) for m in modules)]:
                 del table[key]
             if value != now:

@@ -153,7 +153,7 @@ def key_values(model: nn.Module, drawn: Drawn, config: Any) -> Any:
     batch, n, flat = drawn.prompt.shape
     size = config.token_dim // config.num_attention_heads
     dtype = getattr(model, "dtype", drawn.prompt.dtype)
-    rows = drawn.prompt.to(dtype).view(batch, n, flat // config.token_dim, config.num_attention_heads, size).permute(2, 0, 3, 1, 4)
+    rows: Any = drawn.prompt.to(dtype).view(batch, n, flat // config.token_dim, config.num_attention_heads, size).permute(2, 0, 3, 1, 4)
     both = is_encoder_decoder(model)
     postprocess = TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING.get(getattr(getattr(model, "config", None), "model_type", ""))
     if postprocess is not None:
