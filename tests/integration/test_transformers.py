@@ -45,6 +45,7 @@ def test_adapters_are_added_chosen_switched_and_deleted() -> None:
     assert not torch.allclose(before, with_a, atol=1e-3) and not torch.allclose(with_a, with_b, atol=1e-3)
     model.set_adapter("a")
     assert torch.equal(_logits(model), with_a)
+    assert model.model.layers[0].self_attn.q_proj.adapter_layer_names == ("lora_A", "lora_B")
     assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {"a"}
     model.disable_adapters()
     assert torch.equal(_logits(model), before)
@@ -84,6 +85,24 @@ def test_what_is_saved_opens_everywhere(tmp_path: Path) -> None:
     # and the other way: what veneer saves, transformers loads
     wrapped.save_pretrained(tmp_path / "again")
     assert torch.equal(_logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")), want)
+
+
+def test_what_is_trained_whole_is_switched_with_the_rest() -> None:
+    """transformers' enable_adapters passes modules_to_save by, so with PEFT the head stays off."""
+    model = llama()
+    before = _logits(model)
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"]))
+    stir(model)
+    adapted = _logits(model)
+    model.disable_adapters()
+    assert torch.equal(_logits(model), before)
+    model.enable_adapters()
+    assert torch.equal(_logits(model), adapted)
+    model.lm_head.enable_adapters(False)  # alone
+    without_head = _logits(model)
+    assert not torch.equal(without_head, adapted) and not torch.equal(without_head, before)
+    model.enable_adapters()
+    assert torch.equal(_logits(model), without_head)
 
 
 def test_a_loaded_adapter_can_be_trained(tmp_path: Path) -> None:

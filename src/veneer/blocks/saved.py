@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -23,6 +23,8 @@ class ModulesToSaveWrapper(Wrapper):
         original_module: the module that was there, frozen.
         modules_to_save: the trained copies by adapter.
     """
+
+    leads: ClassVar[bool] = False
 
     def __init__(self, module: nn.Module, switch: Switch, name: str) -> None:
         super().__init__()

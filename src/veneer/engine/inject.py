@@ -623,6 +623,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bo
 def choose(model: nn.Module, switch: Switch, names: Sequence[str], inference_mode: bool = False) -> None:
     """Let these adapters act on every layer and module of the model, and train (none in inference mode)."""
     switch.set(names)
+    switch.off.clear()
     for _, module in adapter_modules(model):
         module.own = None
         module.require_grad_only(() if inference_mode else names)
