@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -196,6 +197,14 @@ def test_a_program_runs_with_it(tmp_path: Path) -> None:
     assert out.startswith("0.21.2 3 __main__") and out.strip().endswith("'x']")
     bad = _run("-m", "veneer.compat", "nothing.py", cwd=tmp_path, check=False)
     assert bad.returncode != 0 and "no file 'nothing.py'" in bad.stderr
+
+
+def test_the_page_on_moving_runs(tmp_path: Path) -> None:
+    page = (HERE.parent / "docs" / "migrating-from-peft.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```py\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert blocks and all("veneer.compat" in b for b in blocks)
+    for block in blocks:
+        _run("-c", block, cwd=tmp_path)
 
 
 def _integration(*more: str) -> None:
