@@ -108,6 +108,23 @@ def test_save_only_model_writes_the_adapter_alone(tmp_path: Path) -> None:
         assert torch.equal(trainer.model(x).logits, again(x).logits)
 
 
+def test_a_model_with_an_adapter_of_its_own_trains_and_saves(tmp_path: Path) -> None:
+    """`model.add_adapter` and Trainer, without a PeftModel: checkpoints hold the adapter, and AutoModel-like loading gives the trained model."""
+    model = llama()
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    trainer = _trainer(model, tmp_path, eval_strategy="steps", eval_steps=4)
+    trainer.train()
+    assert len([e for e in trainer.state.log_history if "eval_loss" in e]) == 2
+    files = {p.name for p in (tmp_path / "checkpoint-8").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= files and "model.safetensors" not in files
+    again = llama()
+    again.load_adapter(str(tmp_path / "checkpoint-8"))
+    x = ROWS[0]["input_ids"][None]
+    with torch.no_grad():
+        want = model.eval()(x).logits
+        assert torch.equal(again(x).logits, want) and not torch.allclose(llama()(x).logits, want, atol=1e-2)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_changes_no_loss(reentrant: bool, tmp_path: Path) -> None:
     plain = _trainer(_adapted(), tmp_path / "a", max_steps=3)

@@ -136,6 +136,46 @@ def test_an_adapter_that_would_be_dead_is_an_error(tmp_path: Path) -> None:
     assert torch.equal(_logits(fresh), before) and not any("lora" in n for n in fresh.state_dict())
 
 
+def test_swapping_through_transformers_is_refused_and_ours_does_it(tmp_path: Path) -> None:
+    """Its loader would keep the old adapter's scaling."""
+    from peft.utils.hotswap import hotswap_adapter
+
+    for name, alpha in (("one", 2), ("two", 8)):
+        model = llama()
+        model.add_adapter(LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj"]))
+        stir(model, 0.1 * alpha)
+        model.save_pretrained(tmp_path / name)
+    want = _logits(model)
+    model = llama()
+    model.load_adapter(str(tmp_path / "one"))
+    before = _logits(model)
+    with pytest.raises(veneer.LoadError, match="hotswap_adapter"):
+        model.load_adapter(str(tmp_path / "two"), adapter_name="default", hotswap=True)
+    assert torch.equal(_logits(model), before)
+    hotswap_adapter(model, str(tmp_path / "two"), "default")
+    assert torch.equal(_logits(model), want)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "lora_ga"])
+def test_starts_go_through_transformers_or_are_refused(start: str, tmp_path: Path) -> None:
+    more = {"lora_ga_config": peft.LoraGAConfig()} if start == "lora_ga" else {}
+    model, config = llama(), LoraConfig(r=2, init_lora_weights=start, target_modules=["q_proj"], **more)
+    if start == "lora_ga":
+        peft.preprocess_loraga(model, config, lambda: model(input_ids=ids(), labels=ids()).loss.backward())
+    model = get_peft_model(model, config)
+    stir(model)
+    want = _logits(model)
+    model.save_pretrained(tmp_path)
+    fresh = llama()
+    if start == "lora_ga":
+        with pytest.raises(veneer.ConfigError, match=r"Use PeftModel\.from_pretrained"):
+            fresh.load_adapter(str(tmp_path))
+        fresh = PeftModel.from_pretrained(llama(), tmp_path)
+    else:
+        fresh.load_adapter(str(tmp_path))
+    assert torch.allclose(_logits(fresh), want, atol=1e-6)
+
+
 INJECTABLE = sorted(
     n
     for n, m in load_methods().items()
@@ -179,6 +219,40 @@ def test_a_pipeline_takes_an_adapted_model(tmp_path: Path) -> None:
     ids_ = words("w5 w6 w7", return_tensors="pt").input_ids
     want = model.generate(input_ids=ids_, max_new_tokens=4, do_sample=False)[0, ids_.shape[1] :]
     assert out[0]["generated_text"].split() == words.decode(want, skip_special_tokens=True).split()
+
+
+def test_a_pipeline_opens_a_folder_with_an_adapter(tmp_path: Path) -> None:
+    """The adapter acts; in transformers#36480 it was dropped."""
+    base = _base(tmp_path)
+    words = tokenizer()
+    model = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    stir(model)
+    model.save_pretrained(tmp_path / "adapter")
+    words.save_pretrained(tmp_path / "adapter")
+    more = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
+    texts = [
+        transformers.pipeline("text-generation", model=m, tokenizer=words)("w5 w6 w7", **more)[0]["generated_text"]
+        for m in (str(tmp_path / "adapter"), model, transformers.AutoModelForCausalLM.from_pretrained(base))
+    ]
+    assert texts[0] == texts[1] and texts[0] != texts[2]
+
+
+def test_a_pipeline_for_classification_takes_the_trained_head(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "pad_token_id": 0, "num_labels": 3}
+    base = transformers.BertForSequenceClassification(transformers.BertConfig(**shape, max_position_embeddings=32))
+    base.save_pretrained(tmp_path / "base")
+    opened = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = get_peft_model(opened, LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS"))
+    stir(model)
+    model.save_pretrained(tmp_path / "adapter")
+    words = tokenizer()
+    words.model_input_names = ["input_ids", "attention_mask"]
+    mine, theirs = (
+        transformers.pipeline("text-classification", model=m, tokenizer=words)("w5 w6")
+        for m in (model, transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter"))
+    )
+    assert mine[0]["label"] == theirs[0]["label"] and mine[0]["score"] == pytest.approx(theirs[0]["score"], abs=1e-6)
 
 
 CACHES = [

@@ -14,10 +14,12 @@ from torch import nn
 
 from ..engine import inject
 from ..engine.fused import Fusion, conversions, fusions, layer_of, renamed
-from ..errors import LoadError
+from ..errors import ConfigError, LoadError
 from .fused import fuse, split_key
 from .keys import PREFIX, join_path, slots, walk
 from .match import plain
+
+_FROM_DATA = ("corda", "lora_ga")  # other starts that a change is counted from follow from the weights
 
 _waiting: weakref.WeakValueDictionary[int, Expected] = weakref.WeakValueDictionary()
 
@@ -138,10 +140,16 @@ def build_peft_weight_mapping(weight_conversions: Sequence[Any] | None, adapter_
         transformers' WeightRenaming and WeightConverter objects.
 
     Raises:
+        ConfigError: if the adapter's file is not all that it needs.
         LoadError: at the end of the loading, if the file lacks tensors of the adapter.
     """
     from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
+    if str(getattr(peft_config, "init_lora_weights", "")).startswith(_FROM_DATA):
+        raise ConfigError(
+            f"The adapter {adapter_name!r} counts its change from start values that data gave ({peft_config.init_lora_weights}), and they are in a file that "
+            "transformers' loader does not read. Use PeftModel.from_pretrained(model, folder)."
+        )
     expected = Expected(peft_config, adapter_name)
     _waiting[id(peft_config)] = expected
 
