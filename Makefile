@@ -21,8 +21,9 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(PIP) -e '.[demo]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml tests/alone.txt
 	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps -r tests/alone.txt
 	@touch $@ $(VENV)/.demo
 
 $(VENV)/.bench: $(VENV)/.torch pyproject.toml

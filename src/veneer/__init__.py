@@ -24,6 +24,7 @@ _HOME: dict[str, str] = {
         "convert": "convert_to_lora save_as_lora",
         "engine.combine": "CombineReport",
         "errors": "ConfigError ConversionError LoadError MergeError NoMatchingPeftModuleError PeftError PeftWarning RouteError SaveError SwapError",
+        "functional": "shift_tokens_right",
         "helpers": "cast_mixed_precision_params prepare_model_for_kbit_training",
         "kappa": "find_kappa_target_modules",
         "inits": "CordaConfig EvaConfig LoftQConfig LoraGAConfig get_eva_state_dict initialize_lora_eva_weights preprocess_corda preprocess_loraga "
@@ -35,6 +36,7 @@ _HOME: dict[str, str] = {
         "model": "PeftModel",
         "planning.inspection": "inspect_adapter",
         "planning.plan": "plan",
+        "prompts.postprocess": "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING bloom_model_postprocess_past_key_value",
         "status": "get_layer_status get_model_status",
         "tasks": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification",

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .checkpoint.from_transformers import attached
 from .config import PeftConfig
 from .engine import inject
 from .errors import ConfigError, PeftError, PeftWarning
@@ -91,6 +92,7 @@ def inject_adapter_in_model(
     if isinstance(model, (PeftModel, Tuner)):
         raise PeftError("The model is a PeftModel already. Call model.add_adapter(name, config).")
     inject.attach(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
+    attached(peft_config, model)
     if inject.active_adapters(model) != [adapter_name]:
         inject.set_adapter(model, adapter_name, peft_config.inference_mode)
     held: Any = model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -23,6 +23,8 @@ class ModulesToSaveWrapper(Wrapper):
         original_module: the module that was there, frozen.
         modules_to_save: the trained copies by adapter.
     """
+
+    leads: ClassVar[bool] = False
 
     def __init__(self, module: nn.Module, switch: Switch, name: str) -> None:
         super().__init__()
@@ -94,6 +96,10 @@ class ModulesToSaveWrapper(Wrapper):
             return
         for name, key, owner in saved_tensors(self.modules_to_save[adapter]):
             yield name, f"modules_to_save.{adapter}.{name}", key, owner
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Keys that transformers' loader has yet to rename: none, `build_peft_weight_mapping` knows these too."""
+        return {}
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -40,6 +40,10 @@ class TrainableTokensWrapper(nn.Module):
         """None of its own: the adapted layer inside lists its tensors under its own path."""
         return iter(())
 
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Keys that transformers' loader has yet to rename: none, `build_peft_weight_mapping` knows these too."""
+        return {}
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

@@ -328,7 +328,7 @@ def _tie(found: Iterable[Slot]) -> None:
         t = slot.tensor
         if t.numel() == 0:
             continue
-        leader = first.setdefault(_memory(t), slot)
+        leader = first.setdefault(memory_of(t), slot)
         if leader is slot:
             continue
         other = leader.tensor
@@ -338,7 +338,7 @@ def _tie(found: Iterable[Slot]) -> None:
             slot.tied_with, slot.transposed = leader, True
 
 
-def _memory(t: Tensor) -> tuple[int, int, int]:
+def memory_of(t: Tensor) -> tuple[int, int, int]:
     """What is equal for tensors that share their memory."""
     try:
         return t.untyped_storage()._cdata, int(t.storage_offset()), t.numel()

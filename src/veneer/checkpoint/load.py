@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..engine.inject import settle
 from ..errors import LoadError, RouteError, hint
 from .base import START_KEY, check_identity
+from .fused import fuse_tensors
 from .hub import resolve_file
 from .keys import adapter_names, bare, base_root, slots
 from .match import rename_keys
@@ -151,6 +152,7 @@ def load_into(
     config = config if config is not None else config_of(model, adapter_name)
     decode = getattr(config, "from_file", None)
     tensors = decode(file.tensors) if decode is not None else file.tensors
+    tensors = fuse_tensors(model, config, tensors, adapter_name)
     plan = plan_load(
         tensors,
         slots(model, adapter_name, config),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.layer import set_slot
+from ..engine.offload import runs_on
 from ..errors import LoadError, hint, nearest
 from .keys import Slot, walk
 from .match import Matches, match, plain, rename_keys, unfilled
@@ -166,6 +167,8 @@ def _convert(slot: Slot, value: Tensor, upcast: bool, device: torch.device | str
 
 def _device(home: nn.Module) -> torch.device:
     for spot in walk(home):  # the base alone, however many adapters there are
+        if (there := runs_on(spot.module)) is not None:
+            return there
         for t in (*spot.module._parameters.values(), *spot.module._buffers.values()):
             if t is not None and not t.is_meta:
                 return t.device

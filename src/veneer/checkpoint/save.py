@@ -24,7 +24,7 @@ from ..engine.route import find_switch
 from ..engine.steps import check_saving
 from ..errors import LoadError, SaveError, hint
 from .base import BASE_KEY, SCALING_KEY, START_KEY, fingerprint, scaling_text
-from .keys import Slot, adapter_names, base_root, slots, walk
+from .keys import Slot, adapter_names, base_root, memory_of, slots, walk
 from .load import BIN_NAME, SAFETENSORS_NAME, START_NAME, config_of, read_safetensors
 from .match import match
 
@@ -38,7 +38,8 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: bool | Literal["auto"] = "auto",
 ) -> dict[str, Tensor]:
-    """The tensors of one adapter, by their keys in a file. They share memory with the model.
+    """The tensors of one adapter, by their keys in a file. They share memory with the model, but not with each other: of what layers have in common,
+    all but the first are copies, since other libraries that save them cannot do with less.
 
     Args:
         model: a PeftModel; or a model with injected adapters, whose keys then have no `base_model.model.`, as with PEFT.
@@ -53,7 +54,18 @@ def get_peft_model_state_dict(
     config = config_of(model, adapter_name)
     check_saving(find_switch(model), adapter_name)
     found = slots(model, adapter_name, config, prefix="", save_embedding_layers=save_embedding_layers)
-    return _encoded(config, _collect(model, found, adapter_name, state_dict, save_embedding_layers is True))
+    return _apart(_encoded(config, _collect(model, found, adapter_name, state_dict, save_embedding_layers is True)))
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, copies where one is there already."""
+    seen: set[tuple[Any, ...]] = set()
+    out = {}
+    for key, t in tensors.items():
+        where = memory_of(t)
+        out[key] = t.clone() if where in seen else t
+        seen.add(where)
+    return out
 
 
 def save_adapter(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, PeftWarning
 from ..method import Method
 from ..sites import adaptable, site_for
+from .fused import FIELDS, take_fused
 from .holders import Holder, Tensors, hold
 from .layer import AdaptedLayer, adapted_layers
 from .modules import hold_parts
@@ -92,9 +93,11 @@ def attach(
         raise ConfigError(f"There is already an adapter {adapter_name!r}. Choose another name, or delete_adapter({adapter_name!r}) first.")
     replicated = replicate(model, getattr(config, "layer_replication", None)) if first else None
     staged: list[Staged] = []
-    targeted, asked = hasattr(config, "target_modules"), getattr(config, "target_modules", None)
+    targeted, asked = hasattr(config, "target_modules"), {name: getattr(config, name) for name in FIELDS if hasattr(config, name)}
     try:
         config.meet(model)
+        if state_dict is None:
+            take_fused(model, config)
         selection = select(model, config, supports=lambda m: adaptable(m, config.kinds), state_dict=state_dict, strict=strict)
         if targeted and selection.resolved_targets is not None:
             cast(Any, config).target_modules = selection.resolved_targets
@@ -124,8 +127,8 @@ def attach(
         for s in staged:
             if not s.new:
                 s.layer.scaling.pop(adapter_name, None)
-        if targeted:
-            cast(Any, config).target_modules = asked
+        for name, value in asked.items():
+            setattr(config, name, value)
         undo(model, replicated)
         raise
     # from here on nothing can fail
@@ -263,6 +266,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bo
 def choose(model: nn.Module, switch: Switch, names: Sequence[str], inference_mode: bool = False) -> None:
     """Let these adapters act on every layer and module of the model, and train (none in inference mode)."""
     switch.set(names)
+    switch.off.clear()
     for _, module in adapter_modules(model):
         module.own = None
         module.require_grad_only(() if inference_mode else names)

@@ -287,6 +287,15 @@ class AdaptedLayer(Wrapper):
     def adapters(self) -> list[str]:
         return list(self.attached)
 
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """The attributes that hold trained tensors of adapters, each by adapter."""
+        return tuple(
+            dict.fromkeys(
+                leaf.container or n for a in self.attached.values() for n, leaf in a.leaves.items() if leaf.trainable and n not in a.derived
+            )
+        )
+
     def get_base_layer(self) -> nn.Module:
         """The module that was there, under however many wrappers."""
         base = self.base_layer

@@ -61,6 +61,7 @@ class Switch:
         self.frozen_before: dict[str, bool] = {}  # requires_grad of the base's parameters before the first adapter
         self.watched: dict[str, Watched] = {}  # adapters whose methods act when an optimizer steps
         self.untied: list[Any] = []  # configs whose tie_word_embeddings a merge has set False
+        self.off: dict[nn.Module, None] = {}  # what was switched off by itself, in order
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("token", "trained")}

@@ -19,6 +19,7 @@ from ..sites.module import ModuleSite
 from .holders import Attached
 from .layer import AdaptedLayer, adapted_layers
 from .modules import Part, parts_of
+from .offload import brought_in, runs_on
 from .place import Place
 from .route import Switch
 from .select import Selection
@@ -45,7 +46,7 @@ def tell_dry(staged: Sequence[Staged], adapter: str) -> None:
     def heeded(config: Method, site: Any) -> bool:
         return not isinstance(site, Site) or (not site.own_forward and site.kind not in config.dry)
 
-    dry = [s.path for s in staged if (c := s.attached.config).dropout() > 0 and not heeded(c, s.layer.site)]
+    dry = [s.path for s in staged if (c := s.attached.config).dropout() > 0 and not c.inference_mode and not heeded(c, s.layer.site)]
     if dry:
         warnings.warn(
             f"The dropout of the adapter {adapter!r} does not act on {dry[0]!r}{f' and {len(dry) - 1} more' * (len(dry) > 1)}: an embedding reads no "
@@ -124,8 +125,14 @@ def _check_storage(layer: AdaptedLayer, path: str) -> None:
 def tensors_of(attached: Attached, place: Place | None, options: Options) -> dict[str, Tensor]:
     """The tensors of one layer's share, or of what all share (then `place` is any of them)."""
     assert place is not None
+    with brought_in(place.module):
+        return _made_tensors(attached, place, options)
+
+
+def _made_tensors(attached: Attached, place: Place, options: Options) -> dict[str, Tensor]:
     config, leaves = attached.config, {n: leaf for n, leaf in attached.leaves.items() if n not in attached.derived}
     home, dtype = place.layer.site.where(place.module)
+    home = runs_on(place.module) or home
     if options.autocast and dtype in _LOW:
         dtype = torch.float32
     device = torch.device("meta") if options.meta else home

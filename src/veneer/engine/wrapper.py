@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 from torch import nn
 
@@ -17,8 +18,10 @@ class Wrapper(nn.Module, ABC):
         switch: what all wrappers of a model share.
         name: the module's path when it was wrapped.
         own: what was chosen for this one alone.
+        leads: whether modules trained whole follow it when it is switched on again.
     """
 
+    leads: ClassVar[bool] = True
     switch: Switch
     name: str
     own: Choice | None
@@ -67,8 +70,23 @@ class Wrapper(nn.Module, ABC):
         self.require_grad_only(() if inference_mode else names)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch this module's adapters on or off. What trains stays what trained."""
+        """Switch this module's adapters on or off. What trains stays what trained.
+
+        Modules trained whole that were switched off come back with the last adapted layer: transformers' `disable_adapters` asks them and its
+        `enable_adapters` does not.
+        """
         self.own = Choice(self.chosen().names, None, enabled)
+        off = self.switch.off
+        if not enabled:
+            off[self] = None
+        elif self in off:
+            del off[self]
+            followers = [w for w in off if isinstance(w, Wrapper)]
+            if not self.leads or any(w.leads for w in followers):
+                return
+            for follower in followers:
+                follower.own = Choice(follower.chosen().names, None, True)
+            off.clear()
 
     def require_grad_only(self, names: Sequence[str]) -> None:
         """Let what these adapters train here get gradients, and nothing else here."""

@@ -124,7 +124,7 @@ class LoraConfig(Varied, peft_type="LORA"):
         if site.kind == "embedding" and self.lora_bias:
             raise ConfigError(f"lora_bias=True is not supported for embeddings ({site.name!r}).")
         if site.kind in ("attention", "parameter"):
-            for name in ("use_dora", "lora_dropout", "lora_bias"):
+            for name in ("use_dora", *(() if self.inference_mode else ("lora_dropout",)), "lora_bias"):
                 if getattr(self, name) and not (site.kind == "attention" and name == "lora_bias"):
                     what = "an nn.MultiheadAttention" if site.kind == "attention" else "a parameter"
                     raise ConfigError(f"`{name}` cannot act on {site.name!r}, {what}: its module takes whole tensors.")

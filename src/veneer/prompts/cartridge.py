@@ -21,6 +21,7 @@ __all__ = [
     "compose_cartridge_adapters",
     "initialize_kv_prefix_from_past_key_values",
     "initialize_kv_prefix_from_text",
+    "prompt_embeddings_from_past_key_values",
 ]
 
 
@@ -99,6 +100,25 @@ class CartridgeEncoder(PromptModule):
         yield "prompt_embeddings", "weight", "weight", self
 
 
+def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_tokens: int) -> Tensor:
+    """The first n keys and values of a cache as a prompt, (n, layers·2·width), on the device of the first layer.
+
+    Args:
+        past_key_values: a transformers Cache; its first row counts.
+        num_virtual_tokens: n.
+
+    Raises:
+        ValueError: if the cache holds fewer tokens.
+    """
+    n, flat = num_virtual_tokens, []
+    for layer in getattr(past_key_values, "self_attention_cache", past_key_values).layers:
+        there = layer.keys.shape[2]
+        if there < n:
+            raise ValueError(f"Need at least {n} cached tokens, got {there}.")
+        flat += [t[0, :, :n].transpose(0, 1).reshape(n, -1) for t in (layer.keys, layer.values)]  # (heads, n, size) -> (n, width)
+    return torch.cat([t.to(flat[0]) for t in flat], 1).detach()
+
+
 def initialize_kv_prefix_from_past_key_values(
     model: Any, *, adapter_name: str | None = None, past_key_values: Any, num_virtual_tokens: int | None = None
 ) -> Tensor:
@@ -127,15 +147,9 @@ def initialize_kv_prefix_from_past_key_values(
     if not config.resumable and isinstance(module, PrefixEncoder) and not module.folded:
         raise ValueError("Initialization from KV cache is not supported for prefix tuning with `prefix_projection=True`.")
     n = config.num_virtual_tokens if num_virtual_tokens is None else num_virtual_tokens
-    held = getattr(past_key_values, "self_attention_cache", past_key_values)
-    flat = []
-    for layer in held.layers:
-        there = layer.keys.shape[2]
-        if there < n:
-            raise ValueError(f"Need at least {n} cached tokens, got {there}.")
-        flat += [t[0, :, :n].transpose(0, 1).reshape(n, -1) for t in (layer.keys, layer.values)]  # (heads, n, size) -> (n, width)
+    flat = prompt_embeddings_from_past_key_values(past_key_values, num_virtual_tokens=n)
     like = module.prompt()
-    value = torch.cat([t.to(like.device) for t in flat], 1).detach().to(like.dtype)
+    value = flat.to(like)
     module.load_prompt_embeddings(value)
     return value
 

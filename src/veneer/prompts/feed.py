@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PeftError, RouteError
+from .postprocess import TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
 from .shape import embedding_table, is_encoder_decoder
 
 IGNORED = -100  # a label that does not count
@@ -152,8 +153,11 @@ def key_values(model: nn.Module, drawn: Drawn, config: Any) -> Any:
     batch, n, flat = drawn.prompt.shape
     size = config.token_dim // config.num_attention_heads
     dtype = getattr(model, "dtype", drawn.prompt.dtype)
-    rows = drawn.prompt.to(dtype).view(batch, n, flat // config.token_dim, config.num_attention_heads, size).permute(2, 0, 3, 1, 4)
+    rows: Any = drawn.prompt.to(dtype).view(batch, n, flat // config.token_dim, config.num_attention_heads, size).permute(2, 0, 3, 1, 4)
     both = is_encoder_decoder(model)
+    postprocess = TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING.get(getattr(getattr(model, "config", None), "model_type", ""))
+    if postprocess is not None:
+        rows = [t for pair in postprocess(tuple(rows.split(2))) for t in (pair[0], pair[1])]
     cache: Any = DynamicCache() if both else DynamicCache(config=getattr(model, "config", None))
     # as in PEFT's files: of an encoder-decoder with two prompts, layer l takes the pair 2l of the doubled list
     step = 2 * (config.num_transformer_submodules or 1) if both else 2

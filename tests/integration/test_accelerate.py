@@ -1,0 +1,113 @@
+"""accelerate: prepare, save_state and load_state, device maps with offload to the CPU and to disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+import transformers
+from accelerate.utils import is_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+
+import veneer
+
+from .small import ids, llama, stir
+
+
+def _model() -> Any:
+    torch.manual_seed(0)
+    return get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"], lora_dropout=0.2))
+
+
+def _steps(accelerator: accelerate.Accelerator, model: Any, optimizer: Any, count: int) -> list[float]:
+    losses = []
+    for _ in range(count):
+        loss = model(input_ids=ids(), labels=ids()).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_a_saved_state_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = _model()
+    assert is_peft_model(model)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2))
+    model.train()
+    _steps(accelerator, model, optimizer, 2)
+    accelerator.save_state(str(tmp_path))
+    want = _steps(accelerator, model, optimizer, 3)
+    _steps(accelerator, model, optimizer, 2)
+    accelerator.load_state(str(tmp_path))
+    assert _steps(accelerator, model, optimizer, 3) == want
+    assert isinstance(accelerator.unwrap_model(model), PeftModel)
+
+
+PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.filterwarnings("ignore:.*offload.*")
+def test_an_offloaded_base_does_what_the_whole_one_does(where: str, tmp_path: Path) -> None:
+    """Layers kept in another place are brought in for their call; adapters on them act, train and save as ever."""
+    llama().save_pretrained(tmp_path / "base")
+    whole = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    stir(whole)
+    whole.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        want = whole(ids()).logits
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    if where == "cpu":  # with no accelerator, the CPU stands for one, and weights come from a copy on the CPU
+        accelerate.cpu_offload(base, execution_device=torch.device("cpu"))
+    else:
+        accelerate.disk_offload(base, str(tmp_path / "offload"), execution_device=torch.device("cpu"))
+    assert any(p.is_meta for p in base.parameters())
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.allclose(model(ids()).logits, want, atol=1e-6)
+    model.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(PeftModel.from_pretrained(llama(), tmp_path / "again")(ids()).logits, want)
+    with pytest.raises(veneer.MergeError, match="Load the model without offload"):
+        model.merge_and_unload()
+    with torch.no_grad():
+        assert torch.allclose(model(ids()).logits, want, atol=1e-6)
+
+
+def test_a_device_map_with_parts_on_disk(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    whole = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    stir(whole)
+    whole.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        want = whole(ids()).logits
+    places: dict[str, Any] = {name: "disk" if name == "model.layers.1" else "cpu" for name in PARTS}
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map=places, offload_folder=str(tmp_path / "offload"))
+    assert any(p.is_meta for p in base.parameters())
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.allclose(model(ids()).logits, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("start", [True, "pissa"])
+def test_training_with_an_offloaded_base(start: Any) -> None:
+    """Adapters are made where the layer runs, not where its weights wait; a start that needs the weights (PiSSA) sees them."""
+
+    def grads(offload: bool) -> dict[str, torch.Tensor]:
+        base = llama()
+        if offload:
+            accelerate.cpu_offload(base, execution_device=torch.device("cpu"))
+        model = get_peft_model(base, LoraConfig(r=4, init_lora_weights=start, target_modules=["q_proj", "down_proj"]))
+        assert not any(p.is_meta for p in model.parameters() if p.requires_grad)
+        if start is True:
+            stir(model)
+        model.train()(input_ids=ids(), labels=ids()).loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    plain, again = grads(False), grads(True)
+    assert plain and all(torch.allclose(g, again[n], atol=1e-6) for n, g in plain.items())
