@@ -225,7 +225,9 @@ def test_a_pipeline_opens_a_folder_with_an_adapter(tmp_path: Path) -> None:
     """The adapter acts; in transformers#36480 it was dropped."""
     base = _base(tmp_path)
     words = tokenizer()
-    model = get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     stir(model)
     model.save_pretrained(tmp_path / "adapter")
     words.save_pretrained(tmp_path / "adapter")
@@ -239,7 +241,15 @@ def test_a_pipeline_opens_a_folder_with_an_adapter(tmp_path: Path) -> None:
 
 def test_a_pipeline_for_classification_takes_the_trained_head(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "pad_token_id": 0, "num_labels": 3}
+    shape = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "pad_token_id": 0,
+        "num_labels": 3,
+    }
     base = transformers.BertForSequenceClassification(transformers.BertConfig(**shape, max_position_embeddings=32))
     base.save_pretrained(tmp_path / "base")
     opened = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
@@ -257,6 +267,7 @@ def test_a_pipeline_for_classification_takes_the_trained_head(tmp_path: Path) ->
 
 CACHES = [
     {},
+    {"cache_implementation": "dynamic"},
     {"use_cache": False},
     {"cache_implementation": "static"},
     {"cache_implementation": "offloaded"},
@@ -278,6 +289,17 @@ def test_generate_with_every_cache_does_what_the_merged_model_does(cache: dict[s
     mine = model.generate(**more)
     merged = model.merge_and_unload()
     assert torch.equal(mine, merged.generate(**more))
+
+
+@pytest.mark.parametrize("cache", [c for c in CACHES if "offloaded" not in c.values()], ids=lambda c: str([*c.values()][:1]))
+def test_generate_with_every_cache_after_a_prompt(cache: dict[str, Any]) -> None:
+    """A prompt is made of embeddings, and the cache holds it: what comes out is what comes out without any cache."""
+    if "cache_config" in cache:
+        cache = {**cache, "cache_config": {**cache["cache_config"], "residual_length": 64}}  # nothing is rounded yet
+    model = get_peft_model(llama(), peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    stir(model, 0.5)
+    more = {"input_ids": ids(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.long), "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(**more, **cache), model.generate(**more, use_cache=False))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

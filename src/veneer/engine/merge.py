@@ -14,7 +14,7 @@ from .inject import active_adapters, adapted_layers, unwrap
 from .layer import AdaptedLayer
 from .loss import LayerReport, MergeReport, check_finite, loss
 from .merge_packed import Into, merged_packed, originals
-from .offload import runs_on
+from .offload import brought_in, keep, runs_on
 from .original import Weights
 from .route import adapter_names, check_known
 from .ties import holders, untie_config
@@ -27,11 +27,15 @@ def merge(
     safe_merge: bool = True,
     progressbar: bool = False,
     into: Into | None = None,
+    for_good: bool = False,
 ) -> MergeReport:
     """Merge these (or the active) adapters into the model's weights; `unmerge` undoes it exactly.
 
     All active changes are summed in float32 (float64 for float64 weights) and rounded once. Every layer is computed and checked before
     the first is changed.
+
+    Args:
+        for_good: whether nobody is going to unmerge them; then layers that accelerate offloads can be merged too.
 
     Raises:
         MergeError: if a layer cannot be merged or gets values that are not finite; the model is as it was.
@@ -41,7 +45,7 @@ def merge(
     layers = list(adapted_layers(model))
     into.check(layers)
     with originals(model, layers, into) as original:
-        return merge_layers(progress(layers, progressbar, "Merging"), names, model, into, original)
+        return merge_layers(progress(layers, progressbar, "Merging"), names, model, into, original, for_good)
 
 
 def merge_layers(
@@ -50,8 +54,13 @@ def merge_layers(
     model: nn.Module | None = None,
     into: Into | None = None,
     original: Weights | None = None,
+    for_good: bool = False,
 ) -> MergeReport:
-    """Merge into these layers: compute and check all, then change all. Warns where quantising outweighs what was learned."""
+    """Merge into these layers: compute and check all, then change all. Warns where quantising outweighs what was learned.
+
+    Args:
+        for_good: whether nobody is going to unmerge them.
+    """
     report, into = MergeReport(), into or Into()
     ready: list[tuple[AdaptedLayer, list[str], dict[str, Tensor] | nn.Module]] = []
     for path, layer in layers:
@@ -62,21 +71,33 @@ def merge_layers(
         for name in mine:
             if why := layer.attached[name].config.unmergeable:
                 raise MergeError(f"{path}: the adapter {name!r} cannot be merged: {why}. Keep it unmerged.")
-        if runs_on(layer.get_base_layer()) is not None:
+        elsewhere = runs_on(layer.get_base_layer()) is not None
+        if elsewhere and (not for_good or layer.quantised or len(layer.site.tensors(layer.get_base_layer()).keys() - {"weight", "bias"})):
             raise MergeError(
-                f"{path}: accelerate keeps this layer's weights elsewhere and would bring the old ones in at each call. Load the model without offload "
-                "(device_map={'': 'cpu'}) to merge. Nothing was changed."
+                f"{path}: accelerate keeps this layer's weights elsewhere and brings them in for each call. "
+                + (
+                    "Load the model without offload to merge it."
+                    if for_good
+                    else "Such layers can be merged for good only: merge_and_unload(). "
+                )
+                + "Nothing was changed."
             )
         merged: dict[str, Tensor] | nn.Module
         if layer.quantised:
             merged, report.layers[path] = merged_packed(path, layer, mine, into, model, original)
         else:
-            merged, report.layers[path] = _merged(path, layer, mine)
+            with brought_in(layer.get_base_layer()):
+                merged, report.layers[path] = _merged(path, layer, mine)
+            if elsewhere:
+                merged = {name: t.to("cpu") for name, t in merged.items()}
         ready.append((layer, mine, merged))
     shared = {id(p) for p in _shared_parameters(model)} if model is not None else set()
     for layer, mine, merged in ready:
         if isinstance(merged, nn.Module):
             layer.put_merged(merged, mine)
+            continue
+        if runs_on(layer.get_base_layer()) is not None:
+            keep(layer.get_base_layer(), merged)
             continue
         for name, new in merged.items():
             _swap(layer, name, new, shared)
@@ -170,7 +191,7 @@ def merge_and_unload(
     from ..blocks.saved import ModulesToSaveWrapper
 
     names = _names(model, names)
-    merge(model, names, safe_merge=safe_merge, progressbar=progressbar, into=into)
+    merge(model, names, safe_merge=safe_merge, progressbar=progressbar, into=into, for_good=True)
 
     def inner(wrapper: Any) -> nn.Module:
         if isinstance(wrapper, ModulesToSaveWrapper):

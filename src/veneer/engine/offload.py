@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def _hook(module: nn.Module) -> Any:
@@ -34,3 +34,11 @@ def brought_in(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         hook.post_forward(module, None)
+
+
+def keep(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Let these values, by name, be what is brought in for the module's calls from here on. They are kept on the CPU."""
+    kept = _hook(module).weights_map  # the part of a store that begins with the module's name
+    store = getattr(kept.dataset, "state_dict", kept.dataset)  # of weights in files: what goes before them
+    for name, t in tensors.items():
+        store[kept.prefix + name] = t.detach().to("cpu")
