@@ -267,6 +267,7 @@ def test_a_pipeline_for_classification_takes_the_trained_head(tmp_path: Path) ->
 
 CACHES = [
     {},
+    {"cache_implementation": "dynamic"},
     {"use_cache": False},
     {"cache_implementation": "static"},
     {"cache_implementation": "offloaded"},
@@ -288,6 +289,17 @@ def test_generate_with_every_cache_does_what_the_merged_model_does(cache: dict[s
     mine = model.generate(**more)
     merged = model.merge_and_unload()
     assert torch.equal(mine, merged.generate(**more))
+
+
+@pytest.mark.parametrize("cache", [c for c in CACHES if "offloaded" not in c.values()], ids=lambda c: str([*c.values()][:1]))
+def test_generate_with_every_cache_after_a_prompt(cache: dict[str, Any]) -> None:
+    """A prompt is made of embeddings, and the cache holds it: what comes out is what comes out without any cache."""
+    if "cache_config" in cache:
+        cache = {**cache, "cache_config": {**cache["cache_config"], "residual_length": 64}}  # nothing is rounded yet
+    model = get_peft_model(llama(), peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    stir(model, 0.5)
+    more = {"input_ids": ids(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.long), "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(**more, **cache), model.generate(**more, use_cache=False))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
