@@ -16,9 +16,13 @@ def pissa(w: Tensor, r: int, scaling: float, niter: int | None) -> Start:
 
 
 def olora(w: Tensor, r: int) -> Start:
-    """B, A = the first r columns of Q and rows of R in W = Q R. Büyükakyüz 2024, arXiv:2406.01775."""
-    q, upper = torch.linalg.qr(wide(w))
-    return counted(upper[:r].contiguous(), q[:, :r].contiguous())
+    """B, A = the first r columns of Q and rows of R in W = Q R. Büyükakyüz 2024, arXiv:2406.01775.
+
+    The first columns of Q follow from those of W alone, and then R = Qᵀ W: no more of the decomposition is computed.
+    """
+    full = wide(w)
+    q, _ = torch.linalg.qr(full[:, :r])
+    return counted(q.T @ full, q.contiguous())
 
 
 def mica(w: Tensor, r: int) -> Start:
