@@ -34,6 +34,7 @@ _HOME: dict[str, str] = {
         "model": "PeftModel",
         "planning.inspection": "inspect_adapter",
         "planning.plan": "plan",
+        "planning.suggest": "suggest",
         "status": "get_layer_status get_model_status",
         "tasks": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification",

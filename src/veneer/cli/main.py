@@ -13,6 +13,7 @@ def main() -> None:
         from .inspect import inspect
         from .methods import methods
         from .plan import plan
+        from .suggest import suggest
         from .train import train
     except ImportError as e:
         print(f'veneer: the command line needs {e.name!r}: pip install "veneer[train]"', file=sys.stderr)
@@ -22,6 +23,7 @@ def main() -> None:
     app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(plan)
     app.command()(methods)
     app.command()(inspect)
+    app.command()(suggest)
 
     @app.callback()
     def _root() -> None:
