@@ -37,6 +37,7 @@ _HOME: dict[str, str] = {
         "planning.inspection": "inspect_adapter",
         "planning.plan": "plan",
         "prompts.postprocess": "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING bloom_model_postprocess_past_key_value",
+        "planning.suggest": "suggest",
         "status": "get_layer_status get_model_status",
         "tasks": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification",

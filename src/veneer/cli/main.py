@@ -14,6 +14,7 @@ def main() -> None:
         from .merge import merge
         from .methods import methods
         from .plan import plan
+        from .suggest import suggest
         from .train import train
     except ImportError as e:
         print(f'veneer: the command line needs {e.name!r}: pip install "veneer[train]"', file=sys.stderr)
@@ -24,6 +25,7 @@ def main() -> None:
     app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(plan)
     app.command()(methods)
     app.command()(inspect)
+    app.command()(suggest)
 
     @app.callback()
     def _root() -> None:

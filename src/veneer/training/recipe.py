@@ -66,9 +66,9 @@ class Recipe:
     save_every: int = 0
     resume: bool = False
 
-    def check(self) -> None:
-        """Raise ConfigError for what can be seen to be wrong before anything is loaded."""
-        for _, text in self.problems():
+    def check(self, needed: Sequence[str] = ("model", "data", "out")) -> None:
+        """Raise ConfigError for what can be seen to be wrong before anything is loaded; see `problems`."""
+        for _, text in self.problems(needed):
             raise ConfigError(text)
 
     def problems(self, needed: Sequence[str] = ("model", "data", "out")) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ import platform
 import resource
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,42 @@ def prepare(recipe: Recipe) -> Prepared:
     """
     recipe.check()
     config = recipe.config()
+    tokenizer, train, held_out, labels = _read_data(recipe)
+    torch.manual_seed(recipe.seed)
+    model = _load(recipe, labels)
+    peft = get_peft_model(model, config)
+    _check_disk(recipe.out, peft)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        peft.prepare_model_for_gradient_checkpointing(model)
+    return Prepared(peft, tokenizer, train, held_out, labels)
+
+
+def read_model(recipe: Recipe, rows: int) -> tuple[Any, Callable[[int], Iterator[dict[str, Tensor]]]]:
+    """The model without an adapter, and a function that gives so many rows of its training data in batches of a size.
+
+    Raises:
+        ConfigError: for whatever does not fit.
+    """
+    tokenizer, train, _, labels = _read_data(recipe)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.seed)).tolist()[:rows]
+    join = collate(_pad(tokenizer))
+    return _load(recipe, labels), lambda size: (join([train[i] for i in order[at : at + size]]) for at in range(0, len(order), size))
+
+
+def _pad(tokenizer: Any) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+
+
+def _read_data(recipe: Recipe) -> tuple[Any, list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+    """(tokenizer, training rows, held-out rows, labels)."""
     rows = read_rows(recipe.data)
     held = read_rows(recipe.eval_data) if recipe.eval_data else []
     tokenizer = _tokenizer(recipe.model)
     if recipe.task == "causal-lm":
         labels: list[str] = []
         examples = language_examples(rows, tokenizer, recipe.data)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        pad = _pad(tokenizer)
         if held:
             train, held_out = (
                 pack(examples, recipe.length, pad),
@@ -74,14 +103,7 @@ def prepare(recipe: Recipe) -> Prepared:
             train, held_out = _split(train, recipe)
     if not train:
         raise ConfigError(f"{recipe.data!r} gives no training rows: it has fewer tokens than a prediction needs.")
-    torch.manual_seed(recipe.seed)
-    model = _load(recipe, labels)
-    peft = get_peft_model(model, config)
-    _check_disk(recipe.out, peft)
-    if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        peft.prepare_model_for_gradient_checkpointing(model)
-    return Prepared(peft, tokenizer, train, held_out, labels)
+    return tokenizer, train, held_out, labels
 
 
 def _split(rows: list[dict[str, Any]], recipe: Recipe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -172,7 +194,7 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
     import transformers
 
     headless = HeadlessLoss.of(prepared.model) if recipe.task == "causal-lm" else None
-    pad = prepared.tokenizer.pad_token_id if prepared.tokenizer.pad_token_id is not None else prepared.tokenizer.eos_token_id or 0
+    pad = _pad(prepared.tokenizer)
 
     class AdapterTrainer(transformers.Trainer):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:

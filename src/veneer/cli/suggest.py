@@ -1,0 +1,72 @@
+"""`veneer suggest`: a configuration for a model, data and a memory, with its reasons, as a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+
+from ..errors import PeftError
+
+_ROWS = 4  # of a batch of the rank search
+
+
+def suggest(
+    model: Annotated[str, typer.Option(help="The model: a folder or a name on the Hub.")],
+    data: Annotated[str | None, typer.Option(help="As for `veneer train`: then ranks are dealt out by layer.")] = None,
+    memory: Annotated[str, typer.Option(help="Of the device: 24GB, 16GiB ...")] = "24GB",
+    parameters: Annotated[int | None, typer.Option(help="How many may train.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
+    search: Annotated[str, typer.Option(help="gradient or eva.")] = "gradient",
+    batches: Annotated[int, typer.Option(help="How many batches of four rows the search looks at.")] = 2,
+    task: Annotated[str, typer.Option(help="causal-lm or sequence-classification.")] = "causal-lm",
+    dtype: Annotated[str, typer.Option(help="Of the frozen weights.")] = "auto",
+    out: Annotated[str | None, typer.Option(help="Write the recipe into this YAML file.")] = None,
+) -> None:
+    """Propose method, targets, rank per layer, learning rate and batch, with reasons, predicted memory and time."""
+    try:
+        found, recipe = run(model, data, memory, parameters, length, search, batches, task, dtype)
+    except PeftError as e:
+        Console(stderr=True).print(Panel(str(e), title="veneer suggest", border_style="red"))
+        raise typer.Exit(2) from None
+    import yaml
+
+    Console(stderr=True).print(Panel(str(found), title="why", border_style="green"))
+    text = yaml.safe_dump(recipe, sort_keys=False)
+    if out is not None:
+        Path(out).write_text(text, encoding="utf-8")
+    typer.echo(text, nl=False)
+
+
+def run(
+    model: str,
+    data: str | None,
+    memory: str,
+    parameters: int | None,
+    length: int,
+    search: str,
+    batches: int,
+    task: str,
+    dtype: str,
+) -> tuple[Any, dict[str, Any]]:
+    """(the suggestion, a recipe for `veneer train`)."""
+    import warnings
+
+    warnings.filterwarnings("ignore", module="transformers")
+    from ..planning.suggest import suggest as propose
+    from ..training.forecast import hollow_model
+    from ..training.recipe import TASKS, Recipe
+    from ..training.run import read_model
+
+    recipe = Recipe(model=model, data=data or "", task=task, dtype=dtype, length=length)
+    recipe.check(("model",))
+    given: dict[str, Any] = {"memory": memory, "parameters": parameters, "length": length, "batches": batches, "task_type": TASKS[task]}
+    if data is None:
+        found = propose(hollow_model(recipe), **given)
+    else:
+        loaded, rows = read_model(recipe, _ROWS * batches)
+        found = propose(loaded, rows(_ROWS), search=search, **given)  # type: ignore[arg-type]
+    return found, {"model": model, **({"data": data} if data else {}), "task": task, **found.recipe()}
