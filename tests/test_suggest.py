@@ -193,8 +193,9 @@ def test_the_command_writes_a_recipe_that_trains(tmp_path: Path, monkeypatch: py
 @pytest.mark.slow
 def test_a_suggestion_beats_the_default_at_equal_parameters_on_the_demos_data() -> None:
     """SmolLM2 on Python's documentation: 16 steps of 4 x 64 tokens with the same rate, as many parameters; held-out loss."""
-    import assets
     from pydoc_data.topics import topics
+
+    import assets
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(assets.smollm2())
     names = sorted(topics)
