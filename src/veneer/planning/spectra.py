@@ -104,7 +104,8 @@ def _sketch(g: Tensor, x: Tensor, k: int, generator: torch.Generator) -> Tensor:
     q = torch.linalg.qr(g.T @ (x @ torch.randn(x.shape[1], width, generator=generator).to(x)))[0]
     p = torch.linalg.qr(x.T @ (g @ q))[0]
     q = torch.linalg.qr(g.T @ (x @ p))[0]
-    return torch.linalg.svdvals((g @ q).T @ (x @ p))[:k]
+    s: Tensor = torch.linalg.svdvals((g @ q).T @ (x @ p))
+    return s[:k]
 
 
 def _shares(x: Tensor, k: int) -> Tensor:

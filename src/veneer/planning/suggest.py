@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import re
@@ -213,22 +214,29 @@ def _fit(model: nn.Module, config: LoraConfig, room: int, length: int, seen: lis
     """The storage, the batch and the checkpointing that fit."""
     usable = int(_SPARE * room)
     weights = held(model)
-    linear = [m for m in _linear_layers(model).values() if codec_for(m).plain]
-    packed = weights - sum(int(m.weight.nbytes - m.weight.numel() * _NF4) for m in linear)  # type: ignore[union-attr, operator, arg-type]
-    quantize = "nf4" if weights > 0.7 * usable and linear else None
-    base = packed if quantize else weights
+    linear: list[Any] = [m for m in _linear_layers(model).values() if codec_for(m).plain]
+    packed = weights - sum(int(m.weight.nbytes - m.weight.numel() * _NF4) for m in linear)
     loss: Any = _loss_of(model, seen)
+    known: dict[tuple[int, bool], Plan] = {}
 
-    def planned(rows: int, checkpointing: bool) -> Plan:
-        out = plan(model, config, batch_size=rows, length=length, loss=loss, gradient_checkpointing=checkpointing)
+    def planned(rows: int, checkpointing: bool, base: int) -> Plan:
+        if (rows, checkpointing) not in known:
+            known[rows, checkpointing] = plan(
+                model, config, batch_size=rows, length=length, loss=loss, gradient_checkpointing=checkpointing
+            )
+        out = copy.deepcopy(known[rows, checkpointing])
         for key in ("weights", "peak"):
             if key in out.memory:
                 out.memory[key] -= weights - base
         return out
 
     can = hasattr(model, "gradient_checkpointing_enable")
-    for checkpointing in (False, True) if can else (False,):
-        one = planned(1, checkpointing)
+    ways = [(q, c) for q in (None, "nf4") for c in (False, True) if (can or not c) and (linear or not q)]
+    for quantize, checkpointing in ways:  # from the fastest to the smallest
+        base = packed if quantize else weights
+        if quantize is None and weights > 0.7 * usable and linear:
+            continue
+        one = planned(1, checkpointing, base)
         if "peak" not in one.memory:
             reasons.append(f"Batch: 1 row, since the step could not be simulated: {one.notes[-1] if one.notes else ''}")
             return Suggestion(config, 0.0, 1, _ROWS, length, quantize, False, reasons, one)
@@ -236,10 +244,10 @@ def _fit(model: nn.Module, config: LoraConfig, room: int, length: int, seen: lis
         rows = min(_ROWS, (usable - fixed) // max(one.memory["activations"], 1))
         if rows >= 1 and (rows >= 2 or checkpointing or not can):
             rows = 2 ** int(math.log2(rows))
-            final = planned(rows, checkpointing) if rows > 1 else one
+            final = planned(rows, checkpointing, base) if rows > 1 else one
             while rows > 1 and final.memory["peak"] > usable:
                 rows //= 2
-                final = planned(rows, checkpointing)
+                final = planned(rows, checkpointing, base)
             final.flops["step"] = _ROWS // rows * (final.flops["forward"] + final.flops["backward"])
             reasons.append(_storage_reason(weights, base, quantize, room))
             reasons.append(
@@ -248,13 +256,15 @@ def _fit(model: nn.Module, config: LoraConfig, room: int, length: int, seen: lis
             )
             return Suggestion(config, 0.0, rows, _ROWS // rows, length, quantize, checkpointing, reasons, final)
     raise ConfigError(
-        f"{room / 1e9:.1f} GB are too little: one row of {length} tokens takes {one.memory['peak'] / 1e9:.1f} GB even so. Give a shorter length or more memory."
+        f"{room / 1e9:.3g} GB are too little: one row of {length} tokens takes {one.memory['peak'] / 1e9:.3g} GB even so, and a tenth stays free. "
+        "Give a shorter length or more memory."
     )
 
 
 def _storage_reason(weights: int, base: int, quantize: str | None, room: int) -> str:
     if quantize:
-        return f"Method: LoRA on weights packed as {quantize} (QLoRA): as they are they take {weights / 1e9:.2f} GB of {room / 1e9:.2f} GB, packed {base / 1e9:.2f} GB."
+        said = f"Method: LoRA on weights packed as {quantize} (QLoRA): as they are they take {weights / 1e9:.2f} GB of {room / 1e9:.2f} GB"
+        return f"{said}, packed {base / 1e9:.2f} GB."
     said = f"Method: LoRA on the weights as they are: their {weights / 1e9:.2f} GB leave room in {room / 1e9:.2f} GB"
     return f"{said}, so packing them would only cost time."
 
