@@ -16,7 +16,6 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 LIBRARIES = ("transformers", "accelerate", "diffusers", "trl", "sentence_transformers")
-PENDING = {"optimizers", "distributed"}  # rooms that the table names and that may not be there yet
 
 
 def _run(*args: str, cwd: Path | None = None, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
@@ -31,10 +30,6 @@ def _python(code: str, **more: str) -> str:
     return _run("-c", code, **more).stdout.strip()
 
 
-def _is_there(room: str) -> bool:
-    return importlib.util.find_spec(f"veneer.{room}") is not None
-
-
 def test_every_name_in_the_table_is_there() -> None:
     missing = json.loads(
         _python(
@@ -47,8 +42,7 @@ def test_every_name_in_the_table_is_there() -> None:
             "print(json.dumps(bad))"
         )
     )
-    absent = {room for room in PENDING if not _is_there(room)}
-    assert not [m for m in missing if m[2].partition(":")[0] not in absent]
+    assert not missing
 
 
 def _imports(library: str) -> Iterator[tuple[str, str, str]]:
@@ -81,8 +75,7 @@ for module, name in json.loads(sys.argv[1]):
 print(json.dumps(bad))
 """
     bad = json.loads(_run("-c", code, json.dumps(sorted(set().union(*found.values())))).stdout)
-    absent = [room for room in PENDING if not _is_there(room)]
-    assert not [b for b in bad if not any(f"veneer.{room}" in b[2] for room in absent)]
+    assert not bad
 
 
 def test_the_answers_that_libraries_ask_for() -> None:

@@ -99,17 +99,28 @@ def test_a_device_map_with_parts_on_disk(tmp_path: Path) -> None:
         assert torch.allclose(model.merge_and_unload()(ids()).logits, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("start", [True, "pissa"])
-def test_training_with_an_offloaded_base(start: Any) -> None:
-    """Adapters are made where the layer runs, not where its weights wait; a start that needs the weights (PiSSA) sees them."""
+TARGETS = ["q_proj", "down_proj"]
+OFFLOADED: dict[str, Any] = {
+    "lora": lambda: LoraConfig(r=4, target_modules=TARGETS),
+    "pissa": lambda: LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="pissa"),
+    "dora": lambda: LoraConfig(r=4, target_modules=TARGETS, use_dora=True),
+    "hira": lambda: veneer.HiraConfig(r=4, target_modules=TARGETS),
+    "oft": lambda: veneer.OFTConfig(oft_block_size=4, target_modules=TARGETS),
+    "ia3": lambda: veneer.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
+}
+
+
+@pytest.mark.parametrize("kind", OFFLOADED)
+def test_training_with_an_offloaded_base(kind: str) -> None:
+    """Adapters are made where the layer runs, not where its weights wait; a start or a change that needs the weights sees them."""
 
     def grads(offload: bool) -> dict[str, torch.Tensor]:
         base = llama()
         if offload:
             accelerate.cpu_offload(base, execution_device=torch.device("cpu"))
-        model = get_peft_model(base, LoraConfig(r=4, init_lora_weights=start, target_modules=["q_proj", "down_proj"]))
+        model = get_peft_model(base, OFFLOADED[kind]())
         assert not any(p.is_meta for p in model.parameters() if p.requires_grad)
-        if start is True:
+        if kind != "pissa":
             stir(model)
         model.train()(input_ids=ids(), labels=ids()).loss.backward()
         return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}

@@ -18,6 +18,7 @@ from ..sites import Adaptable, Site
 from ..sites.whole import WholeSite
 from .caching import keeping, stamp
 from .holders import Attached, Kept, Tensors, container_of, drop, get_slot, hold, set_slot, slots
+from .offload import brought_in
 from .place import Place
 from .route import BASE, Choice, Facts, Switch
 from .substitute import call_with
@@ -182,7 +183,12 @@ class AdaptedLayer(Wrapper):
             return self.assumed
         site = self.weight_site
         kept = self.originals.get(site.weight_name)
-        return site.weight(self.frozen) if kept is None else site.canonical(kept[1])
+        if kept is not None:
+            return site.canonical(kept[1])
+        if "_hf_hook" not in self.frozen.__dict__:
+            return site.weight(self.frozen)
+        with brought_in(self.frozen):
+            return site.weight(self.frozen)
 
     def _originals(self) -> dict[str, Tensor]:
         return {name: values for name, (_, values) in self.originals.items()}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..bases import Codec, codec_for
 from ..change import Change, Stacking, bias, weight
+from ..engine.offload import brought_in
 from ..engine.substitute import call_with
 
 Changes = Sequence[tuple[Change, Stacking]]
@@ -94,6 +95,9 @@ class Site(Adaptable):
 
     def bias(self, module: nn.Module) -> Tensor | None:
         b: Tensor | None = getattr(module, self.bias_name, None)
+        if b is not None and b.is_meta:  # accelerate may keep it elsewhere
+            with brought_in(module):
+                b = getattr(module, self.bias_name)
         return b
 
     def dense(self, module: nn.Module, w: Tensor, b: Tensor | None) -> nn.Module:
