@@ -10,6 +10,8 @@ def main() -> None:
     try:
         import typer
 
+        from .check import check
+        from .convert import convert
         from .methods import methods
         from .train import train
     except ImportError as e:
@@ -18,6 +20,8 @@ def main() -> None:
     app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Parameter-efficient fine-tuning.")
     app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
     app.command()(methods)
+    app.command()(convert)
+    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(check)
 
     @app.callback()
     def _root() -> None:
