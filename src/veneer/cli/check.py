@@ -9,7 +9,9 @@ import typer
 
 def check(
     context: typer.Context,
-    adapter: Annotated[str | None, typer.Argument(help="The trained adapter; before training, give --method and its fields instead.")] = None,
+    adapter: Annotated[
+        str | None, typer.Argument(help="The trained adapter; before training, give --method and its fields instead.")
+    ] = None,
     runtime: Annotated[str, typer.Option(help="vllm, llama.cpp, diffusers or mlx.")] = "vllm",
     method: Annotated[str | None, typer.Option(help="lora or another method; its fields are options too: --r 24 --use-dora.")] = None,
     max_rank: Annotated[int | None, typer.Option(help="The runtime's own limit, such as vLLM's --max-lora-rank.")] = None,

@@ -383,7 +383,9 @@ class AdaptedLayer(Wrapper):
     def adapter_layer_names(self) -> tuple[str, ...]:
         """The attributes that hold trained tensors of adapters, each by adapter."""
         return tuple(
-            dict.fromkeys(leaf.container or n for a in self.attached.values() for n, leaf in a.leaves.items() if leaf.trainable and n not in a.derived)
+            dict.fromkeys(
+                leaf.container or n for a in self.attached.values() for n, leaf in a.leaves.items() if leaf.trainable and n not in a.derived
+            )
         )
 
     def get_base_layer(self) -> nn.Module:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from ..errors import ConversionError, LoadError, hint
 from . import diffusers, gguf, kohya, mlx, peft
-from .adapter import COMPONENTS, Adapter, padded
+from .adapter import COMPONENTS, Adapter, one_scale, padded
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,10 @@ class Format:
     write: Callable[..., None]
 
 
-FORMATS = {module.__name__.rpartition(".")[2]: Format(module.recognises, module.read, module.write) for module in (peft, mlx, gguf, kohya, diffusers)}
+FORMATS = {
+    module.__name__.rpartition(".")[2]: Format(module.recognises, module.read, module.write)
+    for module in (peft, mlx, gguf, kohya, diffusers)
+}
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,8 @@ def detect(path: str | os.PathLike[str]) -> str:
         if format.recognises(p):
             return name
     raise LoadError(
-        f"{str(p)!r} is no adapter in a format that is known: {', '.join(FORMATS)}. Formats are told by adapter_config.json with adapter_model or adapters.safetensors, "
-        "by the mark of GGUF, and by the keys of a .safetensors file."
+        f"{str(p)!r} is no adapter in a format that is known: {', '.join(FORMATS)}. Formats are told by adapter_config.json "
+        "with adapter_model or adapters.safetensors, by the mark of GGUF, and by the keys of a .safetensors file."
     )
 
 
@@ -69,6 +72,7 @@ def convert(
     model: str | os.PathLike[str] | None = None,
     component: str | None = None,
     rank: int | None = None,
+    uniform: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Conversion:
     """Write an adapter in another format. The tensors keep their bits, where the notes do not say otherwise.
@@ -80,6 +84,7 @@ def convert(
         model: the base model's folder: for GGUF its config.json, for kohya's names a diffusers pipeline.
         component: what a model's adapter is in a pipeline, such as "unet"; or which of a file's adapters to take.
         rank: pad every layer to this rank with zeros, for runtimes that serve certain ranks.
+        uniform: one rank and one alpha for all layers of a model, for runtimes that know no others; what differs goes into B.
         dtype: cast the factors.
 
     Raises:
@@ -93,6 +98,8 @@ def convert(
     adapter = _chosen(FORMATS[name].read(Path(source), model=base), component, to)
     notes: list[str] = []
     for part in adapter.values():
+        if uniform and rank is None and part.layers:
+            rank = max(f.rank for f in part.layers.values())
         if rank is not None:
             too_big = [p for p, f in part.layers.items() if f.rank > rank]
             if too_big:
@@ -103,9 +110,9 @@ def convert(
             wider = sum(f.rank < rank for f in part.layers.values())
             part.layers = {p: padded(f, rank) for p, f in part.layers.items()}
             notes += [f"{wider} layers were padded with zeros to rank {rank}; the change is the same."] if wider else []
+        if uniform:
+            part.layers = one_scale(part.layers, "alpha", notes)
         if dtype is not None:
-            from dataclasses import replace
-
             cast = [f for f in part.layers.values() if f.down.dtype != dtype]
             part.layers = {p: replace(f, down=f.down.to(dtype), up=f.up.to(dtype)) for p, f in part.layers.items()}
             notes += [f"{len(cast)} layers were cast from {cast[0].down.dtype} to {dtype}."] if cast else []

@@ -1,8 +1,8 @@
 """diffusers' file: pytorch_lora_weights.safetensors, one for all components of a pipeline.
 
-A key is `<component>.<path>.lora_A.weight` (or `lora_B`); older files say `lora.down`, `lora_linear_layer.down`, or `processor.to_q_lora.down`. The rank and alpha of each
-component are in the metadata under "lora_adapter_metadata"; where there is none, alpha / r is 1 unless an `.alpha` tensor says otherwise (diffusers 0.42:
-loaders/lora_base.py, utils/state_dict_utils.py, utils/peft_utils.py).
+A key is `<component>.<path>.lora_A.weight` (or `lora_B`); older files say `lora.down`, `lora_linear_layer.down`, or `processor.to_q_lora.down`. The
+rank and alpha of each component are in the metadata under "lora_adapter_metadata"; where there is none, alpha / r is 1 unless an `.alpha` tensor says
+otherwise (diffusers 0.42: loaders/lora_base.py, utils/state_dict_utils.py, utils/peft_utils.py).
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def _part(component: str, layers: dict[str, dict[str, Tensor]], config: dict[str
 
 def write(adapter: Adapter, path: Path, notes: list[str], **_: Any) -> None:
     """Write the file, or into a folder under diffusers' name for it. Alphas go into the metadata, as `save_lora_weights` writes them."""
-    tensors, metadata, fields = {}, {}, {}
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for component, part in adapter.items():
         if component not in COMPONENTS:
             raise ConversionError(f"diffusers needs to know what this adapts: --component with one of {', '.join(COMPONENTS)}.")
@@ -116,7 +118,9 @@ def write(adapter: Adapter, path: Path, notes: list[str], **_: Any) -> None:
         config = written(config_for(part, notes))
         fields[component] = json.loads(note_of(part))["fields"]
         # what every PEFT's LoraConfig takes, and what says something; None and the file's own marks do not
-        metadata |= {f"{component}.{k}": v for k, v in config.items() if v is not None and k not in ("peft_type", "peft_version", "auto_mapping")}
+        metadata |= {
+            f"{component}.{k}": v for k, v in config.items() if v is not None and k not in ("peft_type", "peft_version", "auto_mapping")
+        }
     file = path if path.suffix == ".safetensors" else path / FILE
     notes_of_file = {"format": "pt", METADATA: json.dumps(metadata, sort_keys=True), NOTE: json.dumps({"fields": fields}, sort_keys=True)}
     write_file(file, tensors, notes_of_file)

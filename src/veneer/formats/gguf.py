@@ -125,7 +125,9 @@ def write(adapter: Adapter, path: Path, notes: list[str], model: Path | None = N
 
     (component, part), *more = adapter.items()
     if more:
-        raise ConversionError(f"A GGUF adapter is of one model, and this file has adapters of {list(adapter)}. Convert one: --component {component}.")
+        raise ConversionError(
+            f"A GGUF adapter is of one model, and this file has adapters of {list(adapter)}. Convert one: --component {component}."
+        )
     demand(part, "gguf", kinds=("linear", "embedding"))
     base = _base(model or _folder(part.fields.get("base_model_name_or_path")), None, None)
     names = base.names()
@@ -223,5 +225,3 @@ def _add(writer: Any, name: str, tensor: Tensor) -> None:
         writer.add_tensor(name, t.numpy())
     else:
         raise ConversionError(f"{name} is {t.dtype}; GGUF adapters have float32, float16 or bfloat16. Cast the adapter first.")
-
-

@@ -1,8 +1,8 @@
 """kohya's file (sd-scripts, ComfyUI, A1111): `lora_unet_<path with _ for .>.lora_down.weight`, `.lora_up.weight`, `.alpha`, `.dora_scale`.
 
-The prefixes are lora_unet_, lora_te_ or lora_te1_, lora_te2_, and lora_transformer_. The underscores are undone by the names of the model's modules where `model` gives it;
-by what veneer wrote down in the file's metadata; else by the words that UNets, transformers and CLIP are made of. A `lora_mid` (LoCon's Tucker core) is multiplied into
-`lora_down`. From sd-scripts' networks/lora.py and LyCORIS' modules/locon.py.
+The prefixes are lora_unet_, lora_te_ or lora_te1_, lora_te2_, and lora_transformer_. The underscores are undone by the names of the model's modules
+where `model` gives it; by what veneer wrote down in the file's metadata; else by the words that UNets, transformers and CLIP are made of. A `lora_mid`
+(LoCon's Tucker core) is multiplied into `lora_down`. From sd-scripts' networks/lora.py and LyCORIS' modules/locon.py.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from .diffusers import file_of
 PREFIXES = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
             "lora_transformer_": "transformer"}  # fmt: skip
 _WHAT = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_mid.weight": "mid", "alpha": "alpha", "dora_scale": "magnitude"}
-# names of modules in UNet2DConditionModel, DiT, SD3, Flux and CLIP that a path is made of; none of them can be read in two ways
+# names of modules in UNet2DConditionModel, DiT, SD3, Flux and CLIP that a path is made of
 _WORDS = frozenset(
-    "down_blocks up_blocks mid_block resnets attentions downsamplers upsamplers transformer_blocks single_transformer_blocks blocks "
-    "attn attn1 attn2 to_q to_k to_v to_out add_q_proj add_k_proj add_v_proj to_add_out ff ff_context net proj proj_in proj_out proj_mlp conv conv1 conv2 conv_in conv_out "
-    "conv_shortcut time_emb_proj time_embedding add_embedding linear_1 linear_2 norm norm1 norm1_context norm_out linear context_embedder x_embedder "
-    "time_text_embed timestep_embedder text_embedder guidance_embedder adaln_single emb pos_embed caption_projection "
-    "text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection embeddings token_embedding position_embedding".split()
+    "down_blocks up_blocks mid_block resnets attentions downsamplers upsamplers transformer_blocks single_transformer_blocks blocks "  # noqa: SIM905
+    "attn attn1 attn2 to_q to_k to_v to_out add_q_proj add_k_proj add_v_proj to_add_out ff ff_context net proj proj_in proj_out proj_mlp "
+    "conv conv1 conv2 conv_in conv_out conv_shortcut time_emb_proj time_embedding add_embedding linear_1 linear_2 norm norm1 norm1_context "
+    "norm_out linear context_embedder x_embedder time_text_embed timestep_embedder text_embedder guidance_embedder adaln_single emb pos_embed "
+    "caption_projection text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection embeddings "
+    "token_embedding position_embedding".split()
 )
+_NEVER = {("linear", "1"), ("linear", "2"), ("proj", "mlp")}  # no module of these models has such a child; linear_1 and proj_mlp are names
 _ORIGINAL = ("input_blocks_", "middle_block_", "output_blocks_", "double_blocks_", "single_blocks_")
 
 
@@ -63,10 +65,10 @@ def read(path: Path, model: Path | None = None, **_: Any) -> Adapter:
     of_model = {c: flat_names(names) for c, names in module_names(model).items()} if model else {}
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        name, _, what = key.partition(".")
-        if what not in _WHAT or not name.startswith(tuple(PREFIXES)):
+        name, _, kind = key.partition(".")
+        if kind not in _WHAT or not name.startswith(tuple(PREFIXES)):
             raise ConversionError(f"{file} holds {key!r}, which is no tensor of a LoRA. LoHa and LoKr of LyCORIS are not converted.")
-        found.setdefault(name, {})[_WHAT[what]] = tensor
+        found.setdefault(name, {})[_WHAT[kind]] = tensor
     out: Adapter = {}
     for name, t in found.items():
         prefix = next(p for p in PREFIXES if name.startswith(p))
@@ -93,7 +95,8 @@ def write(adapter: Adapter, path: Path, notes: list[str], **_: Any) -> None:
     if path.suffix != ".safetensors":
         raise ConversionError(f"kohya's format is one file: give a name that ends in .safetensors, not {str(path)!r}.")
     tensors: dict[str, Tensor] = {}
-    names, fields = {}, {}
+    names: dict[str, str] = {}
+    fields: dict[str, Any] = {}
     prefixes = {c: p for p, c in PREFIXES.items() if p != ("lora_te_" if "text_encoder_2" in adapter else "lora_te1_")}
     for component, part in adapter.items():
         if component not in COMPONENTS:
@@ -158,9 +161,11 @@ def module_names(folder: Path) -> dict[str, list[str]]:
                 built = kind.from_config(kind.load_config(folder / component))
             else:
                 built = kind(kind.config_class.from_pretrained(folder / component))
-        out[component] = [_with_text_model(component, n) for n, _ in built.named_modules()] if component.startswith("text") else [
-            n for n, _ in built.named_modules()
-        ]
+        out[component] = (
+            [_with_text_model(component, n) for n, _ in built.named_modules()]
+            if component.startswith("text")
+            else [n for n, _ in built.named_modules()]
+        )
     return out
 
 
@@ -174,14 +179,16 @@ def _path(name: str, flat: str, of_model: Mapping[str, list[str]] | None) -> str
         raise ConversionError(f"{name!r} {said}")
     if flat.startswith(_ORIGINAL):
         raise ConversionError(
-            f"{name!r} uses the names of Stability's or Black Forest Labs' own code, not those of diffusers. Load the file with diffusers' load_lora_weights and "
-            "save it with save_lora_weights; that file can be converted."
+            f"{name!r} uses the names of Stability's or Black Forest Labs' own code, not those of diffusers. Load the file with diffusers' "
+            "load_lora_weights and save it with save_lora_weights; that file can be converted."
         )
     ways = _readings(flat)
     if len(ways) == 1:
         return ways[0]
     said = f"can be read in {len(ways)} ways ({', '.join(ways[:3])})" if ways else "has parts that are in no model known here"
-    raise ConversionError(f"{name!r} {said}. Its underscores can be undone with the model's modules: --model FOLDER of the diffusers pipeline.")
+    raise ConversionError(
+        f"{name!r} {said}. Its underscores can be undone with the model's modules: --model FOLDER of the diffusers pipeline."
+    )
 
 
 @cache
@@ -194,6 +201,6 @@ def _readings(flat: str) -> tuple[str, ...]:
     for n in range(1, len(parts) + 1):
         word = "_".join(parts[:n])
         if word in _WORDS or (n == 1 and word.isdigit()):
-            rest = "_".join(parts[n:])
-            out += [f"{word}.{r}" if r else word for r in _readings(rest)]
+            rest = _readings("_".join(parts[n:]))
+            out += [f"{word}.{r}" if r else word for r in rest if (word, r.partition(".")[0]) not in _NEVER]
     return tuple(out)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..checkpoint.save import replacing
-from ..config import CONFIG_NAME
+from ..engine.defaults import CONFIG_NAME
 from ..errors import ConversionError
 from .adapter import NOTE, Adapter, Factors, Part, demand, note_of, one_scale, padded, read_file, read_note, whole, write_file
 
@@ -50,9 +50,7 @@ def read(path: Path, **_: Any) -> Adapter:
     layers = {}
     for layer, t in found.items():
         down, up = t["lora_a"].T.contiguous(), t["lora_b"].T.contiguous()
-        layers[layer] = Factors(
-            down, up, whole(scale * down.shape[0]), t.get("m"), embedding=layer.rpartition(".")[2] in _EMBEDDINGS
-        )
+        layers[layer] = Factors(down, up, whole(scale * down.shape[0]), t.get("m"), embedding=layer.rpartition(".")[2] in _EMBEDDINGS)
     fields = note.get("fields") or {"lora_dropout": config["lora_parameters"].get("dropout", 0.0)}
     return {"": Part(layers, fields)}
 
@@ -61,7 +59,9 @@ def write(adapter: Adapter, path: Path, notes: list[str], **_: Any) -> None:
     """Write the folder. Smaller ranks are padded with zeros; where alpha / r differs from layer to layer, B makes it good."""
     (component, part), *more = adapter.items()
     if more:
-        raise ConversionError(f"MLX has one model in a folder, and this file has adapters of {list(adapter)}. Convert one: --component {component}.")
+        raise ConversionError(
+            f"MLX has one model in a folder, and this file has adapters of {list(adapter)}. Convert one: --component {component}."
+        )
     demand(part, "mlx", can=("dora",), kinds=("linear", "embedding"))
     dora = {f.magnitude is not None for f in part.layers.values()}
     if len(dora) > 1:

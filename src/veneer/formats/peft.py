@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..checkpoint.load import read_adapter
 from ..checkpoint.save import write_adapter
-from ..config import CONFIG_NAME, PeftConfig
+from ..config import PeftConfig
+from ..engine.defaults import CONFIG_NAME
 from ..errors import ConversionError
 from ..method import by_pattern
 from ..methods.lora import LoraConfig
@@ -21,7 +22,9 @@ from ..variants import VARIANTS
 from .adapter import COMPONENTS, Adapter, Factors, Part
 
 PREFIX = "base_model.model."
-_TENSOR = re.compile(r"(?P<path>.+)\.(?P<what>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|lora_magnitude_vector(\.weight)?)")
+_TENSOR = re.compile(
+    r"(?P<path>.+)\.(?P<what>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|lora_magnitude_vector(\.weight)?)"
+)
 
 
 def recognises(path: Path) -> bool:
@@ -72,13 +75,13 @@ def _factors(config: LoraConfig, path: str, tensors: Mapping[str, Tensor]) -> Fa
     if any(n not in tensors for n in names):
         raise ConversionError(f"The layer {path!r} has {sorted(tensors)}, and one of {names} is missing: the file is incomplete.")
     down, up = (tensors[n] for n in names)
-    alpha = by_pattern(config.alpha_pattern, path, config.lora_alpha)
+    alpha = float(by_pattern(config.alpha_pattern, path, config.lora_alpha))
     rank = by_pattern(config.rank_pattern, path, config.r)
     if down.shape[0] != rank:
         raise ConversionError(f"The layer {path!r} has rank {down.shape[0]} in the file, and {rank} by the config. Which one is right?")
     if config.use_rslora:
         alpha = alpha * math.sqrt(rank)  # alpha / √r said as alpha' / r
-    return Factors(down, up, float(alpha), tensors.get("lora_magnitude_vector"), tensors.get("lora_B.bias"), embedding)
+    return Factors(down, up, alpha, tensors.get("lora_magnitude_vector"), tensors.get("lora_B.bias"), embedding)
 
 
 def check_convertible(config: Any) -> None:
@@ -91,7 +94,9 @@ def check_convertible(config: Any) -> None:
     asked = [name for name in VARIANTS if getattr(config, name) and name != "use_dora"]
     asked += [name for name in ("target_parameters", "layer_replication") if getattr(config, name)]
     if asked:
-        raise ConversionError(f"`{asked[0]}` makes this adapter more than B A, which no other format has. Merge it, or use veneer.save_as_lora.")
+        raise ConversionError(
+            f"`{asked[0]}` makes this adapter more than B A, which no other format has. Merge it, or use veneer.save_as_lora."
+        )
 
 
 def written(config: Any) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import CONFIG_NAME, PeftConfig
+from ..config import PeftConfig
+from ..engine.defaults import CONFIG_NAME
 from ..errors import ConfigError, ConversionError, hint
 from ..methods.lora import LoraConfig
 from ..variants import VARIANTS
@@ -108,11 +109,16 @@ def _read(path: Path) -> tuple[list[Any], set[str], list[str]]:
 def _only_lora(a: _Asked, also: tuple[str, ...] = ()) -> Iterator[Finding]:
     if not isinstance(a.config, LoraConfig):
         if a.config.peft_type not in also:
-            yield Finding(f"{a.config.peft_type} is not served; LoRA is.", f"Turn it into a LoRA (veneer.save_as_lora(path, model, rank)). {_MERGE}, else.")
+            yield Finding(
+                f"{a.config.peft_type} is not served; LoRA is.",
+                f"Turn it into a LoRA (veneer.save_as_lora(path, model, rank)). {_MERGE}, else.",
+            )
         return
     for name in VARIANTS:
         if getattr(a.config, name) and name != "use_dora":
-            yield Finding(f"`{name}` is not served.", f"Turn it into a plain LoRA (veneer.save_as_lora). {_MERGE}, else; or train without `{name}`.")
+            yield Finding(
+                f"`{name}` is not served.", f"Turn it into a plain LoRA (veneer.save_as_lora). {_MERGE}, else; or train without `{name}`."
+            )
     start = a.config.init_lora_weights
     if isinstance(start, str) and start.split("_")[0] in ("pissa", "olora", "corda", "loftq", "lora"):
         yield Finding(
@@ -131,11 +137,16 @@ def _no_dora(a: _Asked) -> Iterator[Finding]:
 
 def _no_whole_modules(a: _Asked) -> Iterator[Finding]:
     if a.config.modules_to_save:
-        yield Finding(f"`modules_to_save={list(a.config.modules_to_save)}` is not served.", f"{_MERGE}; or give those modules a LoRA (target_modules).")
+        yield Finding(
+            f"`modules_to_save={list(a.config.modules_to_save)}` is not served.",
+            f"{_MERGE}; or give those modules a LoRA (target_modules).",
+        )
     if getattr(a.config, "trainable_token_indices", None):
         yield Finding("`trainable_token_indices` is not served.", f"{_MERGE}, with the tokenizer that has the tokens.")
     if not a.config.modules_to_save and (extra := [k for k in a.others if ".bias" not in k and "token_adapter" not in k]):
-        yield Finding(f"The file holds {len(extra)} whole tensors, such as {extra[0]!r}.", f"{_MERGE}; or save with save_embedding_layers=False.")
+        yield Finding(
+            f"The file holds {len(extra)} whole tensors, such as {extra[0]!r}.", f"{_MERGE}; or save with save_embedding_layers=False."
+        )
 
 
 def _no_bias(a: _Asked) -> Iterator[Finding]:
@@ -164,19 +175,25 @@ def _vllm(a: _Asked) -> Iterator[Finding]:
     top, limit = a.ranks[-1], a.max_rank or 16
     fits = next((r for r in VLLM_RANKS if r >= top), None)
     if a.max_rank is not None and a.max_rank not in VLLM_RANKS:
-        yield Finding(f"--max-lora-rank {a.max_rank} is none of {VLLM_RANKS}.", f"Start with --max-lora-rank {next((r for r in VLLM_RANKS if r >= a.max_rank), 512)}.")
-    if fits is None:
-        yield Finding(f"Rank {top} is above {VLLM_RANKS[-1]}, the largest that is served.", "Cut the rank (veneer.save_as_lora(path, model, rank=512)) or merge.")
-    elif top > limit:
-        yield Finding(f"Rank {top} is above --max-lora-rank {limit}{'' if a.max_rank else ' (the default)'}.", f"Start vLLM with --max-lora-rank {fits}.")
-    if a.config.alpha_pattern:
         yield Finding(
-            "`alpha_pattern` is passed over: one lora_alpha / r scales all layers.", "veneer convert ADAPTER OUT --to mlx, and back, puts the differences into B."
+            f"--max-lora-rank {a.max_rank} is none of {VLLM_RANKS}.",
+            f"Start with --max-lora-rank {next((r for r in VLLM_RANKS if r >= a.max_rank), 512)}.",
         )
-    elif len(a.ranks) > 1:
+    if fits is None:
         yield Finding(
-            "`rank_pattern` is passed over: lora_alpha / r is taken with the config's own r in every layer.",
-            f"veneer convert ADAPTER OUT --to peft --rank {fits or top} gives all layers one rank; alphas that differ then, train to one.",
+            f"Rank {top} is above {VLLM_RANKS[-1]}, the largest that is served.",
+            "Cut the rank (veneer.save_as_lora(path, model, rank=512)) or merge.",
+        )
+    elif top > limit:
+        yield Finding(
+            f"Rank {top} is above --max-lora-rank {limit}{'' if a.max_rank else ' (the default)'}.",
+            f"Start vLLM with --max-lora-rank {fits}.",
+        )
+    if a.config.alpha_pattern or len(a.ranks) > 1:
+        name = "alpha_pattern" if a.config.alpha_pattern else "rank_pattern"
+        yield Finding(
+            f"`{name}` is passed over: the config's own lora_alpha and r scale all layers.",
+            f"veneer convert ADAPTER OUT --to peft --uniform --rank {fits or top} gives all layers one rank and one alpha, and the same change.",
         )
 
 
@@ -190,13 +207,18 @@ def _llama_cpp(a: _Asked) -> Iterator[Finding]:
     yield from _kinds(a, ("linear", "embedding"), "linear layers and the token table")
     if a.config.use_rslora:
         yield Finding(
-            "`use_rslora`: llama.cpp's own converter passes it over and scales by alpha / r.", "Use veneer convert --to gguf, which folds it into alpha."
+            "`use_rslora`: llama.cpp's own converter passes it over and scales by alpha / r.",
+            "Use veneer convert --to gguf, which folds it into alpha.",
         )
     if a.config.alpha_pattern:
-        yield Finding("`alpha_pattern`: a GGUF adapter has one alpha.", "Use veneer convert --to gguf, which multiplies the difference into B and says what was rounded.")
+        yield Finding(
+            "`alpha_pattern`: a GGUF adapter has one alpha.",
+            "Use veneer convert --to gguf, which multiplies the difference into B and says what was rounded.",
+        )
     if a.model_type is not None and a.model_type not in gguf.ARCHITECTURES:
         yield Finding(
-            f"veneer convert does not know how llama.cpp orders {a.model_type!r} models.", f"{_MERGE}, after llama.cpp's convert_hf_to_gguf.py."
+            f"veneer convert does not know how llama.cpp orders {a.model_type!r} models.",
+            f"{_MERGE}, after llama.cpp's convert_hf_to_gguf.py.",
         )
 
 
@@ -209,7 +231,10 @@ def _diffusers(a: _Asked) -> Iterator[Finding]:
     if a.config.bias != "none":
         yield Finding(f"`bias={a.config.bias!r}` is not loaded.", f"{_MERGE}; or train with bias='none', lora_bias=True where needed.")
     if a.config.use_rslora:
-        yield Finding("`use_rslora` is read from the file's metadata alone.", "Use veneer convert --to diffusers, which writes it; save_lora_weights does with lora_metadata.")
+        yield Finding(
+            "`use_rslora` is read from the file's metadata alone.",
+            "Use veneer convert --to diffusers, which writes it; save_lora_weights does with lora_metadata.",
+        )
 
 
 def _mlx(a: _Asked) -> Iterator[Finding]:
@@ -222,7 +247,9 @@ def _mlx(a: _Asked) -> Iterator[Finding]:
     if len(a.ranks) > 1:
         yield Finding("`rank_pattern`: mlx-lm has one rank for all layers.", "Use veneer convert --to mlx, which pads with zeros.")
     if a.config.alpha_pattern or (a.config.use_rslora and len(a.ranks) > 1):
-        yield Finding("Layers have different alpha / r: mlx-lm has one scale.", "Use veneer convert --to mlx, which multiplies the difference into B.")
+        yield Finding(
+            "Layers have different alpha / r: mlx-lm has one scale.", "Use veneer convert --to mlx, which multiplies the difference into B."
+        )
 
 
 RUNTIMES: dict[str, Callable[[_Asked], Iterator[Finding]]] = {"vllm": _vllm, "llama.cpp": _llama_cpp, "diffusers": _diffusers, "mlx": _mlx}
