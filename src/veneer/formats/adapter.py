@@ -30,7 +30,7 @@ class Factors:
     Attributes:
         down: (r, n_in), of a convolution (r, n_in / groups, kernel ...), of an embedding (r, rows of the table).
         up: (n_out, r), of a convolution (n_out, r, 1 ...), of an embedding (columns of the table, r).
-        magnitude: DoRA's, (n_out,) or as the file has it.
+        magnitude: DoRA's, (n_out,).
         bias: of `up` (lora_bias), (n_out,).
         embedding: the layer is an embedding.
     """
@@ -45,6 +45,12 @@ class Factors:
     @property
     def rank(self) -> int:
         return self.down.shape[0]
+
+    @property
+    def magnitude_in_peft(self) -> Tensor | None:
+        """The magnitude in the shape that PEFT's files give it: (n_out,), of a convolution (1, n_out, 1 ...)."""
+        m, dims = self.magnitude, self.down.ndim - 2
+        return m if m is None or dims == 0 else m.reshape(1, -1, *[1] * dims)
 
     @property
     def scale(self) -> float:
@@ -67,6 +73,20 @@ class Part:
 
 
 Adapter = dict[str, Part]  # by component
+
+
+def flat(magnitude: Tensor | None, up: Tensor, layer: str) -> Tensor | None:
+    """DoRA's magnitude as (n_out,), whatever ones a file has in its shape.
+
+    Raises:
+        ConversionError: if it is one of the inputs, as LyCORIS may have it, which is another change than DoRA's.
+    """
+    if magnitude is not None and magnitude.numel() != up.shape[0]:
+        raise ConversionError(
+            f"DoRA's magnitude of {layer!r} has the shape {tuple(magnitude.shape)}, and there are {up.shape[0]} outputs: the weight's columns were normed, "
+            "not its rows. No other format has that; merge the adapter with the program that made it."
+        )
+    return None if magnitude is None else magnitude.flatten()
 
 
 def padded(layer: Factors, rank: int) -> Factors:

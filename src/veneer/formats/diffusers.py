@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import ConversionError
 from ..method import by_pattern
-from .adapter import COMPONENTS, NOTE, Adapter, Factors, Part, demand, note_of, read_file, read_note, write_file
+from .adapter import COMPONENTS, NOTE, Adapter, Factors, Part, demand, flat, note_of, read_file, read_note, write_file
 from .peft import config_for, written
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -95,7 +95,7 @@ def _part(component: str, layers: dict[str, dict[str, Tensor]], config: dict[str
         elif config:
             alpha = float(by_pattern(config.get("alpha_pattern"), path, config["lora_alpha"]))
             alpha *= rank**0.5 if config.get("use_rslora") else 1
-        out[path] = Factors(t["down"], t["up"], alpha, t.get("magnitude"), t.get("bias"))
+        out[path] = Factors(t["down"], t["up"], alpha, flat(t.get("magnitude"), t["up"], path), t.get("bias"))
     return Part(out, fields or config)
 
 
@@ -111,8 +111,8 @@ def write(adapter: Adapter, path: Path, notes: list[str], **_: Any) -> None:
         for layer, f in part.layers.items():
             stem = f"{component}.{layer}"
             tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = f.down, f.up
-            if f.magnitude is not None:
-                tensors[f"{stem}.lora_magnitude_vector"] = f.magnitude
+            if f.magnitude_in_peft is not None:
+                tensors[f"{stem}.lora_magnitude_vector"] = f.magnitude_in_peft
             if f.bias is not None:
                 tensors[f"{stem}.lora_B.bias"] = f.bias
         config = written(config_for(part, notes))

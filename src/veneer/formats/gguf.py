@@ -31,8 +31,8 @@ ARCHITECTURES = {
     "gemma3_text": ("gemma3", False),
     "phi3": ("phi3", False),
 }
-_IN_BLOCK = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.qkv_proj",
-             "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.gate_up_proj")  # fmt: skip
+_APART = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_TOGETHER = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")  # phi3
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class _Base:
 
         arch = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == self.arch)
         table = gguf.get_tensor_name_map(arch, self.blocks)
-        layers = ["model.embed_tokens", "lm_head", *(f"model.layers.{i}.{name}" for i in range(self.blocks) for name in _IN_BLOCK)]
+        inside = _TOGETHER if self.model_type == "phi3" else _APART
+        layers = ["model.embed_tokens", "lm_head", *(f"model.layers.{i}.{name}" for i in range(self.blocks) for name in inside)]
         named = {layer: table.get_name(layer) for layer in layers}
         return {layer: f"{name}.weight" for layer, name in named.items() if name is not None}
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConversionError, hint
-from .adapter import COMPONENTS, NOTE, Adapter, Factors, Part, demand, read_file, read_note, write_file
+from .adapter import COMPONENTS, NOTE, Adapter, Factors, Part, demand, flat, read_file, read_note, write_file
 from .diffusers import file_of
 
 PREFIXES = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
@@ -87,7 +87,7 @@ def _factors(name: str, t: Mapping[str, Tensor]) -> Factors:
     down = t["down"]
     if "mid" in t:  # (r, r, kernel) after a pointwise (r, n_in)
         down = torch.einsum("ab...,bi->ai...", t["mid"].double(), down.flatten(1).double()).to(down.dtype)
-    return Factors(down, t["up"], float(t["alpha"]) if "alpha" in t else float(down.shape[0]), t.get("magnitude"))
+    return Factors(down, t["up"], float(t["alpha"]) if "alpha" in t else float(down.shape[0]), flat(t.get("magnitude"), t["up"], name))
 
 
 def write(adapter: Adapter, path: Path, notes: list[str], **_: Any) -> None:
@@ -169,20 +169,20 @@ def module_names(folder: Path) -> dict[str, list[str]]:
     return out
 
 
-def _path(name: str, flat: str, of_model: Mapping[str, list[str]] | None) -> str:
+def _path(name: str, bare: str, of_model: Mapping[str, list[str]] | None) -> str:
     """The module's path that a name with underscores stands for."""
     if of_model is not None:
-        hits = of_model.get(flat, [])
+        hits = of_model.get(bare, [])
         if len(hits) == 1:
             return hits[0]
-        said = f"fits {hits} alike" if hits else f"fits no module of the model given.{hint(flat, of_model)}"
+        said = f"fits {hits} alike" if hits else f"fits no module of the model given.{hint(bare, of_model)}"
         raise ConversionError(f"{name!r} {said}")
-    if flat.startswith(_ORIGINAL):
+    if bare.startswith(_ORIGINAL):
         raise ConversionError(
             f"{name!r} uses the names of Stability's or Black Forest Labs' own code, not those of diffusers. Load the file with diffusers' "
             "load_lora_weights and save it with save_lora_weights; that file can be converted."
         )
-    ways = _readings(flat)
+    ways = _readings(bare)
     if len(ways) == 1:
         return ways[0]
     said = f"can be read in {len(ways)} ways ({', '.join(ways[:3])})" if ways else "has parts that are in no model known here"

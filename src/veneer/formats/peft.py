@@ -19,7 +19,7 @@ from ..errors import ConversionError
 from ..method import by_pattern
 from ..methods.lora import LoraConfig
 from ..variants import VARIANTS
-from .adapter import COMPONENTS, Adapter, Factors, Part
+from .adapter import COMPONENTS, Adapter, Factors, Part, flat
 
 PREFIX = "base_model.model."
 _TENSOR = re.compile(
@@ -81,7 +81,7 @@ def _factors(config: LoraConfig, path: str, tensors: Mapping[str, Tensor]) -> Fa
         raise ConversionError(f"The layer {path!r} has rank {down.shape[0]} in the file, and {rank} by the config. Which one is right?")
     if config.use_rslora:
         alpha = alpha * math.sqrt(rank)  # alpha / √r said as alpha' / r
-    return Factors(down, up, alpha, tensors.get("lora_magnitude_vector"), tensors.get("lora_B.bias"), embedding)
+    return Factors(down, up, alpha, flat(tensors.get("lora_magnitude_vector"), up, path), tensors.get("lora_B.bias"), embedding)
 
 
 def check_convertible(config: Any) -> None:
@@ -118,8 +118,8 @@ def write(adapter: Adapter, path: Path, notes: list[str], **_: Any) -> None:
         for layer, f in part.layers.items():
             a, b = ("lora_embedding_A", "lora_embedding_B") if f.embedding else ("lora_A.weight", "lora_B.weight")
             tensors[f"{PREFIX}{layer}.{a}"], tensors[f"{PREFIX}{layer}.{b}"] = f.down, f.up
-            if f.magnitude is not None:
-                tensors[f"{PREFIX}{layer}.lora_magnitude_vector"] = f.magnitude
+            if f.magnitude_in_peft is not None:
+                tensors[f"{PREFIX}{layer}.lora_magnitude_vector"] = f.magnitude_in_peft
             if f.bias is not None:
                 tensors[f"{PREFIX}{layer}.lora_B.bias"] = f.bias
         tensors |= {PREFIX + k: t for k, t in part.others.items()}
