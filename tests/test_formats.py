@@ -248,7 +248,7 @@ def test_mlx_computes_the_same_with_the_converted_adapter(options: dict[str, Any
     convert(tmp_path / "a", tmp_path / "mlx", "mlx")
     c = llama().config
     args = ModelArgs(
-        model_type="llama", **{k: v for k, v in SIZES.items()}, rms_norm_eps=c.rms_norm_eps, tie_word_embeddings=False,
+        model_type="llama", **SIZES, rms_norm_eps=c.rms_norm_eps, tie_word_embeddings=False,
         rope_theta=c.rope_parameters["rope_theta"],
     )  # fmt: skip
     theirs = Model(args)
@@ -339,7 +339,7 @@ def test_what_a_format_has_no_place_for_is_refused(base: Path, tmp_path: Path) -
         convert(tmp_path / "dora", tmp_path / "out", "gguf", model=base)
     adapter(tmp_path / "head", modules_to_save=["lm_head"])
     for to in ("gguf", "mlx"):
-        with pytest.raises(ConversionError, match="lm_head.weight: trained copies"):
+        with pytest.raises(ConversionError, match=r"lm_head.weight: trained copies"):
             convert(tmp_path / "head", tmp_path / "out", to, model=base)
     veneer.get_peft_model(llama(), veneer.IA3Config(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "ia3")
     with pytest.raises(ConversionError, match=r"IA3.*save_as_lora"):

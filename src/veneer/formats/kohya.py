@@ -65,7 +65,7 @@ def read(path: Path, model: Path | None = None, **_: Any) -> Adapter:
     of_model = {c: flat_names(names) for c, names in module_names(model).items()} if model else {}
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        name, _, kind = key.partition(".")
+        name, kind = key.partition(".")[::2]
         if kind not in _WHAT or not name.startswith(tuple(PREFIXES)):
             raise ConversionError(f"{file} holds {key!r}, which is no tensor of a LoRA. LoHa and LoKr of LyCORIS are not converted.")
         found.setdefault(name, {})[_WHAT[kind]] = tensor

@@ -43,7 +43,7 @@ def read(path: Path, **_: Any) -> Adapter:
     note = read_note(metadata)
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        layer, _, what = key.rpartition(".")
+        layer, what = key.rpartition(".")[::2]
         if what not in ("lora_a", "lora_b", "m"):
             raise ConversionError(f"{path / FILE} holds {key!r}, which is no tensor of a LoRA.")
         found.setdefault(layer, {})[what] = tensor
