@@ -16,8 +16,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import veneer.compat  # diffusers asks for PEFT when it is imported
-
 import diffusers
 import numpy as np
 import torch
@@ -27,15 +25,15 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 import veneer
+import veneer.compat
 from veneer.formats import convert
 
-WORDS = "zero one two three four five six seven eight nine".split()
 NEW = (8, 9)
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 def prompts(labels: Any) -> Tensor:
-    """Token ids (n, 3): begin, the digit's word, end."""
+    """Token ids (n, 3): begin, the digit's word (token n), end."""
     return torch.tensor([[10, int(n), 11] for n in labels])
 
 
@@ -50,12 +48,12 @@ def text_encoder() -> Any:
 class UNet:
     """Stable Diffusion in small, 8 x 8 pixels without a VAE."""
 
-    name, lr, targets = "unet", 2e-3, [*ATTENTION, "proj_in", "proj_out", "conv1", "conv2", "time_emb_proj"]
+    name, lr, steps, targets = "unet", 4e-3, (350, 120), [*ATTENTION, "proj_in", "proj_out", "conv1", "conv2", "time_emb_proj"]
 
     @staticmethod
     def pipe() -> Any:
         net = diffusers.UNet2DConditionModel(
-            sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=8, attention_head_dim=16,
+            sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8, attention_head_dim=8,
             down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
             cross_attention_dim=32,
         )  # fmt: skip
@@ -85,7 +83,12 @@ class UNet:
 class Flux:
     """Flux in small: a transformer on 2 x 2 patches, flow matching."""
 
-    name, lr, targets = "transformer", 2e-3, [*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "proj_mlp", "proj_out", "linear"]
+    name, lr, steps, targets = (
+        "transformer",
+        3e-3,
+        (800, 250),
+        [*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "proj_mlp", "proj_out", "linear"],
+    )
 
     @staticmethod
     def pipe() -> Any:
@@ -145,7 +148,7 @@ def run(kind: Any, out: Path, quick: bool) -> tuple[dict[str, Any], Tensor, Tens
     pipe = kind.pipe()
     pipe.set_progress_bar_config(disable=True)
     started = time.perf_counter()
-    train(kind, pipe, images[seen], labels[seen], 20 if quick else 700)
+    train(kind, pipe, images[seen], labels[seen], 20 if quick else kind.steps[0])
     pretrained = time.perf_counter() - started
     whole = {n: copy.deepcopy(getattr(pipe, n)) for n in (kind.name, "text_encoder")}
 
@@ -157,13 +160,15 @@ def run(kind: Any, out: Path, quick: bool) -> tuple[dict[str, Any], Tensor, Tens
         config = veneer.LoraConfig(r=8, lora_alpha=16, target_modules=targets)
         veneer.inject_adapter_in_model(config, getattr(pipe, name), "digits")
         getattr(pipe, name).peft_config = {"digits": config}
-    train(kind, pipe, images[few], labels[few], 5 if quick else 250)
+    train(kind, pipe, images[few], labels[few], 5 if quick else kind.steps[1])
     adapted = time.perf_counter() - started
     numbers = sum(p.numel() for n in whole for p in getattr(pipe, n).parameters() if p.requires_grad)
 
     for name in whole:  # PEFT's folders, diffusers' file, a fresh pipeline
         tensors = veneer.get_peft_model_state_dict(getattr(pipe, name), adapter_name="digits")
-        veneer.checkpoint.write_adapter({f"base_model.model.{k}": v for k, v in tensors.items()}, getattr(pipe, name).peft_config["digits"], out / name)
+        veneer.checkpoint.write_adapter(
+            {f"base_model.model.{k}": v for k, v in tensors.items()}, getattr(pipe, name).peft_config["digits"], out / name
+        )
     convert(out, out / f"{kind.name}.safetensors", "diffusers")
     trained = kind.draw(pipe, asked)
     fresh = kind.pipe()

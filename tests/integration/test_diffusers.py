@@ -110,7 +110,10 @@ def _trained(kind: Any, folder: Path, r: int = 4, alpha: int = 6, std: float = 0
     pipe = kind.pipe()
     for name, targets in ((kind.denoiser, kind.targets), ("text_encoder", TEXT)):
         if name == "text_encoder":  # patterns have to fit
-            fields = {k: {{"to_q": "q_proj", "to_k": "v_proj"}[n]: v for n, v in t.items()} if isinstance(t, dict) else t for k, t in fields.items()}
+            fields = {
+                k: {{"to_q": "q_proj", "to_k": "v_proj"}[n]: v for n, v in t.items()} if isinstance(t, dict) else t
+                for k, t in fields.items()
+            }
         config = LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, **fields)
         model = get_peft_model(getattr(pipe, name), config)
         stir(model, std)
