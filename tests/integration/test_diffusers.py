@@ -289,3 +289,22 @@ def test_training_through_diffusers_reaches_the_adapter_alone(kind: Any) -> None
     assert losses[-1] < 0.9 * losses[0]
     now = {k.replace(".base_layer", ""): v for k, v in denoiser.state_dict().items() if "lora_" not in k}
     assert all(torch.equal(now[k], before[k]) for k in before)
+
+
+def test_a_pipelines_module_names_undo_kohyas_underscores(tmp_path: Path) -> None:
+    """A file without veneer's note, with the pipeline's folder and without."""
+    from safetensors.torch import load_file, save_file
+
+    from veneer.formats import FORMATS
+
+    file, _ = _file(_Unet, tmp_path, "kohya")
+    save_file(load_file(file), tmp_path / "bare.safetensors")
+    pipe = _Unet.pipe()
+    for name in ("unet", "text_encoder"):
+        getattr(pipe, name).save_pretrained(tmp_path / "pipe" / name)
+    pipe.save_config(tmp_path / "pipe")
+    given = FORMATS["kohya"].read(tmp_path / "bare.safetensors", model=tmp_path / "pipe")
+    guessed = FORMATS["kohya"].read(tmp_path / "bare.safetensors")
+    paths = {c: set(part.layers) for c, part in given.items()}
+    assert paths == {c: set(part.layers) for c, part in guessed.items()}
+    assert paths["unet"] == set(FORMATS["peft"].read(tmp_path / "peft")["unet"].layers)
