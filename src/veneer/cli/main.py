@@ -10,6 +10,8 @@ def main() -> None:
     try:
         import typer
 
+        from .check import check
+        from .convert import convert
         from .inspect import inspect
         from .merge import merge
         from .methods import methods
@@ -26,6 +28,8 @@ def main() -> None:
     app.command()(methods)
     app.command()(inspect)
     app.command()(suggest)
+    app.command()(convert)
+    app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(check)
 
     @app.callback()
     def _root() -> None:
