@@ -18,7 +18,7 @@ class Ratio:
     ms: float
 
 
-def interleaved(candidates: Mapping[str, Callable[[], object]], floor: str, rounds: int = 15, warmup: int = 3) -> dict[str, Ratio]:
+def interleaved(candidates: Mapping[str, Callable[[], object]], floor: str, rounds: int = 15, warmup: int = 2) -> dict[str, Ratio]:
     """Run all candidates in turn, `rounds` times, the order turning with every round."""
     names = list(candidates)
     times: dict[str, list[float]] = {n: [] for n in names}
