@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import json
 import platform
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,8 +30,8 @@ PARTS = ("step", "token", "mixed", "memory", "attach", "import")
 class Bench:
     """One run: what to measure, how often, and what was found so far."""
 
-    def __init__(self, console: Console, only: list[str] | None, rounds: int, hidden: int, layers: int) -> None:
-        self.console, self.only, self.rounds, self.hidden, self.layers = console, only, rounds, hidden, layers
+    def __init__(self, console: Console, only: list[str] | None, rounds: int, hidden: int, layers: int, clock: Any) -> None:
+        self.console, self.only, self.rounds, self.hidden, self.layers, self.clock = console, only, rounds, hidden, layers, clock
         self.record: dict[str, Any] = {"torch": torch.__version__, "machine": platform.processor() or platform.machine()}
         self.record |= {"threads": torch.get_num_threads(), "hidden": hidden, "layers": layers}
 
@@ -50,7 +51,7 @@ class Bench:
                         runs[library] = kind(adapted(library, base, config, fields))
                     except Exception as e:  # one library that cannot is a finding, not the end of the run
                         self.console.print(f"{case}, {dtype}: {library} fails: {type(e).__name__}: {e}"[:300])
-                found = interleaved(runs, "floor", rounds)
+                found = interleaved(runs, "floor", rounds, clock=self.clock)
                 rows.append({"case": case, "dtype": _short(dtype), **{k: dataclasses.asdict(v) for k, v in found.items()}})
                 self.console.print(f"{part:6} {case:18} {_short(dtype):8} " + "  ".join(f"{n} {_said(found.get(n))}" for n in LIBRARIES))
                 del runs
@@ -64,7 +65,7 @@ class Bench:
         for k in MIXED:
             base = decoder(torch.bfloat16, self.hidden, self.layers)
             runs = {"floor": Mixed(None, base)} | {n: Mixed(n, base, k) for n in LIBRARIES}
-            found = interleaved(runs, "floor", 2 * self.rounds)
+            found = interleaved(runs, "floor", 2 * self.rounds, clock=self.clock)
             rows.append({"case": f"{k} adapters", "dtype": "bfloat16", **{n: dataclasses.asdict(v) for n, v in found.items()}})
         self.record["mixed"] = rows
         self._table("16 rows of 8 tokens, each with one of K LoRA adapters, times the frozen model's", rows)
@@ -121,11 +122,13 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
     hidden: Annotated[int, typer.Option(help="Width of the model.")] = 768,
     layers: Annotated[int, typer.Option(help="Layers of the model.")] = 2,
+    shared: Annotated[bool, typer.Option(help="The machine is used by others: one thread, and the process's own time.")] = False,
 ) -> None:
     """Measure veneer beside PEFT; every figure is a ratio to the frozen model, the median over interleaved rounds with its quartiles."""
     warnings.simplefilter("ignore")
-    torch.set_num_threads(threads)
-    bench = Bench(Console(width=120), only.split(",") if only else None, 5 if quick else 15, hidden, layers)
+    torch.set_num_threads(1 if shared else threads)
+    clock = time.process_time if shared else time.perf_counter
+    bench = Bench(Console(width=120), only.split(",") if only else None, 5 if quick else 15, hidden, layers, clock)
     wanted = parts.split(",")
     if unknown := [p for p in wanted if p not in PARTS]:
         raise typer.BadParameter(f"there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..change import Change, Swap
@@ -86,12 +87,13 @@ class Attached:
     derived: dict[str, tuple[Attached, str, bool]] = field(default_factory=dict)
     kept: Kept | None = None
     cached: tuple[Any, Change] | None = None
+    recalled: Recalled | None = None
     lean: bool | None = (
         None  # on a quantised layer: whether the change is applied without anything of the weight's size; None: not known yet
     )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "kept": None, "cached": None}
+        return {**self.__dict__, "kept": None, "cached": None, "recalled": None}
 
     def tensor(self, leaf: str) -> Tensor:
         """The tensor of a leaf as it is now."""
@@ -135,6 +137,41 @@ class Kept:
         tensors = tuple((store, key, store[key]) for store, key in attached.source.values())
         mine = {id(t) for _, _, t in tensors}
         return Kept(change, scaling, tensors) if {id(t) for t in used} <= mine else None
+
+
+@dataclass(frozen=True, eq=False)
+class Recalled:
+    """A change computed from leaves, and copies of what it was computed of: it is true while they are equal, number by number.
+
+    Comparing costs a pass over small tensors, where computing (rotations from skew matrices, norms of a whole W) costs many, or wide ones.
+    """
+
+    change: Change
+    scaling: float
+    tensors: Mapping[str, Tensor]
+    weight: Tensor | None  # the check sum of W, where W was asked for
+    autocast: torch.dtype | None
+
+    def holds(
+        self, scaling: float, now: Mapping[str, Tensor], weight: Callable[[], Tensor | None], autocast: torch.dtype | None
+    ) -> bool:
+        """Whether it would be computed again of the very same numbers."""
+        if self.scaling != scaling or self.autocast != autocast:
+            return False
+        same = all(_same(t, now[k]) for k, t in self.tensors.items())
+        return same and (self.weight is None or ((w := weight()) is not None and _same(self.weight, w)))
+
+    @staticmethod
+    def worth(change: Any) -> bool:
+        """Whether a change is worth it: something is done to W, by small matrices that are made once."""
+        if not isinstance(change, Change) or change.base is not None or change.additive or change.shift is not None:
+            return False
+        ops = [op for op in (change.left, change.right, change.add) if op is not None]
+        return all(op.fixed and op.lean for op in ops)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 class Tensors:
