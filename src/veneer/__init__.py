@@ -32,6 +32,7 @@ _HOME: dict[str, str] = {
         "method": "Leaf Method",
         "mixed": "PeftMixedModel",
         "model": "PeftModel",
+        "offline": "merge_files",
         "status": "get_layer_status get_model_status",
         "tasks": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification",

@@ -53,7 +53,7 @@ class BaseKeys(NamedTuple):
     unexpected_keys: list[str]
 
 
-def _held(model: nn.Module) -> Iterator[tuple[str, Spot, str]]:
+def base_tensors(model: nn.Module) -> Iterator[tuple[str, Spot, str]]:
     """(name in the unadapted model, spot, attribute) of each persistent tensor of the base model."""
     for spot in walk(base_root(model)):
         module = spot.module
@@ -67,7 +67,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     The tensors share memory with the model. A parameter that two modules share is listed under both names, as torch does.
     """
-    return {name: _frozen(spot, key).detach() for name, spot, key in _held(model)}
+    return {name: _frozen(spot, key).detach() for name, spot, key in base_tensors(model)}
 
 
 def _frozen(spot: Spot, key: str) -> Tensor:
@@ -94,7 +94,7 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     Raises:
         LoadError: if names (with `strict`) or shapes do not fit, or adapters are merged into the weights. Nothing has been changed then.
     """
-    held = {name: (spot, key) for name, spot, key in _held(model)}
+    held = {name: (spot, key) for name, spot, key in base_tensors(model)}
     merged = [s.path for s, _ in held.values() if any(getattr(w, "merged_adapters", None) for w, _ in s.wrappers)]
     if merged:
         raise LoadError(
@@ -146,7 +146,7 @@ def fingerprint(model: nn.Module) -> str:
     model = bare(model)
     skip = {id(m) for table in embedding_modules(base_root(model)) for m in table.modules()}
     candidates = {}
-    for name, spot, key in _held(model):
+    for name, spot, key in base_tensors(model):
         t = get_slot(spot.module, key)
         wrapped_whole = any(child == "original_module" and adapters_of(w) for w, child in spot.wrappers)
         merged = any(getattr(w, "merged_adapters", None) for w, _ in spot.wrappers)
@@ -190,7 +190,7 @@ def other_base(remembered: str, model: nn.Module) -> str | None:
     Rounding by another dtype is no difference, nor is a weight that is packed (quantised) or not there.
     """
     stored: dict[str, Any] = json.loads(remembered) if remembered else {}
-    held = {name: (spot, key) for name, spot, key in _held(model)} if stored else {}
+    held = {name: (spot, key) for name, spot, key in base_tensors(model)} if stored else {}
     differ, compared = [], 0
     for name, (shape, dtype, text) in stored.items():
         if name not in held:

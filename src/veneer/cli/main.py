@@ -10,6 +10,7 @@ def main() -> None:
     try:
         import typer
 
+        from .merge import merge
         from .methods import methods
         from .train import train
     except ImportError as e:
@@ -18,6 +19,7 @@ def main() -> None:
     app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Parameter-efficient fine-tuning.")
     app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
     app.command()(methods)
+    app.command()(merge)
 
     @app.callback()
     def _root() -> None:

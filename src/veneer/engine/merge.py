@@ -65,7 +65,7 @@ def merge_layers(
         if layer.quantised:
             merged, report.layers[path] = merged_packed(path, layer, mine, into, model, original)
         else:
-            merged, report.layers[path] = _merged(path, layer, mine)
+            merged, report.layers[path] = merged_tensors(path, layer, mine)
         ready.append((layer, mine, merged))
     shared = {id(p) for p in _shared_parameters(model)} if model is not None else set()
     for layer, mine, merged in ready:
@@ -82,7 +82,7 @@ def merge_layers(
 
 
 @torch.no_grad()
-def _merged(path: str, layer: AdaptedLayer, names: list[str]) -> tuple[dict[str, Tensor], LayerReport]:
+def merged_tensors(path: str, layer: AdaptedLayer, names: list[str]) -> tuple[dict[str, Tensor], LayerReport]:
     """The layer's tensors that change, by name, in its own layout and dtypes, checked."""
     frozen = layer.frozen_tensors()
     wide = {k: t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t for k, t in frozen.items()}
