@@ -261,7 +261,9 @@ def _kept_sizes(run: Callable[[], Tensor]) -> list[int]:
 def test_rows_with_adapters_of_their_own(owner: list[int], scales: tuple[float, ...], grad: bool) -> None:
     """In value and in every gradient, whatever the shares, the order and the ranks."""
     torch.manual_seed(0)
-    factors = [(torch.randn(r, 6).requires_grad_(grad), torch.randn(5, r).requires_grad_(grad), s) for r, s in zip((2, 3, 2), scales, strict=True)]
+    factors = [
+        (torch.randn(r, 6).requires_grad_(grad), torch.randn(5, r).requires_grad_(grad), s) for r, s in zip((2, 3, 2), scales, strict=True)
+    ]
     leaves = [t for a, b, _ in factors for t in (a, b)]
     y, x = torch.randn(4, 3, 5), torch.randn(4, 3, 6).requires_grad_(grad)
     want = reference.add_rowwise(y, x, factors, owner)

@@ -44,7 +44,9 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 CONFIGS = {
     "lora": lambda: veneer.LoraConfig(r=4, target_modules=TARGETS),
-    "lora on a head, trained biases": lambda: veneer.LoraConfig(r=4, target_modules=[*TARGETS, "lm_head", "embed_tokens"], bias="lora_only"),
+    "lora on a head, trained biases": lambda: veneer.LoraConfig(
+        r=4, target_modules=[*TARGETS, "lm_head", "embed_tokens"], bias="lora_only"
+    ),
     "dora": lambda: veneer.LoraConfig(r=4, target_modules=TARGETS, use_dora=True),
     "pissa": lambda: veneer.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="pissa"),
     "vera": lambda: veneer.VeraConfig(r=4, target_modules=["q_proj", "v_proj"]),
@@ -115,8 +117,10 @@ def test_what_it_cannot_do_is_refused_and_nothing_written(tmp_path: Path) -> Non
     _saved(model, veneer.LoraConfig(r=2, target_modules=["embed_tokens"]), tmp_path / "tied")
     with pytest.raises(veneer.MergeError, match="ties"):
         veneer.merge_files(tmp_path / "base", tmp_path / "tied", tmp_path / "out")
-    veneer.get_peft_model(_llama(), veneer.VeraConfig(r=2, target_modules=["q_proj"], save_projection=False)).save_pretrained(tmp_path / "vera")
-    with pytest.raises(veneer.PeftError, match="save_projection|vera_A"):
+    veneer.get_peft_model(_llama(), veneer.VeraConfig(r=2, target_modules=["q_proj"], save_projection=False)).save_pretrained(
+        tmp_path / "vera"
+    )
+    with pytest.raises(veneer.PeftError, match=r"save_projection|vera_A"):
         veneer.merge_files(tmp_path / "base", tmp_path / "vera", tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").touch()

@@ -117,9 +117,11 @@ def _of_names(stored: Mapping[str, Stored], keys: set[str]) -> nn.Module:
         shape = tensors["weight"].shape if "weight" in tensors else ()
         module: nn.Module = nn.Module()
         if mine and len(shape) != 2:
-            raise MergeError(f"The adapter changes {path!r}, whose shape {shape} does not tell what layer it is. Put the model's config.json into its folder.")
+            raise MergeError(
+                f"The adapter changes {path!r}, whose shape {shape} does not tell what layer it is. Put the model's config.json into its folder."
+            )
         if any("embedding" in k for k in mine):
-            module = nn.Embedding(*shape, device="meta")
+            module = nn.Embedding(shape[0], shape[1], device="meta")
         elif mine:
             module = nn.Linear(shape[1], shape[0], bias="bias" in tensors, device="meta")
         for attribute, t in tensors.items():
@@ -137,12 +139,13 @@ def _adapted(skeleton: nn.Module, adapter: str | os.PathLike[str], config: PeftC
         raise MergeError(f"The adapter cannot be merged: {why}. Keep it unmerged.")
     if not hasattr(config, "target_modules"):
         raise MergeError(f"A {type(config).__name__} changes no weights, so there is nothing to merge.")
-    shared = {id_: found for id_, found in holders(skeleton).items()}
+    tied = {f"{path}.{name}".lstrip(".") for found in holders(skeleton).values() for path, _, name in found}
     model = PeftModel.from_pretrained(skeleton, adapter, low_cpu_mem_usage=True, config=config)
-    tied = {f"{path}.{name}".lstrip(".") for found in shared.values() for path, _, name in found}
     for name, spot, key in base_tensors(model):
         if name in tied and any(isinstance(w, (AdaptedLayer, ModulesToSaveWrapper)) for w, _ in spot.wrappers):
-            raise MergeError(f"The adapter changes {name!r}, which the model ties to another weight: {key!r} stands once in the files. Merge in memory.")
+            raise MergeError(
+                f"The adapter changes {name!r}, which the model ties to another weight: {key!r} stands once in the files. Merge in memory."
+            )
     return model
 
 
@@ -173,14 +176,21 @@ class _Merged:
     def write(self, stored: Mapping[str, Stored], put: Write) -> bool:
         layer, adapters = self.layer, list(self.layer.attached)
         module = layer.base_layer
-        if self.attribute == getattr(layer.site, "bias_name", None) and not self._moves_bias(adapters):
-            return False
-        frozen = {a: stored[n].read() for a, n in self.names.items()}
         before = dict(module._parameters)
+        trained = {
+            a for a in self.names if (p := before[a]) is not None and not p.is_meta
+        }  # a bias or an embedding that came with the adapter
+        frozen = {a: stored[n].read() for a, n in self.names.items()}
+        frozen |= {a: p.data.to(frozen[a].dtype) for a in trained if (p := before[a]) is not None}
         for a, t in frozen.items():
             module._parameters[a] = nn.Parameter(t, requires_grad=False)
+        mine = frozen[self.attribute]
         try:
-            for piece in self._thin(frozen[self.attribute], adapters) or self._whole(frozen[self.attribute], adapters):
+            if self.attribute == getattr(layer.site, "bias_name", None) and not self._moves_bias(adapters):
+                if self.attribute in trained:
+                    put(mine)
+                return self.attribute in trained
+            for piece in self._thin(mine, adapters) or self._whole(mine, adapters):
                 check_finite(layer.name, adapters, piece)
                 put(piece)
         finally:
@@ -188,7 +198,7 @@ class _Merged:
         return True
 
     def _moves_bias(self, adapters: Sequence[str]) -> bool:
-        """Whether it is other than it was; told by the change on the meta device."""
+        """Whether a change makes it other than it is."""
         return any(c.shift is not None or c.left_on_bias for c, _ in self.layer.changes(adapters, at_rest=True))
 
     def _thin(self, w: Tensor, adapters: Sequence[str]) -> Iterator[Tensor] | None:
@@ -241,7 +251,9 @@ def _plan(model: nn.Module, stored: Mapping[str, Stored]) -> dict[str, Any]:
 
 
 def _refuse_nested(spot: Spot) -> None:
-    raise MergeError(f"{spot.path!r} is adapted in a way that a merge from file to file does not know (a parameter, or a layer in a layer). Merge in memory.")
+    raise MergeError(
+        f"{spot.path!r} is adapted in a way that a merge from file to file does not know (a parameter, or a layer in a layer). Merge in memory."
+    )
 
 
 def _check_there(layer: AdaptedLayer) -> None:

@@ -22,7 +22,7 @@ _DTYPES = {
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
-Write = Callable[[Tensor], None]
+Write = Callable[[Tensor], object]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ class Stored:
             LoadError: for a dtype that cannot be computed with.
         """
         if self.dtype not in _DTYPES:
-            raise LoadError(f"{self.path.name} holds a tensor of type {self.dtype}, which cannot be merged into. Known: {', '.join(_DTYPES)}.")
+            raise LoadError(
+                f"{self.path.name} holds a tensor of type {self.dtype}, which cannot be merged into. Known: {', '.join(_DTYPES)}."
+            )
         dtype, size = _DTYPES[self.dtype], self.end - self.start
         if not size:
             return torch.empty(self.shape, dtype=dtype)
@@ -72,13 +74,14 @@ def model_files(folder: Path) -> list[str]:
     Raises:
         LoadError: if there are none, or one of them is missing.
     """
-    if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = [SINGLE]
+    index = folder / INDEX
+    table = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {"": SINGLE}
+    names = sorted(set(table.values()))
     missing = [n for n in names if not (folder / n).is_file()]
     if missing:
-        raise LoadError(f"{folder} has no {missing[0]}. A merge from file to file takes a folder with safetensors files, as save_pretrained writes it.")
+        raise LoadError(
+            f"{folder} has no {missing[0]}. A merge from file to file takes a folder with safetensors files, as save_pretrained writes it."
+        )
     return names
 
 
@@ -122,7 +125,8 @@ def write(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str]
 
 
 def _bytes(t: Tensor) -> Any:
-    return memoryview(t.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    raw: Any = t.detach().contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(raw)
 
 
 def names_of(files: Iterable[Mapping[str, Stored]]) -> dict[str, Stored]:

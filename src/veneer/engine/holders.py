@@ -152,9 +152,7 @@ class Recalled:
     weight: Tensor | None  # the check sum of W, where W was asked for
     autocast: torch.dtype | None
 
-    def holds(
-        self, scaling: float, now: Mapping[str, Tensor], weight: Callable[[], Tensor | None], autocast: torch.dtype | None
-    ) -> bool:
+    def holds(self, scaling: float, now: Mapping[str, Tensor], weight: Callable[[], Tensor | None], autocast: torch.dtype | None) -> bool:
         """Whether it would be computed again of the very same numbers."""
         if self.scaling != scaling or self.autocast != autocast:
             return False

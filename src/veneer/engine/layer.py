@@ -210,7 +210,7 @@ class AdaptedLayer(Wrapper):
             return before.change
         here = a.place.during({})
         here.told, here.asked = a.place.told, False
-        change = a.config.change(tensors, here)
+        change: Any = a.config.change(tensors, here)
         a.kept, a.recalled = Kept.of(change, a, scaling), None
         if a.kept is None and Recalled.worth(change) and self.assumed is None:
             weight = checksum(self.frozen_weight()) if here.asked else None
@@ -395,9 +395,7 @@ class AdaptedLayer(Wrapper):
 
         return split_rows(groups, choice.rows, self.site.batch_dim, args, kwargs, run, self.name)
 
-    def _lows(
-        self, groups: Mapping[str, Any], choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> dict[str, LowRank]:
+    def _lows(self, groups: Mapping[str, Any], choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, LowRank]:
         """The adapters of a mixed batch that add a low-rank change and do nothing else, with it: their rows share the frozen product."""
         if not isinstance(self.site, LinearSite) or not self.site.splits(self.frozen, args, kwargs):
             return {}

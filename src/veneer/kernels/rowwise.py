@@ -55,7 +55,9 @@ def _stacked(factors: Sequence[Factors], dtype: torch.dtype) -> tuple[Tensor, Te
     scales = [s for _, _, s in factors]
     first = scales[0]
     if isinstance(first, Tensor) or any(isinstance(s, Tensor) or s != first for s in scales):
-        scale: float | Tensor = torch.stack([torch.as_tensor(s, dtype=torch.float32, device=downs[0].device) for s in scales]).view(-1, 1, 1)
+        scale: float | Tensor = torch.stack([torch.as_tensor(s, dtype=torch.float32, device=downs[0].device) for s in scales]).view(
+            -1, 1, 1
+        )
     else:
         scale = first
     return _one(downs).to(dtype), _one(ups).to(dtype), scale

@@ -121,9 +121,7 @@ class LinearSite(Site):
         alone = len(args) == 1 and not kwargs and isinstance(x, Tensor) and x.ndim > 1
         return alone and not (self.own_forward or hooked(module))
 
-    def apply_rows(
-        self, module: nn.Module, lows: Sequence[LowRank], owner: Sequence[int], x: Tensor, frozen: Mapping[str, Any]
-    ) -> Tensor:
+    def apply_rows(self, module: nn.Module, lows: Sequence[LowRank], owner: Sequence[int], x: Tensor, frozen: Mapping[str, Any]) -> Tensor:
         """The module's output, with a low-rank change of its own for each row of the batch (`owner`: which, -1 for none); see `splits`."""
         z = x.reshape(len(owner), -1, x.shape[-1])
         b = frozen.get(self.bias_name, self.bias(module))
