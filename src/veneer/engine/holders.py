@@ -39,6 +39,15 @@ class Keyed(nn.ModuleDict):
     def __len__(self) -> int:
         return len(self._modules) + len(self._parameters) + len(self._buffers)
 
+    def train(self, mode: bool = True) -> Keyed:
+        self.training = mode
+        for m in self._modules.values():
+            if type(m) is Holder and not m._modules:  # by far the most, and none has a mode to act in
+                m.__dict__["training"] = mode
+            elif m is not None:
+                m.train(mode)
+        return self
+
     def keys(self) -> Any:
         return list(self)
 
@@ -65,6 +74,28 @@ class Holder(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={tuple(v.shape)}" for k, v in [*self._parameters.items(), *self._buffers.items()] if v is not None)
+
+
+def visited(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module with its path, in the order of `named_modules`, but those that hold tensors of adapters: however many there are, they cost nothing."""
+    seen: set[int] = set()
+    stack = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        for name, child in reversed(module._modules.items()):
+            if child is None or (type(child) is Keyed and _holds_tensors(child)):
+                continue
+            stack.append((f"{path}.{name}" if path else name, child))
+
+
+def _holds_tensors(table: Keyed) -> bool:
+    """Whether a container has no modules of its own kind to look into: one kind stands in it for all adapters."""
+    first = next(iter(table._modules.values()), None)
+    return first is None or isinstance(first, (Holder, TiedHolder, nn.Dropout, nn.Identity))
 
 
 def keep_dtypes(module: nn.Module) -> None:

@@ -464,6 +464,14 @@ class AdaptedLayer(Wrapper):
                     if t.requires_grad != requires_grad:
                         t.requires_grad_(requires_grad)
 
+    def require_grad_only(self, names: Sequence[str]) -> None:
+        for adapter, a in self.attached.items():
+            wanted = adapter in names
+            for name, (store, key) in a.source.items():
+                t: Tensor = store[key]
+                if t.requires_grad != wanted and a.leaves[name].trainable:
+                    t.requires_grad_(wanted)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off, with its tensors. The merged base, if it was merged, becomes the frozen one again."""
         if adapter_name not in self.attached:
