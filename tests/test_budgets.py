@@ -59,7 +59,7 @@ class Net(nn.Module):
         return torch.stack([p(x) for p in self.proj]).sum(0)
 
 
-def Flops() -> FlopCounterMode:  # noqa: N802  stands for a class
+def Flops() -> FlopCounterMode:
     """Counts products of matrices, those that are added in place too."""
 
     def product(y: Any, a: Any, b: Any, **_: Any) -> int:

@@ -14,6 +14,6 @@ from .tiled import Tiled
 
 __all__ = [
     "Between", "BlockDiag", "Deflated", "Dense", "Derived", "Diag", "Dropped", "Geometry", "Kron", "LowRank", "Op", "Pairs", "Product",
-    "Reflections", "ReplaceRows", "Rows", "Shuffle", "Sparse", "Sum", "Switched", "Tiled", "blocks_dropped", "cayley", "gated", "mixed_onto", "per_row", "per_token",
-    "skew",
+    "Reflections", "ReplaceRows", "Rows", "Shuffle", "Sparse", "Sum", "Switched", "Tiled", "blocks_dropped", "cayley", "gated", "mixed_onto", "per_row",
+    "per_token", "skew",
 ]  # fmt: skip
