@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import veneer
 from veneer.engine.inject import adapted_layers
+from veneer.ops import Rows
 from veneer.testing.laws import move
 
 BUDGETS = Path(__file__).with_name("budgets.json")
@@ -183,9 +184,9 @@ def test_what_is_recalled_is_true_however_a_tensor_is_written(form: str, dtype: 
     p, w = layer.leaf("default", leaf), layer.base_layer.weight
 
     def same() -> None:
-        want = layer.change("default").rows(lambda z: z @ layer.base_layer.weight.T, x, _Plain())
+        want = layer.change("default").rows(lambda z: z @ layer.base_layer.weight.T, x, Rows())
         layer.attached["default"].recalled = None
-        fresh = layer.change("default").rows(lambda z: z @ layer.base_layer.weight.T, x, _Plain())
+        fresh = layer.change("default").rows(lambda z: z @ layer.base_layer.weight.T, x, Rows())
         assert torch.equal(want, fresh)
 
     writes: list[Callable[[], Any]] = [
@@ -202,10 +203,6 @@ def test_what_is_recalled_is_true_however_a_tensor_is_written(form: str, dtype: 
         model(x)
         write()
         same()
-
-
-class _Plain(veneer.ops.Rows):
-    pass
 
 
 def _made(run: Callable[[], Any]) -> int:

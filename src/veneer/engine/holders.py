@@ -191,8 +191,11 @@ class Recalled:
         return same and (self.weight is None or ((w := weight()) is not None and _same(self.weight, w)))
 
     @staticmethod
-    def worth(change: Any) -> bool:
-        """Whether a change is worth it: something is done to W, by small matrices that are made once."""
+    def worth(change: Any, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether a change is worth it: something is done to W, by small matrices that are made once. On the CPU alone: an accelerator would have to
+        be waited for to compare."""
+        if any(t.device.type != "cpu" or type(t) not in (Tensor, nn.Parameter) for t in tensors.values()):
+            return False
         if not isinstance(change, Change) or change.base is not None or change.additive or change.shift is not None:
             return False
         ops = [op for op in (change.left, change.right, change.add) if op is not None]

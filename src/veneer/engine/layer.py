@@ -203,8 +203,7 @@ class AdaptedLayer(Wrapper):
         """The change as it was the last time, if all it is made of is equal to what it was."""
         assert a.place is not None
         tensors = Tensors(a)
-        kind = next(iter(vars(tensors).values())).device.type if vars(tensors) else "cpu"
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         before = a.recalled
         if before is not None and before.holds(scaling, vars(tensors), lambda: checksum(self.frozen_weight()), autocast):
             return before.change
@@ -212,7 +211,7 @@ class AdaptedLayer(Wrapper):
         here.told, here.asked = a.place.told, False
         change: Any = a.config.change(tensors, here)
         a.kept, a.recalled = Kept.of(change, a, scaling), None
-        if a.kept is None and Recalled.worth(change) and self.assumed is None:
+        if a.kept is None and self.assumed is None and Recalled.worth(change, vars(tensors)):
             weight = checksum(self.frozen_weight()) if here.asked else None
             if not here.asked or weight is not None:
                 a.recalled = Recalled(change, scaling, {k: t.clone() for k, t in vars(tensors).items()}, weight, autocast)
