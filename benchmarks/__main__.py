@@ -1,10 +1,12 @@
-"""`python -m benchmarks [--quick] [--only lora,dora] [--out docs/benchmarks]`: tables on the screen, JSON and a picture in a folder."""
+"""`python -m benchmarks [--quick] [--only lora,dora] [--parts step,token] [--out docs/benchmarks]`: tables on the screen, JSON and a picture in a folder."""
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import platform
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,80 +16,147 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import imports
-from .models import Step, Token, adapted, decoder
+from . import adapters, imports
+from .cases import MEMORY, MIXED, STEPS, TOKENS
+from .memory import peak
+from .models import Mixed, Step, Token, adapted, decoder
 from .timing import Ratio, interleaved
 
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "lora": ("LoraConfig", {"r": 16}),
-    "lora, dropout 0.1": ("LoraConfig", {"r": 16, "lora_dropout": 0.1}),
-    "dora": ("LoraConfig", {"r": 16, "use_dora": True}),
-    "vera": ("VeraConfig", {"r": 64}),
-    "ia3": ("IA3Config", {"feedforward_modules": ["down_proj"]}),
-    "oft": ("OFTConfig", {"oft_block_size": 32}),
-    "hra": ("HRAConfig", {"r": 8}),
-    "loha": ("LoHaConfig", {"r": 8}),
-    "fourierft": ("FourierFTConfig", {}),
-}
 LIBRARIES = ("veneer", "peft")
+DTYPES = (torch.bfloat16, torch.float32)
+PARTS = ("step", "token", "mixed", "memory", "attach", "import")
 
 
-def measure(kind: Any, case: str, dtype: torch.dtype, rounds: int) -> dict[str, Ratio]:
-    """The floor (nothing adapted, differentiated to the embeddings) and the case in both libraries."""
-    config, fields = CASES[case]
-    base = decoder(dtype)
-    runs = {"floor": kind(base)}
-    for library in LIBRARIES:
-        runs[library] = kind(adapted(library, base, config, fields))
-    return interleaved(runs, "floor", rounds)
+class Bench:
+    """One run: what to measure, how often, and what was found so far."""
+
+    def __init__(self, console: Console, only: list[str] | None, rounds: int, hidden: int, layers: int, clock: Any) -> None:
+        self.console, self.only, self.rounds, self.hidden, self.layers, self.clock = console, only, rounds, hidden, layers, clock
+        self.record: dict[str, Any] = {"torch": torch.__version__, "machine": platform.processor() or platform.machine()}
+        self.record |= {"threads": torch.get_num_threads(), "hidden": hidden, "layers": layers}
+
+    def cases(self, names: Any) -> list[str]:
+        return [c for c in names if self.only is None or c.partition(",")[0] in self.only]
+
+    def ratios(self, part: str, title: str, names: Any, kind: Any, rounds: int) -> None:
+        """A table of a case a line: the floor (nothing adapted, for a step differentiated to the embeddings) and both libraries, taking turns."""
+        rows = []
+        for case in self.cases(names):
+            config, fields = STEPS[case]
+            for dtype in DTYPES:
+                base = decoder(dtype, self.hidden, self.layers)
+                runs = {"floor": kind(base)}
+                for library in LIBRARIES:
+                    try:
+                        runs[library] = kind(adapted(library, base, config, fields))
+                    except Exception as e:  # one library that cannot is a finding, not the end of the run
+                        self.console.print(f"{case}, {dtype}: {library} fails: {type(e).__name__}: {e}"[:300])
+                found = interleaved(runs, "floor", rounds, clock=self.clock)
+                rows.append({"case": case, "dtype": _short(dtype), **{k: dataclasses.asdict(v) for k, v in found.items()}})
+                self.console.print(f"{part:6} {case:18} {_short(dtype):8} " + "  ".join(f"{n} {_said(found.get(n))}" for n in LIBRARIES))
+                del runs
+                gc.collect()
+        self.record[part] = rows
+        self._table(title, rows)
+
+    def mixed(self) -> None:
+        """A batch whose rows have different adapters."""
+        rows = []
+        for k in MIXED:
+            base = decoder(torch.bfloat16, self.hidden, self.layers)
+            runs = {"floor": Mixed(None, base)} | {n: Mixed(n, base, k) for n in LIBRARIES}
+            found = interleaved(runs, "floor", 2 * self.rounds, clock=self.clock)
+            rows.append({"case": f"{k} adapters", "dtype": "bfloat16", **{n: dataclasses.asdict(v) for n, v in found.items()}})
+        self.record["mixed"] = rows
+        self._table("16 rows of 8 tokens, each with one of K LoRA adapters, times the frozen model's", rows)
+
+    def memory(self) -> None:
+        """Peak memory that a step adds."""
+        rows = []
+        for case in self.cases(MEMORY):
+            for dtype in DTYPES:
+                base = decoder(dtype, self.hidden, self.layers)
+                floor = peak(Step(base))
+                held = {n: peak(Step(adapted(n, base, *STEPS[case]))) for n in LIBRARIES}
+                rows.append({"case": case, "dtype": _short(dtype), "floor": floor, **held})
+        table = Table("case", "dtype", "floor, MB", *LIBRARIES, title="peak memory added by one step, times the frozen model's")
+        for r in rows:
+            table.add_row(r["case"], r["dtype"], f"{r['floor'] / 1e6:.0f}", *(f"{r[n] / r['floor']:.2f}" for n in LIBRARIES))
+        self.console.print(table)
+        self.record["memory"] = rows
+
+    def attach(self) -> None:
+        """Many adapters."""
+        found = {n: adapters.attaching(n) | {"thousand linears": adapters.thousand(n)} for n in LIBRARIES}
+        table = Table("ms", *LIBRARIES, title="attaching LoRAs to 28 linears: the first, the sixtieth; switching; one on 1,000 linears")
+        for what in found["veneer"]:
+            table.add_row(what, *(f"{found[n][what]:.2f}" for n in LIBRARIES))
+        self.console.print(table)
+        self.record["attach"] = found
+
+    def imports(self) -> None:
+        """What an import costs over torch's."""
+        self.record["import_ms"] = found = {n: 1000 * imports.seconds(n, 3) for n in LIBRARIES}
+        self.console.print("import over torch: " + ", ".join(f"{k} {v:.0f} ms" for k, v in found.items()))
+
+    def _table(self, title: str, rows: list[dict[str, Any]]) -> None:
+        table = Table("case", "dtype", *LIBRARIES, title=title)
+        for r in rows:
+            table.add_row(r["case"], r["dtype"], *(_said(Ratio(**r[n]) if n in r else None) for n in LIBRARIES))
+        self.console.print(table)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _said(r: Ratio | None) -> str:
+    return "–" if r is None else f"{r.median:.2f} ({r.low:.2f}–{r.high:.2f})"
 
 
 def main(
     quick: Annotated[bool, typer.Option(help="Few rounds: a first impression.")] = False,
     only: Annotated[str | None, typer.Option(help="Cases to measure, with commas between.")] = None,
+    parts: Annotated[str, typer.Option(help="Tables to measure, with commas between.")] = ",".join(PARTS),
     out: Annotated[Path | None, typer.Option(help="The folder for benchmarks.json and benchmarks.png.")] = None,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
+    hidden: Annotated[int, typer.Option(help="Width of the model.")] = 768,
+    layers: Annotated[int, typer.Option(help="Layers of the model.")] = 2,
+    shared: Annotated[bool, typer.Option(help="The machine is used by others: one thread, and the process's own time.")] = False,
 ) -> None:
     """Measure veneer beside PEFT; every figure is a ratio to the frozen model, the median over interleaved rounds with its quartiles."""
     warnings.simplefilter("ignore")
-    torch.set_num_threads(threads)
-    console = Console()
-    cases = [c for c in CASES if only is None or c.partition(",")[0] in only.split(",")]
-    rounds = 5 if quick else 15
-    record: dict[str, Any] = {"torch": torch.__version__, "machine": platform.processor() or platform.machine(), "threads": threads}
-    record["import_ms"] = {name: 1000 * imports.seconds(name, 3 if quick else 7) for name in LIBRARIES}
-    console.print("import over torch: " + ", ".join(f"{k} {v:.0f} ms" for k, v in record["import_ms"].items()))
-    for title, kind in (("training step", Step), ("one-token forward", Token)):
-        table = Table(title=f"{title}, times the frozen model's")
-        for column in ("case", "dtype", *LIBRARIES):
-            table.add_column(column)
-        rows = []
-        for case in cases:
-            for dtype in (torch.bfloat16, torch.float32):
-                found = measure(kind, case, dtype, rounds if kind is Step else 4 * rounds)
-                rows.append({"case": case, "dtype": str(dtype), **{k: dataclasses.asdict(v) for k, v in found.items()}})
-                cells = [f"{found[n].median:.2f} ({found[n].low:.2f}-{found[n].high:.2f})" for n in LIBRARIES]
-                table.add_row(case, str(dtype).removeprefix("torch."), *cells)
-        console.print(table)
-        record[title] = rows
+    torch.set_num_threads(1 if shared else threads)
+    clock = time.process_time if shared else time.perf_counter
+    bench = Bench(Console(width=120), only.split(",") if only else None, 5 if quick else 15, hidden, layers, clock)
+    wanted = parts.split(",")
+    if unknown := [p for p in wanted if p not in PARTS]:
+        raise typer.BadParameter(f"there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")
+    if "step" in wanted:
+        bench.ratios("step", "training step, times the frozen model's", STEPS, Step, bench.rounds)
+    if "token" in wanted:
+        bench.ratios("token", "one-token forward without gradients, times the frozen model's", TOKENS, Token, 20 * bench.rounds)
+    for name, run in (("mixed", bench.mixed), ("memory", bench.memory), ("attach", bench.attach), ("import", bench.imports)):
+        if name in wanted:
+            run()
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "benchmarks.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-        _picture(record, out / "benchmarks.png")
+        (out / "benchmarks.json").write_text(json.dumps(bench.record, indent=1), encoding="utf-8")
+        if bench.record.get("step"):
+            _picture(bench.record["step"], out / "benchmarks.png")
 
 
-def _picture(record: dict[str, Any], path: Path) -> None:
+def _picture(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = record["training step"]
-    figure, axes = pyplot.subplots(figsize=(8, 0.45 * len(rows) + 1))
-    labels = [f"{r['case']}, {r['dtype'].removeprefix('torch.')}" for r in rows]
+    figure, axes = pyplot.subplots(figsize=(8, 0.35 * len(rows) + 1))
+    labels = [f"{r['case']}, {r['dtype']}" for r in rows]
     for offset, (name, color) in enumerate((("veneer", "#2a6f97"), ("peft", "#bbbbbb"))):
         at = [i + 0.4 * offset for i in range(len(rows))]
-        axes.barh(at, [r[name]["median"] for r in rows], height=0.38, color=color, label=name)
+        axes.barh(at, [r[name]["median"] if name in r else 0 for r in rows], height=0.38, color=color, label=name)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_yticks([i + 0.2 for i in range(len(rows))], labels)
     axes.invert_yaxis()

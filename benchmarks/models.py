@@ -13,7 +13,7 @@ from torch import Tensor, nn
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def decoder(dtype: torch.dtype, hidden: int = 768, layers: int = 4) -> nn.Module:
+def decoder(dtype: torch.dtype, hidden: int = 768, layers: int = 2) -> nn.Module:
     """A Llama without a head, frozen."""
     from transformers import LlamaConfig, LlamaModel
 
@@ -71,3 +71,26 @@ class Token:
     @torch.no_grad()
     def __call__(self) -> None:
         self.model(inputs_embeds=self.x)
+
+
+class Mixed:
+    """16 rows of 8 tokens over K adapters, no gradients; with no adapters, the frozen model."""
+
+    def __init__(self, library: str | None, base: nn.Module, adapters: int = 0, rows: int = 16, length: int = 8) -> None:
+        inner: Any = base
+        torch.manual_seed(1)
+        self.x = torch.randn(rows, length, inner.config.hidden_size, dtype=inner.dtype)
+        self.model, self.more = base.eval(), {}
+        if library is not None:
+            import importlib
+
+            lib = importlib.import_module(library)
+            config = lib.LoraConfig(r=16, target_modules=list(TARGETS), init_lora_weights=False)
+            model = lib.get_peft_model(copy.deepcopy(base), config, adapter_name="a0")
+            for k in range(1, adapters):
+                model.add_adapter(f"a{k}", config)
+            self.model, self.more = model.eval(), {"adapter_names": [f"a{i * adapters // rows}" for i in range(rows)]}
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        self.model(inputs_embeds=self.x, **self.more)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import veneer
-from veneer.kernels import reference
+from veneer.kernels import reference, rowwise
 from veneer.kernels.derived import derived_linear
 from veneer.kernels.lowrank import lowrank_linear
 from veneer.kernels.norms import row_norm_sq
@@ -253,3 +253,26 @@ def _kept_sizes(run: Callable[[], Tensor]) -> list[int]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         run()
     return kept
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no gradients", "gradients"])
+@pytest.mark.parametrize("owner", [[0, 0, 1, 1], [1, 0, 1, 0], [0, -1, 2, 0], [-1, -1, 2, -1], [-1] * 4, [2, 2, 2, 2]], ids=str)
+@pytest.mark.parametrize("scales", [(2.0, 2.0, 2.0), (2.0, 0.5, -1.0)], ids=["one scale", "scales"])
+def test_rows_with_adapters_of_their_own(owner: list[int], scales: tuple[float, ...], grad: bool) -> None:
+    """In value and in every gradient, whatever the shares, the order and the ranks."""
+    torch.manual_seed(0)
+    factors = [
+        (torch.randn(r, 6).requires_grad_(grad), torch.randn(5, r).requires_grad_(grad), s) for r, s in zip((2, 3, 2), scales, strict=True)
+    ]
+    leaves = [t for a, b, _ in factors for t in (a, b)]
+    y, x = torch.randn(4, 3, 5), torch.randn(4, 3, 6).requires_grad_(grad)
+    want = reference.add_rowwise(y, x, factors, owner)
+    got = rowwise.add_rowwise(y.clone(), x, factors, owner)
+    torch.testing.assert_close(got, want)
+    if grad and max(owner) >= 0:
+        probe = torch.randn_like(want)
+        wanted = torch.autograd.grad(want, [x, *leaves], probe, allow_unused=True)
+        for g, w in zip(torch.autograd.grad(got, [x, *leaves], probe, allow_unused=True), wanted, strict=True):
+            assert (g is None) == (w is None)
+            if w is not None:
+                torch.testing.assert_close(g, w)

@@ -118,8 +118,14 @@ class Stored:
         return self.codec.weight(self.module, dtype=dtype)
 
 
+_ORDINARY = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
 def codec_for(module: nn.Module) -> Codec:
     """The codec of a module's storage; the first that matches, plain floating tensors last."""
+    w = module._parameters.get("weight")
+    if type(module) in _ORDINARY and type(w) is nn.Parameter and w.is_floating_point():
+        return codecs()[-1]  # the others know their modules, or their tensors, by their classes
     return next(c for c in codecs() if c.matches(module))
 
 

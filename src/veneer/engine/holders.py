@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..change import Change, Swap
@@ -38,6 +39,15 @@ class Keyed(nn.ModuleDict):
     def __len__(self) -> int:
         return len(self._modules) + len(self._parameters) + len(self._buffers)
 
+    def train(self, mode: bool = True) -> Keyed:
+        self.training = mode
+        for m in self._modules.values():
+            if type(m) is Holder and not m._modules:  # by far the most, and none has a mode to act in
+                m.__dict__["training"] = mode
+            elif m is not None:
+                m.train(mode)
+        return self
+
     def keys(self) -> Any:
         return list(self)
 
@@ -66,6 +76,28 @@ class Holder(nn.Module):
         return ", ".join(f"{k}={tuple(v.shape)}" for k, v in [*self._parameters.items(), *self._buffers.items()] if v is not None)
 
 
+def visited(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module with its path, in the order of `named_modules`, but those that hold tensors of adapters: however many there are, they cost nothing."""
+    seen: set[int] = set()
+    stack = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        for name, child in reversed(module._modules.items()):
+            if child is None or (type(child) is Keyed and _holds_tensors(child)):
+                continue
+            stack.append((f"{path}.{name}" if path else name, child))
+
+
+def _holds_tensors(table: Keyed) -> bool:
+    """Whether a container has no modules of its own kind to look into: one kind stands in it for all adapters."""
+    first = next(iter(table._modules.values()), None)
+    return first is None or isinstance(first, (Holder, TiedHolder, nn.Dropout, nn.Identity))
+
+
 def keep_dtypes(module: nn.Module) -> None:
     """Let no file change the dtypes of a whole module's tensors: it computes in them."""
     for owner in module.modules():
@@ -86,12 +118,13 @@ class Attached:
     derived: dict[str, tuple[Attached, str, bool]] = field(default_factory=dict)
     kept: Kept | None = None
     cached: tuple[Any, Change] | None = None
+    recalled: Recalled | None = None
     lean: bool | None = (
         None  # on a quantised layer: whether the change is applied without anything of the weight's size; None: not known yet
     )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "kept": None, "cached": None}
+        return {**self.__dict__, "kept": None, "cached": None, "recalled": None}
 
     def tensor(self, leaf: str) -> Tensor:
         """The tensor of a leaf as it is now."""
@@ -135,6 +168,42 @@ class Kept:
         tensors = tuple((store, key, store[key]) for store, key in attached.source.values())
         mine = {id(t) for _, _, t in tensors}
         return Kept(change, scaling, tensors) if {id(t) for t in used} <= mine else None
+
+
+@dataclass(frozen=True, eq=False)
+class Recalled:
+    """A change computed from leaves, and copies of what it was computed of: it is true while they are equal, number by number.
+
+    Comparing costs a pass over small tensors, where computing (rotations from skew matrices, norms of a whole W) costs many, or wide ones.
+    """
+
+    change: Change
+    scaling: float
+    tensors: Mapping[str, Tensor]
+    weight: Tensor | None  # the check sum of W, where W was asked for
+    autocast: torch.dtype | None
+
+    def holds(self, scaling: float, now: Mapping[str, Tensor], weight: Callable[[], Tensor | None], autocast: torch.dtype | None) -> bool:
+        """Whether it would be computed again of the very same numbers."""
+        if self.scaling != scaling or self.autocast != autocast:
+            return False
+        same = all(_same(t, now[k]) for k, t in self.tensors.items())
+        return same and (self.weight is None or ((w := weight()) is not None and _same(self.weight, w)))
+
+    @staticmethod
+    def worth(change: Any, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether a change is worth it: something is done to W, by small matrices that are made once. On the CPU alone: an accelerator would have to
+        be waited for to compare."""
+        if any(t.device.type != "cpu" or type(t) not in (Tensor, nn.Parameter) for t in tensors.values()):
+            return False
+        if not isinstance(change, Change) or change.base is not None or change.additive or change.shift is not None:
+            return False
+        ops = [op for op in (change.left, change.right, change.add) if op is not None]
+        return all(op.fixed and op.lean for op in ops)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 class Tensors:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -14,7 +16,7 @@ from ..errors import ConfigError, PeftWarning
 from ..method import Method
 from ..sites import adaptable, site_for
 from .fused import FIELDS, take_fused
-from .holders import Holder, Tensors, hold
+from .holders import Holder, Tensors, hold, visited
 from .layer import AdaptedLayer, adapted_layers
 from .modules import hold_parts
 from .replicate import replicate, undo
@@ -85,6 +87,31 @@ def attach(
     Raises:
         ConfigError, NoMatchingPeftModuleError: if the config does not fit the model; the model is as it was.
     """
+    with _no_collection():
+        return _attach(model, config, adapter_name, Options(low_cpu_mem_usage, autocast_adapter_dtype, empty), state_dict, strict, home)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Thousands of objects are made, all to stay: looking for garbage among them takes longer than making them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _attach(
+    model: nn.Module,
+    config: Method,
+    adapter_name: str,
+    options: Options,
+    state_dict: Mapping[str, Tensor] | None,
+    strict: bool,
+    home: nn.Module | None,
+) -> Plan:
     switch = find_switch(model)
     first = switch is None
     if switch is None:
@@ -101,7 +128,6 @@ def attach(
         selection = select(model, config, supports=lambda m: adaptable(m, config.kinds), state_dict=state_dict, strict=strict)
         if targeted and selection.resolved_targets is not None:
             cast(Any, config).target_modules = selection.resolved_targets
-        options = Options(low_cpu_mem_usage, autocast_adapter_dtype, empty)
         count = len(selection.modules)
         if type(config).survey is not Method.survey:
             config.survey({p: m.weight_site if isinstance(m, AdaptedLayer) else site_for(m) for p, m in selection.modules.items()})
@@ -119,7 +145,7 @@ def attach(
         for s in [*staged, *(t for t, _ in tokens)]:
             s.tensors = tensors_of(s.attached, s.attached.place, options)
         held = tensors_of(shared, staged[0].attached.place, options) if shared is not None else {}
-        if not empty:
+        if not options.empty:
             settle_staged(config, staged, held)
         parts = stage_parts(model, config, staged, home, options)
         tell_dry(staged, adapter_name)
@@ -223,7 +249,7 @@ def _train_biases(model: nn.Module, config: Method, selection: Selection) -> Non
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Every (parent, name) under which a module stands in the model."""
     out: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
+    for _, module in visited(model):
         for name, child in module._modules.items():
             if child is not None:
                 out.setdefault(id(child), []).append((module, name))
@@ -252,22 +278,26 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bo
         RouteError: for a name that is not there.
     """
     names = [names] if isinstance(names, str) else list(names)
+    found = [module for _, module in adapter_modules(model)]
     check_known(names, adapter_names(model))
-    switch = the_switch(model)
-    merged = [layer for _, layer in adapted_layers(model) if layer.merged]
+    merged = [m for m in found if isinstance(m, AdaptedLayer) and m.merged]
     if merged and any(set(layer.merged_adapters) != {n for n in names if n in layer.attached} for layer in merged):
         from .merge import unmerge
 
         warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning, stacklevel=2)
         unmerge(model)
-    choose(model, switch, names, inference_mode)
+    _choose(found, found[0].switch if found else the_switch(model), names, inference_mode)
 
 
 def choose(model: nn.Module, switch: Switch, names: Sequence[str], inference_mode: bool = False) -> None:
     """Let these adapters act on every layer and module of the model, and train (none in inference mode)."""
+    _choose([module for _, module in adapter_modules(model)], switch, names, inference_mode)
+
+
+def _choose(found: Sequence[Wrapper], switch: Switch, names: Sequence[str], inference_mode: bool) -> None:
     switch.set(names)
     switch.off.clear()
-    for _, module in adapter_modules(model):
+    for module in found:
         module.own = None
         module.require_grad_only(() if inference_mode else names)
 
@@ -284,7 +314,7 @@ def enable(model: nn.Module, enabled: bool = True) -> None:
 
 def mark_trainable(model: nn.Module, names: str | Sequence[str], requires_grad: bool = True) -> None:
     """Let the tensors of these adapters get gradients, or not."""
-    for _, module in adapter_modules(model):
+    for _, module in adapter_modules(model) if names else ():
         module.set_requires_grad(names, requires_grad)
 
 

@@ -12,12 +12,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ..change import Change, Stacking
 from ..errors import MergeError, RouteError
+from ..kernels.norms import checksum
 from ..method import Method
 from ..ops import LowRank, Switched
 from ..sites import Adaptable, Site
+from ..sites.linear import LinearSite
 from ..sites.whole import WholeSite
 from .caching import keeping, stamp
-from .holders import Attached, Kept, Tensors, container_of, drop, get_slot, hold, set_slot, slots
+from .holders import Attached, Kept, Recalled, Tensors, container_of, drop, get_slot, hold, set_slot, slots, visited
 from .offload import brought_in
 from .place import Place
 from .route import BASE, Choice, Facts, Switch
@@ -97,11 +99,31 @@ class AdaptedLayer(Wrapper):
         if keeping() and not torch.is_grad_enabled() and isinstance(self.site, Site):
             return self._cached(a)
         scaling = a.place.scaling
-        if a.kept is None or not a.kept.holds(scaling):
+        if a.kept is not None and a.kept.holds(scaling):
+            return a.kept.change
+        if torch.is_grad_enabled() or a.config.routes or isinstance(scaling, Tensor) or not isinstance(self.site, Site):
             change = a.config.change(Tensors(a), a.place)
             a.kept = Kept.of(change, a, scaling)
             return change
-        return a.kept.change
+        return self._recalled(a, scaling)
+
+    def _recalled(self, a: Attached, scaling: float) -> Any:
+        """The change as it was the last time, if all it is made of is equal to what it was."""
+        assert a.place is not None
+        tensors = Tensors(a)
+        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        before = a.recalled
+        if before is not None and before.holds(scaling, vars(tensors), lambda: checksum(self.frozen_weight()), autocast):
+            return before.change
+        here = a.place.during({})
+        here.told, here.asked = a.place.told, False
+        change: Any = a.config.change(tensors, here)
+        a.kept, a.recalled = Kept.of(change, a, scaling), None
+        if a.kept is None and self.assumed is None and Recalled.worth(change, vars(tensors)):
+            weight = checksum(self.frozen_weight()) if here.asked else None
+            if not here.asked or weight is not None:
+                a.recalled = Recalled(change, scaling, {k: t.clone() for k, t in vars(tensors).items()}, weight, autocast)
+        return change
 
     @staticmethod
     def _skipped(change: Any, a: Attached) -> Any:
@@ -267,11 +289,41 @@ class AdaptedLayer(Wrapper):
             effects = [(self.change(name, choice.facts), at) for name, at in groups.items() if name != BASE]
             return self.site.run(self.base_layer, effects, args, kwargs)
 
+        lows = self._lows(groups, choice, args, kwargs)
+        if lows:  # these and the rows without an adapter need no product of their own
+            thin = [i for name in (BASE, *lows) for i in groups.pop(name, ())]
+            order = {name: k for k, name in enumerate(lows)}
+            owner = [order.get(name, -1) for name in choice.rows]
+            groups = {BASE: sorted(thin), **groups}
+            if len(groups) == 1:
+                _told_apart(choice.rows, 0, args, kwargs, self.name)
+                return self._run_lows(lows, owner, args[0])
+
         def run(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any], at: Tensor) -> Any:
+            if lows and not names:
+                return self._run_lows(lows, [owner[i] for i in at.tolist()], args[0])
             mine = {n: {k: t.index_select(0, at) for k, t in choice.facts[n].items()} for n in names if n in choice.facts}
             return self._run(names, args, kwargs, mine)
 
         return split_rows(groups, choice.rows, self.site.batch_dim, args, kwargs, run, self.name)
+
+    def _lows(self, groups: Mapping[str, Any], choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, LowRank]:
+        """The adapters of a mixed batch that add a low-rank change and do nothing else, with it: their rows share the frozen product."""
+        if not isinstance(self.site, LinearSite) or not self.site.splits(self.frozen, args, kwargs):
+            return {}
+        found = {}
+        for name in groups:
+            if name == BASE or name in choice.facts:
+                continue
+            change = self.change(name)
+            plain = change.additive and change.shift is None and type(change.add) is LowRank
+            if plain and not change.add.dropout and change.add.up.ndim == 2:
+                found[name] = change.add
+        return found if len(found) + (BASE in groups) > 1 else {}
+
+    def _run_lows(self, lows: Mapping[str, LowRank], owner: Sequence[int], x: Tensor) -> Tensor:
+        assert isinstance(self.site, LinearSite)
+        return self.site.apply_rows(self.frozen, list(lows.values()), owner, x, self._originals())
 
     # ---------------------------------------------------------------- checkpoint
 
@@ -332,6 +384,14 @@ class AdaptedLayer(Wrapper):
                     t = a.tensor(name)
                     if t.requires_grad != requires_grad:
                         t.requires_grad_(requires_grad)
+
+    def require_grad_only(self, names: Sequence[str]) -> None:
+        for adapter, a in self.attached.items():
+            wanted = adapter in names
+            for name, (store, key) in a.source.items():
+                t: Tensor = store[key]
+                if t.requires_grad != wanted and a.leaves[name].trainable:
+                    t.requires_grad_(wanted)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off, with its tensors. The merged base, if it was merged, becomes the frozen one again."""
@@ -517,6 +577,6 @@ def _fields(config: Method) -> dict[str, Any]:
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
     """Every adapted layer with its path."""
-    for path, module in model.named_modules():
+    for path, module in visited(model):
         if isinstance(module, AdaptedLayer):
             yield path, module

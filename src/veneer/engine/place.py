@@ -32,6 +32,7 @@ class Place:
         self.facts: Facts = {}
         self.told = False  # whether the method has been asked about the call (see `Method.facts`)
         self.read = False  # whether W has been asked for where gradients are wanted
+        self.asked = False  # whether W, or anything else of the frozen module, has been asked for
         self.called = name  # what the patterns of a config match
         self.resting = False
 
@@ -72,7 +73,7 @@ class Place:
 
     def weight(self) -> Tensor:
         """The frozen W (n_out, n_in), also while adapters are merged into the layer; of a packed one, dequantised for this use."""
-        self.read = self.read or torch.is_grad_enabled()
+        self.read, self.asked = self.read or torch.is_grad_enabled(), True
         return self.layer.frozen_weight()
 
     def bias(self) -> Tensor | None:

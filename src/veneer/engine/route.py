@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RouteError, hint
+from .holders import visited
 from .steps import Watched, enlist
 
 BASE = "__base__"  # in a mixed batch: this row takes no adapter
@@ -193,7 +194,7 @@ def choosing(switch: Switch, choice: Choice) -> Iterator[None]:
 
 def find_switch(model: nn.Module) -> Switch | None:
     """What the model's adapted layers share, or None if it has none."""
-    return next((s for m in model.modules() if isinstance(s := m.__dict__.get("switch"), Switch)), None)
+    return next((s for _, m in visited(model) if isinstance(s := m.__dict__.get("switch"), Switch)), None)
 
 
 def the_switch(model: nn.Module) -> Switch:
@@ -206,8 +207,11 @@ def the_switch(model: nn.Module) -> Switch:
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of all adapters, in the order in which the layers list them."""
-    holders = (m for m in model.modules() if isinstance(m.__dict__.get("switch"), Switch))
-    return list(dict.fromkeys(a for m in holders for a in m.adapters()))  # type: ignore[operator]
+    found: dict[str, None] = {}
+    for _, m in visited(model):
+        if isinstance(m.__dict__.get("switch"), Switch):
+            found |= dict.fromkeys(m.adapters())  # type: ignore[operator]
+    return list(found)
 
 
 def check_known(names: Iterable[str], known: Sequence[str]) -> None:

@@ -52,7 +52,7 @@ def tell_dry(staged: Sequence[Staged], adapter: str) -> None:
             f"The dropout of the adapter {adapter!r} does not act on {dry[0]!r}{f' and {len(dry) - 1} more' * (len(dry) > 1)}: an embedding reads no "
             "numbers, and a module with a forward of its own is run with whole weights.",
             PeftWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

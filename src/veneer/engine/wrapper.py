@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from .holders import visited
 from .route import Choice, Switch
 
 
@@ -96,6 +97,6 @@ class Wrapper(nn.Module, ABC):
 
 def adapter_modules(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
     """Every module that holds tensors of adapters, with its path: adapted layers and modules trained whole."""
-    for path, module in model.named_modules():
+    for path, module in visited(model):
         if isinstance(module, Wrapper):
             yield path, module

@@ -19,7 +19,8 @@ Make = Callable[..., Tensor]
 def derived_linear(x: Tensor, w: Tensor, b: Tensor | None, make: Make, parts: Sequence[Tensor]) -> Tensor:
     """A frozen linear layer with a dense change.
 
-    In 32 bits and wider D is added to W for one product; below, where the sum would lose what is small in D, it has a product of its own.
+    In 32 bits and wider D is added to W for one product; below, where the sum would lose what is small in D, it has a product of its own
+    (not in the gradient for x, which is rounded more than that).
 
     Args:
         x: (..., n_in);  w: W (n_out, n_in), frozen: it never gets a gradient;  b: (n_out,) or None.
@@ -72,10 +73,8 @@ class _DerivedLinear(torch.autograd.Function):
             fresh = [t.detach().requires_grad_(n) for t, n in zip(parts, need, strict=True)]
             d = ctx.make(*fresh)
         dx = None
-        if need_x and _one(w, d):
-            dx = dy @ (w + d.detach())
-        elif need_x:
-            dx = (dy @ w).addmm_(dy, d.detach().to(dy.dtype))
+        if need_x:  # one product in 16 bits too: what W + D rounds away of D is less than what dx itself is rounded by
+            dx = dy @ (w + d.detach().to(w.dtype))
         grads: list[Tensor | None] = [None] * len(parts)
         if wanted := [i for i, n in enumerate(need) if n]:
             found = torch.autograd.grad(d, [fresh[i] for i in wanted], (dy.mT @ rows).to(d.dtype), allow_unused=True)

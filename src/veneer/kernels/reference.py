@@ -49,3 +49,14 @@ def sparse_linear(x: Tensor, w: Tensor | None, b: Tensor | None, index: Tensor, 
     d = values.new_zeros(shape[0] * shape[1]).index_put((index.long(),), values).view(shape).to(x.dtype)
     y = F.linear(x, d) if w is None else F.linear(x, w.detach()) + F.linear(x, d)
     return y if b is None else y + b.to(y.dtype)
+
+
+def add_rowwise(y: Tensor, x: Tensor, factors: Sequence[tuple[Tensor, Tensor, float | Tensor]], owner: Sequence[int]) -> Tensor:
+    """y_i + s_k (x_i A_kᵀ) B_kᵀ row by row, k the owner of row i, -1 for none."""
+    out = []
+    for row, z, k in zip(y, x, owner, strict=True):
+        if k >= 0:
+            a, up, s = factors[k]
+            row = row + s * F.linear(F.linear(z, a.to(z.dtype)), up.to(z.dtype))
+        out.append(row)
+    return torch.stack(out)

@@ -59,7 +59,7 @@ class _SparseLinear(torch.autograd.Function):
         x, w, index, values = ctx.saved_tensors
         dx = db = dvalues = None
         if ctx.needs_input_grad[0]:
-            if w is not None and not _apart(x):
+            if w is not None and not _few(x):  # also in 16 bits: what W + D rounds away of D is less than what dx itself is rounded by
                 dx = dy @ _whole(w, index, values)
             else:
                 dx = _times(dy, index, values, ctx.shape, transposed=True)

@@ -66,6 +66,7 @@ class C3AConfig(Targeted, peft_type="C3A"):
 
 def _circulant(k: Tensor) -> Tensor:
     """The matrix of circulant blocks that have the kernels k (m, n, b) as their first rows."""
-    i = torch.arange(k.shape[-1], device=k.device)
-    blocks: Tensor = k[..., (i[None, :] - i[:, None]) % len(i)]  # (m, n, b, b)
+    b = k.shape[-1]  # entry (i, j) is k[j - i], which in k repeated is at i (b - 1) + j: all columns but the last are a view of that
+    rows = k.repeat(1, 1, b - 1).view(*k.shape[:2], b, b - 1)
+    blocks = torch.cat([rows, rows[..., :1].roll(-1, -2)], -1) if b > 1 else k.unsqueeze(-1)
     return blocks.transpose(1, 2).flatten(2).flatten(0, 1)

@@ -48,12 +48,17 @@ class FourierFTConfig(Targeted, peft_type="FOURIERFT"):
         }
 
     def change(self, p: Any, site: Any) -> Change:
-        sides, at = (site.n_out, site.n_in), p.fourierft_places
+        n, m = site.n_out, site.n_in
+        u, v = p.fourierft_places // m, p.fourierft_places % m
+        # a real part is the transform of a spectrum that is its own mirror image, of which one half tells all: half the work
+        far = 2 * v > m
+        u, v = torch.where(far, -u % n, u), torch.where(far, m - v, v)
+        at, share = u * (m // 2 + 1) + v, torch.where((v == 0) | (2 * v == m), 1.0, 0.5)
 
         def make(values: Tensor) -> Tensor:
-            spectrum = values.new_zeros(sides[0] * sides[1]).index_put((at,), values).view(sides)
-            wide = spectrum.float() if spectrum.dtype in (torch.float16, torch.bfloat16) else spectrum
-            d: Tensor = torch.fft.ifft2(wide).real
+            wide = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+            spectrum = wide.new_zeros(n * (m // 2 + 1)).index_put((at,), wide * share.to(wide.dtype), accumulate=True)
+            d: Tensor = torch.fft.irfft2(spectrum.view(n, -1), s=(n, m))
             return d.to(values.dtype)
 
         return Change(add=Derived(make, (p.fourierft_spectrum * site.scaling,)))

@@ -18,7 +18,7 @@ from ..change import Change
 from ..errors import ConfigError, PeftWarning
 from ..inits.roles import Places, block_of, category, common_basis, solver
 from ..method import Leaf, Targeted
-from ..ops import Diag, Geometry, Op, Sparse, Sum
+from ..ops import Diag, Geometry, Op, Sparse, Sum, mixed_onto
 
 
 @dataclass
@@ -142,10 +142,16 @@ class _Inside(Op):
         return self.up @ self.middle.left(self.down).to(self.up.dtype)
 
     def rows(self, x: Tensor, geo: Geometry) -> Tensor:
+        return geo.mix(*self._inside(x, geo))
+
+    def add_to(self, y: Tensor, x: Tensor, geo: Geometry) -> Tensor:
+        return mixed_onto(y, *self._inside(x, geo), geo)
+
+    def _inside(self, x: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
         if self.dropout > 0:
             x = geo.drop(x, self.dropout)
         h = self.middle.rows(geo.contract(x, self.down.to(x.dtype)), geo)
-        return geo.mix(h, self.up.to(h.dtype))
+        return h, self.up.to(h.dtype)
 
 
 class _Bar:

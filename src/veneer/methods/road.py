@@ -56,8 +56,7 @@ class RoadConfig(Targeted, peft_type="ROAD"):
             cos, sin = cos.view(-1, 2, self.group_size)[:, 0].reshape(n), sin.view(-1, 2, self.group_size)[:, 1].reshape(n)
         at: Tensor = torch.arange(n, device=cos.device)
         first = (at % self.group_size) < half
-        partner = torch.where(first, at + half, at - half)
-        return Change(left=Pairs(cos, torch.where(first, -sin, sin), partner), left_on_bias=True)
+        return Change(left=Pairs(cos, torch.where(first, -sin, sin), half), left_on_bias=True)
 
 
 def _near(mean: float) -> Any:

@@ -1,6 +1,6 @@
 """Structured matrices: what the parts of a change are made of."""
 
-from .base import Geometry, Op, Rows
+from .base import Geometry, Op, Rows, mixed_onto
 from .between import Between, gated, per_row, per_token
 from .dense import Dense, Derived, Sum
 from .diag import Diag
@@ -14,6 +14,6 @@ from .tiled import Tiled
 
 __all__ = [
     "Between", "BlockDiag", "Deflated", "Dense", "Derived", "Diag", "Dropped", "Geometry", "Kron", "LowRank", "Op", "Pairs", "Product",
-    "Reflections", "ReplaceRows", "Rows", "Shuffle", "Sparse", "Sum", "Switched", "Tiled", "blocks_dropped", "cayley", "gated", "per_row", "per_token",
-    "rank_dropped", "skew",
+    "Reflections", "ReplaceRows", "Rows", "Shuffle", "Sparse", "Sum", "Switched", "Tiled", "blocks_dropped", "cayley", "gated", "mixed_onto", "per_row",
+    "per_token", "rank_dropped", "skew",
 ]  # fmt: skip

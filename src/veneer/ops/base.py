@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -52,6 +53,13 @@ class Rows:
 
     def drop(self, x: Tensor, p: float) -> Tensor:
         return F.dropout(x, p)
+
+
+def mixed_onto(y: Tensor, h: Tensor, n: Tensor, geo: Geometry) -> Tensor:
+    """y + N h in one pass over y where the geometry is plain; h with the features where the geometry has them."""
+    if geo.plain and y.dtype == h.dtype == n.dtype and not torch.is_autocast_enabled(y.device.type):
+        return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), n.mT).view(y.shape)
+    return y + geo.mix(h, n).to(y.dtype)
 
 
 class Op(ABC):

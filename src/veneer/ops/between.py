@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MergeError, RouteError
-from .base import Geometry, Op
+from .base import Geometry, Op, mixed_onto
 
 
 @dataclass(eq=False)
@@ -42,6 +42,13 @@ class Between(Op):
         raise MergeError(f"No weight holds this change: {self.why}. Keep it unmerged.")
 
     def rows(self, x: Tensor, geo: Geometry) -> Tensor:
+        return geo.mix(*self._middle(x, geo))
+
+    def add_to(self, y: Tensor, x: Tensor, geo: Geometry) -> Tensor:
+        return mixed_onto(y, *self._middle(x, geo), geo)
+
+    def _middle(self, x: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
+        """(g(V x), with the scale in one of the two; U)."""
         dropped = geo.drop(x, self.dropout) if self.dropout > 0 else x
         h = geo.last(geo.contract(dropped, self.down.to(x.dtype) if x.is_floating_point() else self.down))
         up = self.up if isinstance(self.up, Tensor) else self.up(h)
@@ -52,7 +59,7 @@ class Between(Op):
             h = h * self.scale
         elif self.scale != 1:
             up = up * self.scale
-        return geo.mix(geo.unlast(h), up)
+        return geo.unlast(h), up
 
 
 def gated(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.pairs import swapped, turned
 from .base import Geometry, Op
 
 
@@ -150,23 +151,25 @@ def _exchange(x: Tensor, a: int, b: int, c: int) -> Tensor:
 
 @dataclass(eq=False)
 class Pairs(Op):
-    """M scales and rotates pairs of coordinates: (M y)ᵢ = aᵢ yᵢ + bᵢ y[partner[i]]."""
+    """M scales and rotates pairs of coordinates: (M y)ᵢ = aᵢ yᵢ + bᵢ y[partner of i].
+
+    Coordinates stand in groups of 2 · half; each in the first half of a group is the partner of the one as far into the second.
+    """
 
     a: Tensor
     b: Tensor
-    partner: Tensor
+    half: int
 
     def dense(self) -> Tensor:
         n = self.a.shape[0]
         rows = torch.arange(n, device=self.a.device)
-        return torch.diag(self.a).index_put((rows, self.partner), self.b, accumulate=True)
+        return torch.diag(self.a).index_put((rows, swapped(rows, self.half)), self.b, accumulate=True)
 
     def rows(self, x: Tensor, geo: Geometry) -> Tensor:
-        z = geo.last(x)
-        return geo.unlast(z * self.a.to(x.dtype) + z[..., self.partner] * self.b.to(x.dtype))
+        return geo.unlast(turned(geo.last(x), self.a, self.b, self.half))
 
     def left(self, w: Tensor) -> Tensor:
-        return self.a.to(w.dtype).unsqueeze(-1) * w + self.b.to(w.dtype).unsqueeze(-1) * w[self.partner]
+        return self.a.to(w.dtype).unsqueeze(-1) * w + self.b.to(w.dtype).unsqueeze(-1) * swapped(w.mT, self.half).mT
 
 
 def skew(flat: Tensor, b: int) -> Tensor:

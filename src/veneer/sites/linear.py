@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from ..engine.substitute import call_with
 from ..kernels.derived import derived_linear
 from ..kernels.lowrank import lowrank_linear
 from ..kernels.packed import packed_linear
+from ..kernels.rowwise import add_rowwise
 from ..kernels.sparse import sparse_linear
-from ..ops import Rows
+from ..ops import LowRank, Rows
 from .base import Changes, Site, filled, hooked
 
 
@@ -113,6 +114,24 @@ class LinearSite(Site):
             return lowrank_linear(x, stored, new, low.down, low.up, low.scale, dropout=low.dropout, gain=gain)
         y = rows(changes, lambda z: packed_linear(z, stored), x, _GEOMETRY)
         return y if new is None else y + new.to(y.dtype)
+
+    def splits(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the module does to each row of the batch what it does to all, and its product may be taken apart from the changes."""
+        x = args[0] if args else None
+        alone = len(args) == 1 and not kwargs and isinstance(x, Tensor) and x.ndim > 1
+        return alone and not (self.own_forward or hooked(module))
+
+    def apply_rows(self, module: nn.Module, lows: Sequence[LowRank], owner: Sequence[int], x: Tensor, frozen: Mapping[str, Any]) -> Tensor:
+        """The module's output, with a low-rank change of its own for each row of the batch (`owner`: which, -1 for none); see `splits`."""
+        z = x.reshape(len(owner), -1, x.shape[-1])
+        b = frozen.get(self.bias_name, self.bias(module))
+        if self.codec.plain:
+            stored = frozen.get(self.weight_name)
+            y = F.linear(z, self.weight(module) if stored is None else self.canonical(stored), b)
+        else:
+            y = packed_linear(z, Stored(self.codec, module))
+            y = y if b is None else y + b.to(y.dtype)
+        return add_rowwise(y, z, [(low.down, low.up, low.scale) for low in lows], owner).view(*x.shape[:-1], self.n_out)
 
     def dense(self, module: nn.Module, w: Tensor, b: Tensor | None) -> nn.Module:
         out = nn.Linear(self.n_in, self.n_out, bias=b is not None, device="meta")
