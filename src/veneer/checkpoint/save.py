@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..engine.route import find_switch
+from ..sharding import whole
 from ..engine.steps import check_saving
 from ..errors import LoadError, SaveError, hint
 from .base import BASE_KEY, SCALING_KEY, START_KEY, fingerprint, scaling_text
@@ -89,8 +90,7 @@ def save_adapter(
     check_saving(find_switch(model), adapter_name)
     found = slots(model, adapter_name, config, save_embedding_layers=save_embedding_layers)
     tensors = _encoded(config, _collect(model, found, adapter_name, state_dict, save_embedding_layers is True))
-    start = {k: s.tensor.detach() for k, s in slots(model, adapter_name, config, start=True).items()}
-    tensors, start = _gathered(tensors), _gathered(start)
+    start = {k: whole(s.tensor).detach() for k, s in slots(model, adapter_name, config, start=True).items()}
     if not is_main_process:
         return None
     base = fingerprint(base_root(model))
@@ -179,7 +179,7 @@ def _collect(
     wanted = {k: s for k, s in found.items() if s.saved}
     if state_dict is None:
         if not any("_fsdp_wrapped_module" in s.memory.split(".") for s in walk(model)):
-            return {k: s.tensor.detach() for k, s in wanted.items()}
+            return {k: whole(s.tensor).detach() for k, s in wanted.items()}
         state_dict = model.state_dict()  # the only way to whole tensors under FSDP1
     given = {
         wanted_key: state_dict[name] for name, wanted_key in match(state_dict, found, foreign=False).slot_of.items() if wanted_key in wanted
@@ -200,18 +200,13 @@ def _collect(
             f"{len(wrong)} tensors of the state dict have another shape than the adapter's, such as {key!r}: {theirs} instead of {ours}. "
             "Were they gathered from all processes?"
         )
-    return {k: given[k].detach() for k in wanted if k in given}
+    return {k: whole(given[k]).detach() for k in wanted if k in given}
 
 
 def _encoded(config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """As the method writes them, if it has a form of its own."""
     encode = getattr(config, "to_file", None)
     return encode(tensors) if encode is not None else tensors
-
-
-def _gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sharded tensors (DTensor) made whole. All processes have to take part."""
-    return {k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in tensors.items()}
 
 
 def check_tensors(tensors: Mapping[str, Tensor]) -> None:

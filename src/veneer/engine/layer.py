@@ -132,6 +132,7 @@ class AdaptedLayer(Wrapper):
     """
 
     base_layer: nn.Module
+    _z3_leaf = True  # DeepSpeed's word for: fetch all that is inside at once, the layer reads it itself
     packed: nn.Module | None = None
     assumed: Tensor | None = None
 

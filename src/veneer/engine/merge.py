@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..bases.config import tell_storage
 from ..errors import MergeError
+from ..sharding import is_dtensor, is_partitioned, spread_like
+from .holders import opened
 from .inject import active_adapters, adapted_layers, unwrap
 from .layer import AdaptedLayer
 from .loss import LayerReport, MergeReport, check_finite, loss
@@ -65,7 +67,7 @@ def merge_layers(
         if layer.quantised:
             merged, report.layers[path] = merged_packed(path, layer, mine, into, model, original)
         else:
-            merged, report.layers[path] = _merged(path, layer, mine)
+            merged, report.layers[path] = merged_tensors(path, layer, mine)
         ready.append((layer, mine, merged))
     shared = {id(p) for p in _shared_parameters(model)} if model is not None else set()
     for layer, mine, merged in ready:
@@ -82,12 +84,13 @@ def merge_layers(
 
 
 @torch.no_grad()
-def _merged(path: str, layer: AdaptedLayer, names: list[str]) -> tuple[dict[str, Tensor], LayerReport]:
+def merged_tensors(path: str, layer: AdaptedLayer, names: list[str]) -> tuple[dict[str, Tensor], LayerReport]:
     """The layer's tensors that change, by name, in its own layout and dtypes, checked."""
     frozen = layer.frozen_tensors()
     wide = {k: t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t for k, t in frozen.items()}
     try:
-        exact = layer.site.substituted(layer.base_layer, layer.changes(names, at_rest=True), wide)
+        with opened(layer.attached[n] for n in names):
+            exact = layer.site.substituted(layer.base_layer, layer.changes(names, at_rest=True), wide)
     except MergeError as e:
         raise MergeError(f"{path}: {e}") from None
     if set(exact) - set(frozen):
@@ -118,6 +121,13 @@ def _swap(layer: AdaptedLayer, key: str, new: Tensor, shared: set[int]) -> None:
         layer.originals.setdefault(key, (None, owner._buffers[name]))  # type: ignore[arg-type]
         owner._buffers[name] = new
         return
+    if is_partitioned(p):
+        raise MergeError(
+            f"{layer.name}: DeepSpeed keeps this weight in pieces, and a merge in place would be lost with its next use. Write the merged model with "
+            "veneer.distributed.save_merged(model, folder), or merge in another process, from the saved adapter."
+        )
+    if is_dtensor(p):
+        new = spread_like(new, p)
     layer.originals.setdefault(key, (p, p.data))
     if id(p) in shared:
         owner._parameters[name] = nn.Parameter(new, requires_grad=p.requires_grad)

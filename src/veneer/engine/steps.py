@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .holders import Attached, Tensors
+from ..errors import ConfigError
+from .holders import Attached, Tensors, opened
 
 if TYPE_CHECKING:
     from ..method import Method
@@ -85,17 +86,32 @@ def _trained_by(optimizer: Optimizer) -> list[tuple[Switch, Watched]]:
 
 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for s in list(_switches):
+        for w in s.watched.values():
+            _check_flat(w)
     for _, w in _trained_by(optimizer):
-        _penalise(w)
-        with torch.no_grad():
-            w.config.before_step(w.places, w.step)
+        with opened(w.attached):
+            _penalise(w)
+            with torch.no_grad():
+                w.config.before_step(w.places, w.step)
 
 
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for _, w in _trained_by(optimizer):
         w.step = (w.step or _made_before(optimizer, w)) + 1
-        with torch.no_grad():
+        with opened(w.attached), torch.no_grad():
             w.config.after_step(w.places, w.step)
+
+
+def _check_flat(w: Watched) -> None:
+    """Raise ConfigError if DeepSpeed has taken the adapter's gradients away from its tensors."""
+    for a in w.attached:
+        for n in a.leaves:
+            if n not in a.derived and ((t := a.tensor(n)).requires_grad and (hasattr(t, "ds_id") or hasattr(t, "_hp_mapping"))):
+                raise ConfigError(
+                    f"{type(w.config).__name__} acts at every optimizer step on the gradient of each tensor, which DeepSpeed's ZeRO keeps in flat "
+                    "pieces instead. Train it with DistributedDataParallel or FSDP2."
+                )
 
 
 def _made_before(optimizer: Optimizer, w: Watched) -> int:

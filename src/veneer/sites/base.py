@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..bases import Codec, codec_for
 from ..change import Change, Stacking, bias, weight
 from ..engine.substitute import call_with
+from ..sharding import whole
 
 Changes = Sequence[tuple[Change, Stacking]]
 
@@ -94,7 +95,7 @@ class Site(Adaptable):
 
     def bias(self, module: nn.Module) -> Tensor | None:
         b: Tensor | None = getattr(module, self.bias_name, None)
-        return b
+        return b if b is None else whole(b)
 
     def dense(self, module: nn.Module, w: Tensor, b: Tensor | None) -> nn.Module:
         """torch's own module that does what this one does with `w` (in the layout of `stored`) and `b` in the place of packed tensors."""
