@@ -120,7 +120,7 @@ def save_merged(
         if is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
         size = total = 0
-        with gathered(model, ()):
+        with gathered(model, ()):  # FSDP1 alone: the others are read one by one
             for name, t in _merged(root, adapter_names):
                 if not is_main_process:
                     continue

@@ -6,7 +6,7 @@ whose parameters are views into one flat tensor while a unit runs (`gathered` op
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -32,11 +32,23 @@ def whole(t: Tensor) -> Tensor:
         full: Tensor = t.detach().full_tensor()  # type: ignore[attr-defined]
         return full
     if is_partitioned(t):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([t]):
             return t.data.clone()
     return t
+
+
+def zero_fetches(module: nn.Module, tensors: Iterable[Tensor]) -> None:
+    """Let ZeRO-3 fetch these parameters whenever it runs the module, forwards and backwards, and now, if it has not."""
+    known = getattr(module, "_external_params", {})
+    for t in tensors:
+        if hasattr(t, "ds_id") and id(t) not in known:
+            from deepspeed.runtime.zero.partition_parameters import register_external_parameter
+
+            register_external_parameter(module, t)
+            if is_partitioned(t):
+                t.all_gather()  # type: ignore[attr-defined]
 
 
 def shape_of(t: Tensor) -> tuple[int, ...]:
@@ -50,7 +62,7 @@ def fill(t: Tensor, value: Tensor) -> bool:
     if is_dtensor(t):
         t.copy_(spread_like(value.to(t.dtype), t))
     elif hasattr(t, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([t], modifier_rank=0):
             t.data.copy_(value)
@@ -67,6 +79,11 @@ def spread_like(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value, mesh, placements, src_data_rank=None)
 
 
+def is_flat(model: nn.Module) -> bool:
+    """Whether FSDP1 keeps the model's parameters in pieces just now."""
+    return any(type(m).__name__ == "FullyShardedDataParallel" and m.training_state.name == "IDLE" for m in model.modules())  # type: ignore[union-attr]
+
+
 @contextmanager
 def gathered(model: nn.Module, parameters: Sequence[Tensor] | None = None) -> Iterator[None]:
     """Within the block, what FSDP1 and ZeRO-3 keep in pieces is whole on every process; what rank 0 writes into it stays.
@@ -77,13 +94,13 @@ def gathered(model: nn.Module, parameters: Sequence[Tensor] | None = None) -> It
         parameters: gather these alone (ZeRO-3); by default all of the model.
     """
     with ExitStack() as stack:
-        if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        if is_flat(model):
             from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
             stack.enter_context(FSDP.summon_full_params(model, writeback=True))
         spread = [p for p in (model.parameters() if parameters is None else parameters) if is_partitioned(p)]
         if spread:
-            from deepspeed.zero import GatheredParameters
+            from deepspeed.runtime.zero import GatheredParameters
 
             stack.enter_context(GatheredParameters(spread, modifier_rank=0))
         yield

@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..engine.route import find_switch
-from ..sharding import whole
+from ..sharding import is_flat, whole
 from ..engine.steps import check_saving
 from ..errors import LoadError, SaveError, hint
 from .base import BASE_KEY, SCALING_KEY, START_KEY, fingerprint, scaling_text
-from .keys import Slot, adapter_names, base_root, slots, walk
+from .keys import Slot, adapter_names, base_root, slots
 from .load import BIN_NAME, SAFETENSORS_NAME, START_NAME, config_of, read_safetensors
 from .match import match
 
@@ -178,7 +178,7 @@ def _collect(
         raise SaveError(f"The adapter {adapter!r} has no tensors in this model. Its adapters: {names}.{hint(adapter, known)}")
     wanted = {k: s for k, s in found.items() if s.saved}
     if state_dict is None:
-        if not any("_fsdp_wrapped_module" in s.memory.split(".") for s in walk(model)):
+        if not is_flat(model):
             return {k: whole(s.tensor).detach() for k, s in wanted.items()}
         state_dict = model.state_dict()  # the only way to whole tensors under FSDP1
     given = {

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..change import Change, Swap
-from ..errors import ConfigError
 from ..method import Leaf, Method
 from ..ops import LowRank
 from ..sharding import fill, is_dtensor, is_partitioned, whole
@@ -100,13 +99,10 @@ class Attached:
         """The tensor of a leaf as it is now."""
         if leaf in self.derived:
             other, name, transposed = self.derived[leaf]
-            t = other.tensor(name)
-            if is_partitioned(t):
-                t = _fetched(t, leaf)
-            return t.T if transposed else t
+            return other.tensor(name).T if transposed else other.tensor(name)
         store, key = self.source[leaf]
-        mine: Tensor = store[key]
-        return mine
+        t: Tensor = store[key]
+        return t
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,13 +255,6 @@ def set_slot(owner: nn.Module, key: str, tensor: Tensor) -> None:
     else:
         old = owner._parameters[key]
         owner._parameters[key] = nn.Parameter(tensor, requires_grad=old is not None and old.requires_grad)
-
-
-def _fetched(t: Tensor, leaf: str) -> Tensor:
-    """A tensor that layers share, which ZeRO-3 fetches for none of them."""
-    if t.requires_grad:
-        raise ConfigError(f"ZeRO-3 cannot train {leaf!r}, a tensor that several layers share. Use DistributedDataParallel, FSDP2 or ZeRO-2.")
-    return whole(t)
 
 
 @contextmanager

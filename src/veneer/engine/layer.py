@@ -15,6 +15,7 @@ from ..change import Change, Stacking
 from ..errors import MergeError, RouteError
 from ..method import Method
 from ..ops import LowRank, Switched
+from ..sharding import zero_fetches
 from ..sites import Adaptable, Site
 from ..sites.whole import WholeSite
 from .caching import keeping, stamp
@@ -132,7 +133,6 @@ class AdaptedLayer(Wrapper):
     """
 
     base_layer: nn.Module
-    _z3_leaf = True  # DeepSpeed's word for: fetch all that is inside at once, the layer reads it itself
     packed: nn.Module | None = None
     assumed: Tensor | None = None
 
@@ -284,9 +284,18 @@ class AdaptedLayer(Wrapper):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         choice = self.switch.current(self.own)
+        if "_original_parameters" in self.__dict__:  # DeepSpeed's, under ZeRO-3
+            zero_fetches(self, self._read_here())
         if choice.rows is not None and choice.enabled:
             return self._run_rows(choice, args, kwargs)
         return self._run(self._acting(choice), args, kwargs, choice.facts)
+
+    def _read_here(self) -> Iterator[Tensor]:
+        """What a call reads itself, instead of calling the modules that hold it."""
+        for module in self.modules():
+            yield from (p for p in module._parameters.values() if p is not None)
+        for a in self.attached.values():
+            yield from (a.tensor(n) if not transposed else other.tensor(leaf) for n, (other, leaf, transposed) in a.derived.items())
 
     def _acting(self, choice: Choice) -> list[str]:
         if not choice.enabled or not choice.names:
