@@ -136,9 +136,24 @@ def deepspeed_engine(model: nn.Module, stage: int) -> Any:
     return engine
 
 
+def parallel(base: nn.Module) -> nn.Module:
+    """Cut by a plan: attention by heads, the feed-forward by its width."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in base.model.layers:  # type: ignore[union-attr]
+        columns = {n: ColwiseParallel() for n in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")}
+        rows = {n: RowwiseParallel() for n in ("self_attn.o_proj", "mlp.down_proj")}
+        parallelize_module(layer, mesh, {**columns, **rows})
+    return base
+
+
 def wrapped(model: Any, layout: str) -> Any:
     if layout == "ddp":
         return nn.parallel.DistributedDataParallel(model)
+    if layout == "tp":
+        return model
     if layout == "fsdp2":
         return shard(model)
     if layout == "fsdp1":
@@ -151,7 +166,7 @@ def wrapped(model: Any, layout: str) -> Any:
 
 
 def train(model: Any, layout: str, todo: list[Tensor], opt: Any = None) -> list[float]:
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world = (0, 1) if layout == "tp" else (dist.get_rank(), dist.get_world_size())
     opt, losses = opt or (None if layout.startswith("zero") else optimizer_of(model)), []
     for rows in todo:
         part = mine(rows, rank, world)
@@ -164,7 +179,8 @@ def train(model: Any, layout: str, todo: list[Tensor], opt: Any = None) -> list[
             opt.step()
             opt.zero_grad()
         mean = loss.detach().clone() / world
-        dist.all_reduce(mean)
+        if world > 1:
+            dist.all_reduce(mean)
         losses.append(float(mean))
     return losses
 
@@ -180,6 +196,8 @@ def run(method: str, layout: str, out: Path) -> dict[str, Any]:
 
         base = bare_model(method)
         deepspeed.zero.Init(module=base, config_dict_or_path={"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    if layout == "tp":
+        base = parallel(bare_model(method))
     model = adapted(method, base)
     engine = wrapped(model, layout)
     got = train(engine, layout, batches())
