@@ -143,7 +143,9 @@ def parallel(base: nn.Module) -> nn.Module:
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in base.model.layers:  # type: ignore[union-attr]
-        columns = {n: ColwiseParallel() for n in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")}
+        columns = {
+            n: ColwiseParallel() for n in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+        }
         rows = {n: RowwiseParallel() for n in ("self_attn.o_proj", "mlp.down_proj")}
         parallelize_module(layer, mesh, {**columns, **rows})
     return base
@@ -211,7 +213,9 @@ def run(method: str, layout: str, out: Path) -> dict[str, Any]:
         "losses": max(abs(a - b) for a, b in zip(got, expected, strict=True)),
         "learned": expected[0] - expected[-1],
         "keys": keys,
-        "adapter": max(float((tensors[k] - want[k]).abs().max()) if tensors[k].shape == want[k].shape else 1e9 for k in want) if keys else 1e9,
+        "adapter": max(float((tensors[k] - want[k]).abs().max()) if tensors[k].shape == want[k].shape else 1e9 for k in want)
+        if keys
+        else 1e9,
     }
     if method not in ("prompt",):
         save_merged(engine if layout == "fsdp1" else model, out / f"merged-{method}-{layout}-{world}")

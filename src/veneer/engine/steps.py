@@ -116,38 +116,6 @@ def _check_flat(optimizer: Optimizer) -> None:
                     )
 
 
-def _trained_by(optimizer: Optimizer) -> list[tuple[Switch, Watched]]:
-    ids = {id(p) for group in optimizer.param_groups for p in group["params"]} if _switches else set()
-    return [(s, w) for s in list(_switches) for w in s.watched.values() if ids & w.parameters()]
-
-
-def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    _check_flat(optimizer)
-    for _, w in _trained_by(optimizer):
-        with opened(w.attached):
-            _penalise(w)
-            with torch.no_grad():
-                w.config.before_step(w.places, w.step)
-
-
-def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for _, w in _trained_by(optimizer):
-        w.step = (w.step or _made_before(optimizer, w)) + 1
-        with opened(w.attached), torch.no_grad():
-            w.config.after_step(w.places, w.step)
-
-
-def _check_flat(w: Watched) -> None:
-    """Raise ConfigError if DeepSpeed has taken the adapter's gradients away from its tensors."""
-    for a in w.attached:
-        for n in a.leaves:
-            if n not in a.derived and ((t := a.tensor(n)).requires_grad and (hasattr(t, "ds_id") or hasattr(t, "_hp_mapping"))):
-                raise ConfigError(
-                    f"{type(w.config).__name__} acts at every optimizer step on the gradient of each tensor, which DeepSpeed's ZeRO keeps in flat "
-                    "pieces instead. Train it with DistributedDataParallel or FSDP2."
-                )
-
-
 def _made_before(optimizer: Optimizer, w: Watched) -> int:
     """How many steps an optimizer that goes on from a checkpoint had made before this one."""
     ids = w.parameters()
