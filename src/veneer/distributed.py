@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -162,17 +162,17 @@ def _merged(root: nn.Module, adapter_names: Sequence[str] | None) -> Iterator[tu
             for name, t in module.modules_to_save[mine[-1]].state_dict(keep_vars=True).items() if mine else ():
                 done.add(join_path(f"{spot.memory}.original_module", name))
                 yield join_path(spot.origin, name), whole(t)
-        for name, t in [*module._parameters.items(), *module._buffers.items()]:
+        for name, held in [*module._parameters.items(), *module._buffers.items()]:
             memory = join_path(spot.memory, name)
-            if t is None or memory in done or id(t) in seen or name in module._non_persistent_buffers_set:
+            if held is None or memory in done or id(held) in seen or name in module._non_persistent_buffers_set:
                 continue
-            seen.add(id(t))
-            yield join_path(spot.origin, name), whole(t)
+            seen.add(id(held))
+            yield join_path(spot.origin, name), whole(held)
 
 
 def _write_config(root: nn.Module, written: set[str], folder: Path) -> None:
     """The model's config.json, which says that what was tied is no longer where each got a tensor of its own."""
-    config = getattr(root, "config", None)
+    config: Any = getattr(root, "config", None)
     if not hasattr(config, "save_pretrained"):
         return
     config = copy.deepcopy(config)
@@ -180,4 +180,4 @@ def _write_config(root: nn.Module, written: set[str], folder: Path) -> None:
     for c in (config, getattr(config, "text_config", None)):
         if getattr(c, "tie_word_embeddings", False) and any(k in written for k in tied):
             c.tie_word_embeddings = False
-    cast(Any, config).save_pretrained(folder)
+    config.save_pretrained(folder)

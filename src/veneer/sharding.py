@@ -53,7 +53,7 @@ def zero_fetches(module: nn.Module, tensors: Iterable[Tensor]) -> None:
 
 def shape_of(t: Tensor) -> tuple[int, ...]:
     """The shape that the tensor has when it is whole."""
-    return tuple(t.ds_shape) if hasattr(t, "ds_id") else tuple(t.shape)
+    return tuple(getattr(t, "ds_shape", t.shape))
 
 
 @torch.no_grad()
@@ -95,9 +95,9 @@ def gathered(model: nn.Module, parameters: Sequence[Tensor] | None = None) -> It
     """
     with ExitStack() as stack:
         if is_flat(model):
-            from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+            from torch.distributed.fsdp import FullyShardedDataParallel
 
-            stack.enter_context(FSDP.summon_full_params(model, writeback=True))
+            stack.enter_context(FullyShardedDataParallel.summon_full_params(model, writeback=True))
         spread = [p for p in (model.parameters() if parameters is None else parameters) if is_partitioned(p)]
         if spread:
             from deepspeed.runtime.zero import GatheredParameters

@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 from torch import Tensor, nn
 
 from ..engine.layer import get_slot
-from ..sharding import is_partitioned, shape_of
 from ..errors import PeftError
+from ..sharding import is_partitioned, shape_of
 
 PREFIX = "base_model.model."  # what the keys of a file start with: the path of the user's model in a PeftModel
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.layer import set_slot
-from ..sharding import fill
 from ..errors import LoadError, hint, nearest
+from ..sharding import fill
 from .keys import Slot, walk
 from .match import Matches, match, plain, rename_keys, unfilled
 

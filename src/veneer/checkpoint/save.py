@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..engine.route import find_switch
-from ..sharding import is_flat, whole
 from ..engine.steps import check_saving
 from ..errors import LoadError, SaveError, hint
+from ..sharding import is_flat, whole
 from .base import BASE_KEY, SCALING_KEY, START_KEY, fingerprint, scaling_text
 from .keys import Slot, adapter_names, base_root, slots
 from .load import BIN_NAME, SAFETENSORS_NAME, START_NAME, config_of, read_safetensors
@@ -39,7 +39,8 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: bool | Literal["auto"] = "auto",
 ) -> dict[str, Tensor]:
-    """The tensors of one adapter, by their keys in a file. They share memory with the model.
+    """The tensors of one adapter, by their keys in a file. They share memory with the model; those spread over processes (DTensor, ZeRO-3) come
+    whole, for which all processes have to call this.
 
     Args:
         model: a PeftModel; or a model with injected adapters, whose keys then have no `base_model.model.`, as with PEFT.
