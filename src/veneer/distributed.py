@@ -177,7 +177,8 @@ def _write_config(root: nn.Module, written: set[str], folder: Path) -> None:
         return
     config = copy.deepcopy(config)
     tied = getattr(root, "_tied_weights_keys", None) or ()
-    for c in (config, getattr(config, "text_config", None)):
+    parts: list[Any] = [config, getattr(config, "text_config", None)]
+    for c in parts:
         if getattr(c, "tie_word_embeddings", False) and any(k in written for k in tied):
             c.tie_word_embeddings = False
     config.save_pretrained(folder)
