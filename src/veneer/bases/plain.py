@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..sharding import whole
 from .base import Codec, codecs
 
 
@@ -20,7 +21,7 @@ class Plain(Codec):
         return True
 
     def weight(self, module: nn.Module, name: str = "weight", dtype: torch.dtype | None = None) -> Tensor:
-        w: Tensor = getattr(module, name)
+        w = whole(getattr(module, name))
         return w if dtype is None else w.to(dtype)
 
     def dtype(self, module: nn.Module, name: str = "weight") -> torch.dtype:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..engine.layer import get_slot
 from ..errors import PeftError
+from ..sharding import is_partitioned, shape_of
 
 PREFIX = "base_model.model."  # what the keys of a file start with: the path of the user's model in a PeftModel
 
@@ -73,7 +74,7 @@ class Slot:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
+        return shape_of(self.tensor)
 
 
 # ---------------------------------------------------------------- walking a model
@@ -326,7 +327,7 @@ def _tie(found: Iterable[Slot]) -> None:
     first: dict[tuple[int, int, int], Slot] = {}
     for slot in holds:
         t = slot.tensor
-        if t.numel() == 0:
+        if t.numel() == 0 and not is_partitioned(t):
             continue
         leader = first.setdefault(memory_of(t), slot)
         if leader is slot:
@@ -340,6 +341,8 @@ def _tie(found: Iterable[Slot]) -> None:
 
 def memory_of(t: Tensor) -> tuple[int, int, int]:
     """What is equal for tensors that share their memory."""
+    if is_partitioned(t):
+        return id(t), 0, 0
     try:
         return t.untyped_storage()._cdata, int(t.storage_offset()), t.numel()
     except (NotImplementedError, RuntimeError):  # subclasses without a storage of their own, such as DTensor

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..engine.layer import set_slot
 from ..engine.offload import runs_on
 from ..errors import LoadError, hint, nearest
+from ..sharding import fill
 from .keys import Slot, walk
 from .match import Matches, match, plain, rename_keys, unfilled
 
@@ -190,11 +191,7 @@ def _assign(slot: Slot, value: Tensor, tied: Sequence[Slot]) -> None:
             for held in (s.owner._parameters, s.owner._buffers):
                 if held.get(s.attribute) is old:
                     held[s.attribute] = new  # type: ignore[assignment]
-    elif hasattr(old, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
-
-        old.copy_(distribute_tensor(value.to(old.dtype), old.device_mesh, old.placements))  # type: ignore[attr-defined]
-    else:
+    elif not fill(old, value):
         if (old.dtype, old.device) != (value.dtype, value.device):
             old.grad = None
             old.data = torch.empty_like(value, memory_format=torch.contiguous_format)

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from ..engine.route import find_switch
 from ..engine.steps import check_saving
 from ..errors import LoadError, SaveError, hint
+from ..sharding import is_flat, whole
 from .base import BASE_KEY, SCALING_KEY, START_KEY, fingerprint, scaling_text
-from .keys import Slot, adapter_names, base_root, memory_of, slots, walk
+from .keys import Slot, adapter_names, base_root, memory_of, slots
 from .load import BIN_NAME, SAFETENSORS_NAME, START_NAME, config_of, read_safetensors
 from .match import match
 
@@ -39,7 +40,8 @@ def get_peft_model_state_dict(
     save_embedding_layers: bool | Literal["auto"] = "auto",
 ) -> dict[str, Tensor]:
     """The tensors of one adapter, by their keys in a file. They share memory with the model, but not with each other: of what layers have in common,
-    all but the first are copies, since other libraries that save them cannot do with less.
+    all but the first are copies, since other libraries that save them cannot do with less. Those spread over processes (DTensor, ZeRO-3) come
+    whole, for which all processes have to call this.
 
     Args:
         model: a PeftModel; or a model with injected adapters, whose keys then have no `base_model.model.`, as with PEFT.
@@ -101,8 +103,7 @@ def save_adapter(
     check_saving(find_switch(model), adapter_name)
     found = slots(model, adapter_name, config, save_embedding_layers=save_embedding_layers)
     tensors = _encoded(config, _collect(model, found, adapter_name, state_dict, save_embedding_layers is True))
-    start = {k: s.tensor.detach() for k, s in slots(model, adapter_name, config, start=True).items()}
-    tensors, start = _gathered(tensors), _gathered(start)
+    start = {k: whole(s.tensor).detach() for k, s in slots(model, adapter_name, config, start=True).items()}
     if not is_main_process:
         return None
     base = fingerprint(base_root(model))
@@ -190,8 +191,8 @@ def _collect(
         raise SaveError(f"The adapter {adapter!r} has no tensors in this model. Its adapters: {names}.{hint(adapter, known)}")
     wanted = {k: s for k, s in found.items() if s.saved}
     if state_dict is None:
-        if not any("_fsdp_wrapped_module" in s.memory.split(".") for s in walk(model)):
-            return {k: s.tensor.detach() for k, s in wanted.items()}
+        if not is_flat(model):
+            return {k: whole(s.tensor).detach() for k, s in wanted.items()}
         state_dict = model.state_dict()  # the only way to whole tensors under FSDP1
     given = {
         wanted_key: state_dict[name] for name, wanted_key in match(state_dict, found, foreign=False).slot_of.items() if wanted_key in wanted
@@ -212,18 +213,13 @@ def _collect(
             f"{len(wrong)} tensors of the state dict have another shape than the adapter's, such as {key!r}: {theirs} instead of {ours}. "
             "Were they gathered from all processes?"
         )
-    return {k: given[k].detach() for k in wanted if k in given}
+    return {k: whole(given[k]).detach() for k in wanted if k in given}
 
 
 def _encoded(config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """As the method writes them, if it has a form of its own."""
     encode = getattr(config, "to_file", None)
     return encode(tensors) if encode is not None else tensors
-
-
-def _gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sharded tensors (DTensor) made whole. All processes have to take part."""
-    return {k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in tensors.items()}
 
 
 def check_tensors(tensors: Mapping[str, Tensor]) -> None:

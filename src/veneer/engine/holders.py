@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ..change import Change, Swap
 from ..method import Leaf, Method
 from ..ops import LowRank
+from ..sharding import fill, is_dtensor, is_partitioned, whole
 
 if TYPE_CHECKING:
     from .place import Place
@@ -322,3 +324,28 @@ def set_slot(owner: nn.Module, key: str, tensor: Tensor) -> None:
     else:
         old = owner._parameters[key]
         owner._parameters[key] = nn.Parameter(tensor, requires_grad=old is not None and old.requires_grad)
+
+
+@contextmanager
+def opened(attached: Iterable[Attached]) -> Iterator[None]:
+    """Within the block, adapters' tensors that are spread over processes, and their gradients, are whole; what is written to them stays."""
+    sources = [s for a in attached for s in (*a.source.values(), *(o.source[n] for o, n, _ in a.derived.values() if n in o.source))]
+    spread = [(store, key, store[key]) for store, key in {id(s[k]): (s, k) for s, k in sources}.values()]
+    spread = [(store, key, t) for store, key, t in spread if is_dtensor(t) or is_partitioned(t)]
+    before = []
+    for store, key, t in spread:
+        full = whole(t)
+        store[key] = new = nn.Parameter(full, t.requires_grad) if isinstance(t, nn.Parameter) else full
+        new.grad = whole(t.grad).clone() if t.grad is not None else None
+        before.append((new._version, new.grad._version if new.grad is not None else 0))
+    try:
+        yield
+        for (store, key, t), (version, of_grad) in zip(spread, before, strict=True):
+            new = store[key]
+            if new._version != version:
+                fill(t, new.detach())
+            if t.grad is not None and new.grad is not None and new.grad._version != of_grad:
+                fill(t.grad, new.grad)
+    finally:
+        for store, key, t in spread:
+            store[key] = t

@@ -15,6 +15,7 @@ from ..errors import MergeError, RouteError
 from ..kernels.norms import checksum
 from ..method import Method
 from ..ops import LowRank, Switched
+from ..sharding import zero_fetches
 from ..sites import Adaptable, Site
 from ..sites.linear import LinearSite
 from ..sites.whole import WholeSite
@@ -219,9 +220,18 @@ class AdaptedLayer(Wrapper):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         choice = self.switch.current(self.own)
+        if "_original_parameters" in self.__dict__:  # DeepSpeed's, under ZeRO-3
+            zero_fetches(self, self._read_here())
         if choice.rows is not None and choice.enabled:
             return self._run_rows(choice, args, kwargs)
         return self._run(self._acting(choice), args, kwargs, choice.facts)
+
+    def _read_here(self) -> Iterator[Tensor]:
+        """What a call reads itself, instead of calling the modules that hold it."""
+        for module in self.modules():
+            yield from (p for p in module._parameters.values() if p is not None)
+        for a in self.attached.values():
+            yield from (a.tensor(n) if not transposed else other.tensor(leaf) for n, (other, leaf, transposed) in a.derived.items())
 
     def _acting(self, choice: Choice) -> list[str]:
         if not choice.enabled or not choice.names:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..bases.config import tell_storage
 from ..change import bias
 from ..errors import MergeError
+from ..sharding import is_dtensor, is_partitioned, spread_like
+from .holders import opened
 from .inject import active_adapters, unwrap
 from .layer import AdaptedLayer, adapted_layers
 from .loss import LayerReport, MergeReport, check_finite, loss
@@ -116,6 +118,11 @@ def merged_tensors(path: str, layer: AdaptedLayer, names: list[str]) -> tuple[di
     Raises:
         MergeError: if they cannot be formed, or are not finite.
     """
+    with opened(layer.attached[n] for n in names):
+        return _formed(path, layer, names)
+
+
+def _formed(path: str, layer: AdaptedLayer, names: list[str]) -> tuple[dict[str, Tensor], LayerReport]:
     frozen, changes = layer.frozen_tensors(), layer.changes(names, at_rest=True)
     if by_rows(layer, changes):
         site = layer.weight_site
@@ -165,6 +172,13 @@ def _swap(layer: AdaptedLayer, key: str, new: Tensor, shared: set[int]) -> None:
         layer.originals.setdefault(key, (None, owner._buffers[name]))  # type: ignore[arg-type]
         owner._buffers[name] = new
         return
+    if is_partitioned(p):
+        raise MergeError(
+            f"{layer.name}: DeepSpeed keeps this weight in pieces, and a merge in place would be lost with its next use. Write the merged model with "
+            "veneer.distributed.save_merged(model, folder), or merge in another process, from the saved adapter."
+        )
+    if is_dtensor(p):
+        new = spread_like(new, p)
     layer.originals.setdefault(key, (p, p.data))
     if id(p) in shared:
         owner._parameters[name] = nn.Parameter(new, requires_grad=p.requires_grad)

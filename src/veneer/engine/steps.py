@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .holders import Attached, Tensors
+from ..errors import ConfigError
+from .holders import Attached, Tensors, opened
 
 if TYPE_CHECKING:
     from ..method import Method
@@ -85,17 +86,34 @@ def _trained_by(optimizer: Optimizer) -> list[tuple[Switch, Watched]]:
 
 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    _check_flat(optimizer)
     for _, w in _trained_by(optimizer):
-        _penalise(w)
-        with torch.no_grad():
-            w.config.before_step(w.places, w.step)
+        with opened(w.attached):
+            _penalise(w)
+            with torch.no_grad():
+                w.config.before_step(w.places, w.step)
 
 
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for _, w in _trained_by(optimizer):
         w.step = (w.step or _made_before(optimizer, w)) + 1
-        with torch.no_grad():
+        with opened(w.attached), torch.no_grad():
             w.config.after_step(w.places, w.step)
+
+
+def _check_flat(optimizer: Optimizer) -> None:
+    """Raise ConfigError if DeepSpeed or FSDP1 keeps the gradients of a method that acts on each of them in flat pieces."""
+    flat = bool(_switches) and all(p.ndim == 1 for group in optimizer.param_groups for p in group["params"])
+    watched = [w for s in list(_switches) for w in s.watched.values()] if flat else []
+    for w in watched:
+        for a in w.attached:
+            for n, leaf in a.leaves.items():
+                t = a.tensor(n) if n not in a.derived else None
+                if t is not None and t.requires_grad and (hasattr(t, "ds_id") or hasattr(t, "_hp_mapping") or t.ndim != len(leaf.shape)):
+                    raise ConfigError(
+                        f"{type(w.config).__name__} acts at every optimizer step on the gradient of each tensor, which DeepSpeed's ZeRO and FSDP1 keep in "
+                        "flat pieces instead. Train it with DistributedDataParallel or FSDP2 (veneer.distributed.shard)."
+                    )
 
 
 def _made_before(optimizer: Optimizer, w: Watched) -> int:

@@ -13,6 +13,7 @@ from ..bases import Codec, codec_for
 from ..change import Change, Stacking, bias, weight
 from ..engine.offload import brought_in
 from ..engine.substitute import call_with
+from ..sharding import whole
 
 Changes = Sequence[tuple[Change, Stacking]]
 
@@ -98,7 +99,7 @@ class Site(Adaptable):
         if b is not None and b.is_meta:  # accelerate may keep it elsewhere
             with brought_in(module):
                 b = getattr(module, self.bias_name)
-        return b
+        return b if b is None else whole(b)
 
     def dense(self, module: nn.Module, w: Tensor, b: Tensor | None) -> nn.Module:
         """torch's own module that does what this one does with `w` (in the layout of `stored`) and `b` in the place of packed tensors."""

@@ -18,6 +18,7 @@ from ..kernels.rowwise import add_rowwise
 from ..kernels.sparse import sparse_linear
 from ..ops import LowRank, Rows
 from .base import Changes, Site, filled, hooked
+from .parallel import Plan, is_parallel
 
 
 class LinearGeometry(Rows):
@@ -35,6 +36,7 @@ class LinearSite(Site):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
+        self.plan: Plan | None = None  # how a tensor-parallel layer is cut
         self.transposed = self.codec.plain and not isinstance(module, nn.Linear)
         if self.transposed:
             self.n_in, self.n_out = (int(n) for n in module.weight.shape)  # type: ignore[union-attr]
@@ -67,11 +69,19 @@ class LinearSite(Site):
         if more and all(c.fixed for c, _ in changes):
             return self.run_whole(module, changes, args, kwargs, frozen)
         x: Tensor = args[0]
-        if more or hooked(module):
+        if not more and not frozen and is_parallel(module, module._parameters.get(self.weight_name)):
+            if self.plan is None:
+                self.plan = Plan(module, module.weight, x, type(module).__name__)
+            return self.plan.part(self._product(module, changes, self.plan.whole(x), frozen))
+        if more or (hooked(module) and "_original_parameters" not in module.__dict__):  # ZeRO-3's hooks fetch what the layer has fetched
             return self._around(module, changes, args, kwargs, frozen)
+        return self._product(module, changes, x, frozen)
+
+    def _product(self, module: nn.Module, changes: Changes, x: Tensor, frozen: Mapping[str, Any]) -> Tensor:
+        """The changed product, without the module's own call."""
         stored = frozen.get(self.weight_name)
         w = self.weight(module) if stored is None else self.canonical(stored)
-        b = bias(changes, frozen.get(self.bias_name, module.bias))  # type: ignore[arg-type]
+        b = bias(changes, frozen[self.bias_name] if self.bias_name in frozen else self.bias(module))
         if b is not None and b.dtype != w.dtype:
             b = b.to(w.dtype)
         one = fused(changes)
@@ -148,6 +158,8 @@ class LinearSite(Site):
             return out
 
         b = frozen[self.bias_name] if self.bias_name in frozen else self.bias(module)
+        if b is not None and not b.requires_grad:
+            b = b.detach()  # DeepSpeed takes the parameter's numbers away as soon as the module has run
         if b is not None and any(not c.additive for c, _ in changes):
             y = rows(changes, lambda z: base(z) - b.to(z.dtype), x, _GEOMETRY)
             new = bias(changes, b)

@@ -1,0 +1,106 @@
+"""Tensors that are spread over processes: told apart, made whole, put back in the same layout.
+
+Three engines spread them in three ways: DTensor (FSDP2, tensor parallel), DeepSpeed's ZeRO-3, which empties a parameter between uses, and FSDP1,
+whose parameters are views into one flat tensor while a unit runs (`gathered` opens them all).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ORDINARY = (Tensor, nn.Parameter)
+
+
+def is_dtensor(t: Any) -> bool:
+    """Whether a tensor knows the mesh of processes that it is spread over."""
+    return type(t) not in _ORDINARY and hasattr(t, "full_tensor")
+
+
+def is_partitioned(t: Any) -> bool:
+    """Whether it is a parameter that ZeRO-3 has emptied, so that its numbers are elsewhere."""
+    return hasattr(t, "ds_id") and t.ds_status.name != "AVAILABLE"
+
+
+def whole(t: Tensor) -> Tensor:
+    """The tensor with all its numbers, without gradient if it was spread; itself if it was not. All processes have to take part."""
+    if is_dtensor(t):
+        full: Tensor = t.detach().full_tensor()  # type: ignore[attr-defined]
+        return full
+    if is_partitioned(t):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([t]):
+            return t.data.clone()
+    return t
+
+
+def zero_fetches(module: nn.Module, tensors: Iterable[Tensor]) -> None:
+    """Let ZeRO-3 fetch these parameters whenever it runs the module, forwards and backwards, and now, if it has not."""
+    known = getattr(module, "_external_params", {})
+    for t in tensors:
+        if hasattr(t, "ds_id") and id(t) not in known:
+            from deepspeed.runtime.zero.partition_parameters import register_external_parameter
+
+            register_external_parameter(module, t)
+            if is_partitioned(t):
+                t.all_gather()  # type: ignore[attr-defined]
+
+
+def shape_of(t: Tensor) -> tuple[int, ...]:
+    """The shape that the tensor has when it is whole."""
+    return tuple(getattr(t, "ds_shape", t.shape))
+
+
+@torch.no_grad()
+def fill(t: Tensor, value: Tensor) -> bool:
+    """Write whole numbers, the same on every process, into a tensor that is spread; False if it is not."""
+    if is_dtensor(t):
+        t.copy_(spread_like(value.to(t.dtype), t))
+    elif hasattr(t, "ds_id"):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([t], modifier_rank=0):
+            t.data.copy_(value)
+    else:
+        return False
+    return True
+
+
+def spread_like(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor in the layout of another; every process cuts out its own part, nothing is sent."""
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return distribute_tensor(value, mesh, placements, src_data_rank=None)
+
+
+def is_flat(model: nn.Module) -> bool:
+    """Whether FSDP1 keeps the model's parameters in pieces just now."""
+    return any(type(m).__name__ == "FullyShardedDataParallel" and m.training_state.name == "IDLE" for m in model.modules())  # type: ignore[union-attr]
+
+
+@contextmanager
+def gathered(model: nn.Module, parameters: Sequence[Tensor] | None = None) -> Iterator[None]:
+    """Within the block, what FSDP1 and ZeRO-3 keep in pieces is whole on every process; what rank 0 writes into it stays.
+
+    DTensors are left as they are: `whole` reads them one by one.
+
+    Args:
+        parameters: gather these alone (ZeRO-3); by default all of the model.
+    """
+    with ExitStack() as stack:
+        if is_flat(model):
+            from torch.distributed.fsdp import FullyShardedDataParallel
+
+            stack.enter_context(FullyShardedDataParallel.summon_full_params(model, writeback=True))
+        spread = [p for p in (model.parameters() if parameters is None else parameters) if is_partitioned(p)]
+        if spread:
+            from deepspeed.runtime.zero import GatheredParameters
+
+            stack.enter_context(GatheredParameters(spread, modifier_rank=0))
+        yield

@@ -1,0 +1,253 @@
+"""One process of several: trains methods under one layout, compares with a single process, saves. Started by torchrun from test_distributed.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import veneer
+from veneer.distributed import fsdp_auto_wrap_policy, gathered, save_merged, shard
+
+QV = ["q_proj", "v_proj", "down_proj"]
+CONFIGS: dict[str, Any] = {
+    "lora": lambda: veneer.LoraConfig(r=4, target_modules=QV),
+    "dora": lambda: veneer.LoraConfig(r=4, target_modules=QV, use_dora=True),
+    "adalora": lambda: veneer.AdaLoraConfig(init_r=6, target_r=3, target_modules=QV, total_step=20, tinit=2, tfinal=6, deltaT=2),
+    "ia3": lambda: veneer.IA3Config(target_modules=[*QV, "k_proj"], feedforward_modules=["down_proj"]),
+    "oft": lambda: veneer.OFTConfig(oft_block_size=8, target_modules=QV),
+    "vera": lambda: veneer.VeraConfig(r=8, target_modules=["q_proj", "v_proj"]),
+    "prompt": lambda: veneer.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+    "saved": lambda: veneer.LoraConfig(r=4, target_modules=QV, modules_to_save=["lm_head"]),
+    "tied": lambda: veneer.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True),
+    "pissa": lambda: veneer.LoraConfig(r=4, target_modules=QV, init_lora_weights="pissa"),
+}
+VOCAB, LENGTH, STEPS = 64, 12, 20
+
+
+def bare_model(method: str) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        tie_word_embeddings=method == "tied", attention_bias=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    for p in model.parameters():  # biases that are not zero
+        p.data += 0.02 * torch.randn_like(p)
+    return model
+
+
+def adapted(method: str, base: nn.Module | None = None) -> Any:
+    base = bare_model(method) if base is None else base
+    torch.manual_seed(1)
+    return veneer.get_peft_model(base, CONFIGS[method]())
+
+
+def batches(steps: int = STEPS) -> list[Tensor]:
+    """The rows of each step, four passes over one set; the last batch of each pass is uneven, 3 rows."""
+    g = torch.Generator().manual_seed(7)
+    once = [torch.randint(0, VOCAB, (3 if i == 4 else 4, LENGTH), generator=g) for i in range(5)]
+    return [once[i % 5] for i in range(steps)]
+
+
+def total_loss(model: Any, rows: Tensor) -> Tensor:
+    """Sum over the rows; a process without rows takes a row that does not count."""
+    empty = not len(rows)
+    ids = torch.zeros(1, LENGTH, dtype=torch.long) if empty else rows
+    logits = model(input_ids=ids).logits[:, -LENGTH:-1]
+    loss = nn.functional.cross_entropy(logits.reshape(-1, VOCAB), ids[:, 1:].reshape(-1), reduction="sum")
+    return loss * 0 if empty else loss
+
+
+def mine(rows: Tensor, rank: int, world: int) -> Tensor:
+    size = -(-4 // world)
+    return rows[rank * size : (rank + 1) * size]
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, foreach=False)
+
+
+def single(method: str, steps: int = STEPS) -> tuple[Any, list[float]]:
+    model = adapted(method)
+    opt, losses = optimizer_of(model), []
+    for rows in batches(steps):
+        loss = total_loss(model, rows) / (len(rows) * (LENGTH - 1))
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        losses.append(float(loss))
+    return model, losses
+
+
+class Bytes:
+    """What this process gives to collectives, in bytes, by their names."""
+
+    def __init__(self) -> None:
+        self.by: dict[str, int] = {}
+
+    def __enter__(self) -> Bytes:
+        from torch.profiler import ProfilerActivity, profile
+
+        self.p = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
+        self.p.__enter__()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        self.p.__exit__(*args)
+        for e in self.p.events():
+            if e.name.startswith("gloo:") or e.name.startswith("c10d::"):
+                self.by[e.name] = self.by.get(e.name, 0) + sum(4 * _numel(s) for s in e.input_shapes)
+
+
+def _numel(shape: Any) -> int:
+    if shape and isinstance(shape[0], (list, tuple)):
+        return sum(map(_numel, shape))
+    n = 1
+    for s in shape:
+        n *= int(s)
+    return n if shape else 0
+
+
+def deepspeed_engine(model: nn.Module, stage: int) -> Any:
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer_of(model),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": 0.0,  # DeepSpeed clips at 1 unless told otherwise
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        },
+    )
+    return engine
+
+
+def parallel(base: nn.Module) -> nn.Module:
+    """Cut by a plan: attention by heads, the feed-forward by its width."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in base.model.layers:  # type: ignore[union-attr]
+        columns = {
+            n: ColwiseParallel() for n in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+        }
+        rows = {n: RowwiseParallel() for n in ("self_attn.o_proj", "mlp.down_proj")}
+        parallelize_module(layer, mesh, {**columns, **rows})
+    return base
+
+
+def wrapped(model: Any, layout: str) -> Any:
+    if layout == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    if layout == "tp":
+        return model
+    if layout == "fsdp2":
+        return shard(model)
+    if layout == "fsdp1":
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        return FullyShardedDataParallel(
+            model, auto_wrap_policy=fsdp_auto_wrap_policy(model), use_orig_params=True, device_id=torch.device("cpu")
+        )
+    return deepspeed_engine(model, int(layout[-1]))
+
+
+def train(model: Any, layout: str, todo: list[Tensor], opt: Any = None) -> list[float]:
+    rank, world = (0, 1) if layout == "tp" else (dist.get_rank(), dist.get_world_size())
+    opt, losses = opt or (None if layout.startswith("zero") else optimizer_of(model)), []
+    for rows in todo:
+        part = mine(rows, rank, world)
+        loss = total_loss(model, part) * world / (len(rows) * (LENGTH - 1))
+        if opt is None:
+            model.backward(loss)
+            model.step()
+        else:
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+        mean = loss.detach().clone() / world
+        if world > 1:
+            dist.all_reduce(mean)
+        losses.append(float(mean))
+    return losses
+
+
+def run(method: str, layout: str, out: Path) -> dict[str, Any]:
+    rank = dist.get_rank()
+    reference, expected = single(method)
+    world = dist.get_world_size()
+    zero3 = layout == "zero3"
+    base = None
+    if zero3:
+        import deepspeed
+
+        base = bare_model(method)
+        deepspeed.zero.Init(module=base, config_dict_or_path={"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    if layout == "tp":
+        base = parallel(bare_model(method))
+    model = adapted(method, base)
+    engine = wrapped(model, layout)
+    got = train(engine, layout, batches())
+    folder = out / f"{method}-{layout}-{world}"
+    with gathered(engine) if layout == "fsdp1" else nullcontext():
+        model.save_pretrained(folder, is_main_process=rank == 0)
+        tensors = {k: t.clone() for k, t in veneer.get_peft_model_state_dict(model).items()}
+    want = veneer.get_peft_model_state_dict(reference)
+    keys = set(tensors) == set(want)
+    result = {
+        "losses": max(abs(a - b) for a, b in zip(got, expected, strict=True)),
+        "learned": expected[0] - expected[-1],
+        "keys": keys,
+        "adapter": max(float((tensors[k] - want[k]).abs().max()) if tensors[k].shape == want[k].shape else 1e9 for k in want)
+        if keys
+        else 1e9,
+    }
+    if method not in ("prompt",):
+        save_merged(engine if layout == "fsdp1" else model, out / f"merged-{method}-{layout}-{world}")
+    dist.barrier()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--layout", required=True)
+    parser.add_argument("--methods", required=True)
+    parser.add_argument("--out", required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    if args.layout.startswith("zero"):
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")
+    else:
+        dist.init_process_group("gloo")
+    out, results = Path(args.out), {}
+    for method in args.methods.split(","):
+        try:
+            results[method] = run(method, args.layout, out)
+        except Exception as e:  # the test asserts on it; a collective that differs between ranks would hang, torchrun ends it
+            import traceback
+
+            results[method] = {"error": f"{type(e).__name__}: {e}", "trace": traceback.format_exc()[-3000:]}
+    if dist.get_rank() == 0:
+        (out / f"{args.layout}.json").write_text(json.dumps(results, indent=1))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
