@@ -179,6 +179,9 @@ def test_coming_after_a_library_that_found_no_peft_is_an_error() -> None:
     hide = "import sys, importlib.util as u\nreal = u.find_spec\nu.find_spec = lambda n, *a: None if n == 'peft' else real(n, *a)\n"
     out = _run("-c", f"{hide}import transformers.trainer_utils\nu.find_spec = real\nimport veneer.compat", check=False)
     assert out.returncode != 0 and "Import veneer.compat first" in out.stderr
+    if importlib.util.find_spec("diffusers") is not None:
+        out = _run("-c", "import diffusers, veneer.compat", check=False)
+        assert out.returncode != 0 and "diffusers has been imported already" in out.stderr
 
 
 def test_a_program_runs_with_it(tmp_path: Path) -> None:
@@ -226,3 +229,13 @@ def test_the_real_libraries() -> None:
 def test_the_real_libraries_at_length() -> None:
     pytest.importorskip("transformers")
     _integration("-m", "slow")
+
+
+@pytest.mark.slow
+def test_the_example_with_diffusers_runs(tmp_path: Path) -> None:
+    for library in ("diffusers", "sklearn", "matplotlib"):
+        pytest.importorskip(library)
+    _run(str(HERE.parent / "examples" / "diffusion" / "run.py"), "--quick", "--out", str(tmp_path))
+    figures = json.loads((tmp_path / "run.json").read_text())
+    assert all(figures[k]["loaded draws what was trained, largest difference"] == 0 for k in ("unet", "transformer"))
+    assert (tmp_path / "images.png").stat().st_size > 10_000

@@ -1,3 +1,4 @@
+# ruff: noqa: I001
 """LoRA on a small UNet and a small transformer that draw digits from words: images of a class they have never seen, before and after.
 
     python examples/diffusion/run.py [--out FOLDER] [--quick]
@@ -16,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import veneer.compat  # first: diffusers asks once, when it is imported, whether PEFT is there
+
 import diffusers
 import numpy as np
 import torch
@@ -25,7 +28,6 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 import veneer
-import veneer.compat
 from veneer.formats import convert
 
 NEW = (8, 9)

@@ -120,6 +120,8 @@ def install() -> None:
     if any(isinstance(f, type) and f is Finder for f in sys.meta_path):
         return
     late = [name for name, sign in _SETTLED.items() if name in sys.modules and sign not in vars(sys.modules[name])]
+    if getattr(sys.modules.get("diffusers.utils.constants"), "USE_PEFT_BACKEND", True) is False:
+        late.append("diffusers")
     if late:
         raise PeftError(
             f"{late[0]} has been imported already and found no PEFT, so it would not know a PeftModel. Import veneer.compat first, or run the program "
