@@ -49,19 +49,13 @@ class AdaptionPromptConfig(Method, peft_type="ADAPTION_PROMPT"):
 
     def pick(self, names: list[str], fitting: list[str]) -> list[str]:
         """The names of the attention modules of the last layers, of all names in the model and of those that are attention."""
-        missing = [n for n in self.positive if getattr(self, n) is None]
-        if missing:
-            raise ConfigError(
-                f"AdaptionPromptConfig needs {' and '.join(missing)}: the number of tokens, and of layers counted from the last."
-            )
+        if missing := [n for n in self.positive if getattr(self, n) is None]:
+            raise ConfigError(f"AdaptionPromptConfig needs {' and '.join(missing)}: the number of tokens, and of layers from the last.")
         ends = {n.rpartition(".")[2] for n in fitting}
-        if self.target_modules is None:
-            if len(ends) != 1:
-                known = (
-                    f"The model has attention of several names: {sorted(ends)}." if ends else "The model has no attention of a known shape."
-                )
-                raise ConfigError(f"AdaptionPromptConfig.target_modules is needed, the last part of the attention modules' names. {known}")
-            self.target_modules = next(iter(ends))
+        if self.target_modules is None and len(ends) != 1:
+            known = f"attention of several names: {sorted(ends)}" if ends else "no attention of a known shape"
+            raise ConfigError(f"AdaptionPromptConfig.target_modules is needed, the last part of the modules' names. The model has {known}.")
+        self.target_modules = self.target_modules or next(iter(ends))
         found = [n for n in names if f".{n}".endswith(f".{self.target_modules}")]
         assert self.adapter_layers is not None
         if len(found) < self.adapter_layers:
