@@ -285,7 +285,8 @@ def test_the_head_of_a_quantised_classifier_trains_whole(tokenizer: Any, tmp_pat
     transformers.BertForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     data.write_text("text,label\n" + "".join(f"the {a} sat,{a}\n" for a in ("cat", "dog") * 8), encoding="utf-8")
-    given = _given(folder, data, tmp_path / "out", task="sequence-classification", eval_data=str(data), steps=40, quantize="nf4")
+    given = _given(folder, data, tmp_path / "out", task="sequence-classification", eval_data=str(data), steps=60, quantize="nf4")
+    given["learning_rate"] = 5e-2
     record = run(None, {**given, "batch_size": 8, "method_fields": {"r": 4}})
     assert record["after"]["accuracy"] == 1.0 and record["plan"]["trained_whole"] == ["classifier", "score"]
 

@@ -15,8 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..errors import ConfigError, PeftError
+from ..training.processes import is_first
 
-_console = Console(stderr=True)
+_console = Console(stderr=True, quiet=int(os.environ.get("RANK", 0)) > 0)  # of several processes one speaks
 
 
 def train(
@@ -85,6 +86,9 @@ def run(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
     """Run a recipe and return its record."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module="transformers")
+    if not is_first():
+        warnings.filterwarnings("ignore")
+    import torch
     from transformers.utils import logging
 
     from ..training import run as room
@@ -118,6 +122,9 @@ def run(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
     if first:
         room.finish(prepared, recipe, record, trainer.steering)
         _report(record, recipe)
+    trainer.accelerator.wait_for_everyone()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return record
 
 
@@ -191,6 +198,8 @@ def _show(record: dict[str, Any], recipe: Any) -> None:
         f"{plan['trainable_parameters']:,} of {plan['all_parameters']:,} parameters train ({share:.2%}); weights {memory['weights']}, "
         f"gradients {memory['gradients']}, optimizer {memory['optimizer']}\n"
         f"{plan['train_rows']:,} training rows, {plan['held_out_rows']:,} held out, {plan['steps']:,} steps of {recipe.batch_size} x {recipe.length} tokens"
+        + f" on each of {plan['processes']} processes"
+        * (plan["processes"] > 1)
     )
 
 

@@ -26,6 +26,7 @@ from ..planning import plan
 from .controls import controls_of, optimizer_of, rate_groups
 from .data import classification_examples, collate, language_examples, pack, read_rows
 from .loss import HeadlessLoss
+from .processes import Filled, Shuffled, filled, processes
 from .quantise import storage
 from .recipe import Recipe
 
@@ -182,11 +183,12 @@ def overview(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
         "train_rows": len(prepared.train),
         "held_out_rows": len(prepared.held_out),
         "steps": _steps(recipe, len(prepared.train)),
+        "processes": processes(),
     }
 
 
 def _steps(recipe: Recipe, rows: int) -> int:
-    return recipe.steps or max(1, math.ceil(rows / (recipe.batch_size * recipe.accumulate) * recipe.epochs))
+    return recipe.steps or max(1, math.ceil(rows / (recipe.batch_size * processes() * recipe.accumulate) * recipe.epochs))
 
 
 def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = ()) -> Any:
@@ -198,13 +200,16 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
 
     class AdapterTrainer(transformers.Trainer):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            if headless is None or return_outputs:
+            if return_outputs or (headless is None and recipe.task == "causal-lm"):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            total, count = headless(model, inputs)
+            total, count = headless(model, inputs) if headless is not None else _summed(model, inputs)
             scale = float(num_items_in_batch) if num_items_in_batch is not None else max(count, 1)
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
                 total = total * self.accelerator.num_processes
             return total / scale
+
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            return Shuffled(len(prepared.train), recipe.batch_size * processes(), recipe.seed)
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
             self.model.save_pretrained(output_dir or self.args.output_dir)
@@ -216,7 +221,10 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
             load_into(self.model, "default", read_adapter(self.state.best_model_checkpoint), check_config=False)
 
     steps = _steps(recipe, len(prepared.train))
+    cpu = not torch.accelerator.is_available()
     args = transformers.TrainingArguments(
+        use_cpu=cpu,
+        ddp_backend="gloo" if cpu and processes() > 1 else None,
         output_dir=str(Path(recipe.out) / "checkpoints"),
         max_steps=steps,
         per_device_train_batch_size=recipe.batch_size,
@@ -243,15 +251,23 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
     trainer = AdapterTrainer(
         model=prepared.model,
         args=args,
-        train_dataset=prepared.train,
-        eval_dataset=prepared.held_out or None,
+        train_dataset=Filled(prepared.train),
+        eval_dataset=filled(prepared.held_out, recipe.batch_size * processes()) or None,
         data_collator=collate(pad),
         callbacks=[*callbacks, *([trainer_callback(steering)] if steering else [])],
         optimizers=(own, None),
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        headless = None  # the head's weight is in pieces then
     trainer.headless, trainer.steering = headless, steering
     return trainer
+
+
+def _summed(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
+    """(sum of a classifier's losses, number of labels that count)."""
+    logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+    return nn.functional.cross_entropy(logits.float(), inputs["labels"], reduction="sum"), int((inputs["labels"] != -100).sum())
 
 
 @torch.no_grad()
@@ -267,13 +283,15 @@ def evaluate(trainer: Any, recipe: Recipe) -> dict[str, float]:
         batch = trainer._prepare_inputs(batch)
         if recipe.task != "causal-lm":
             logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
-            sums += torch.tensor([float((logits.argmax(-1) == batch["labels"]).sum()), len(batch["labels"])], dtype=torch.float64)
+            counts = batch["labels"] != -100
+            sums += torch.tensor([float(((logits.argmax(-1) == batch["labels"]) & counts).sum()), int(counts.sum())], dtype=torch.float64)
         elif trainer.headless is not None:
             total, count = trainer.headless(model, batch)
             sums += torch.tensor([float(total), count], dtype=torch.float64)
         else:
             count = int((batch["labels"][:, 1:] != -100).sum())
-            sums += torch.tensor([float(model(**batch).loss) * count, count], dtype=torch.float64)
+            loss = float(model(**batch).loss)  # the mean of none is no number
+            sums += torch.tensor([loss * count if count else 0.0, count], dtype=torch.float64)
     sums = trainer.accelerator.reduce(sums.to(trainer.args.device), "sum").cpu()
     model.train(training)
     mean = float(sums[0] / sums[1].clamp_min(1))

@@ -1,0 +1,111 @@
+"""`veneer train` as torchrun and accelerate start it: the same numbers as one process, one voice, one adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("typer")
+
+SENTENCE = "the cat dog sat ran on a mat rug yes no hello you how are fine"
+WORDS = ["<pad>", "<eos>", "<unk>", *SENTENCE.split()]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+ACCELERATE = [
+    "-m",
+    "accelerate.commands.launch",
+    "--cpu",
+    "--num_processes=2",
+    "--num_machines=1",
+    "--mixed_precision=no",
+    "--dynamo_backend=no",
+]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of 12 steps over 37 rows, which 4 does not divide."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("train")
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+    config = transformers.LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    texts = ["the cat sat on the mat", "the dog ran on a rug", "hello how are you", "fine the cat ran"] * 13
+    (folder / "data.jsonl").write_text("".join(json.dumps({"text": t, "label": t[0]}) + "\n" for t in texts))
+    fields = {
+        "model": str(folder / "model"), "data": str(folder / "data.jsonl"), "steps": 12, "length": 8, "learning_rate": 1e-2, "dtype": "float32",
+        "method_fields": {"r": 4},
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(json.dumps(fields))
+    return folder / "recipe.yaml"
+
+
+def train(recipe: Path, out: Path, *options: str, by: list[str] = TORCHRUN, code: int = 0) -> tuple[dict[str, Any], str]:
+    """The record of a run on two processes (or, `by` nothing, on one), and what it said."""
+    src = Path(__file__).resolve().parents[1] / "src"
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    command = [sys.executable, *by, "-m", "veneer", "train", str(recipe), "--out", str(out), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**env, "PYTHONPATH": str(src), "OMP_NUM_THREADS": "1"})
+    assert (done.returncode == 0) == (code == 0), done.stderr[-4000:]
+    return (json.loads((out / "run.json").read_text()) if code == 0 else {}), done.stderr + done.stdout
+
+
+def same(one: Path, two: Path, a: dict[str, Any], b: dict[str, Any]) -> None:
+    losses = [[s["loss"] for s in r["losses"]] for r in (a, b)]
+    assert len(losses[0]) == len(losses[1]) and losses[0][-1] < losses[0][0]
+    assert max(abs(x - y) for x, y in zip(*losses, strict=True)) < 1e-5
+    for when in ("before", "after"):
+        assert a[when] == pytest.approx(b[when], abs=1e-5)
+    for key, t in load_file(one / "adapter_model.safetensors").items():
+        torch.testing.assert_close(load_file(two / "adapter_model.safetensors")[key], t, atol=1e-5, rtol=0)
+
+
+def test_two_processes_do_what_one_does_and_speak_with_one_voice(recipe: Path, tmp_path: Path) -> None:
+    one, _ = train(recipe, tmp_path / "one", "--batch-size", "4", by=[])
+    two, said = train(recipe, tmp_path / "two", "--batch-size", "2")
+    same(tmp_path / "one", tmp_path / "two", one, two)
+    assert said.count("done ") == 1 and said.count("trained parameters") == 1 and "on each of 2 processes" in said
+    assert two["plan"]["processes"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
+def test_every_task_and_accumulation_and_accelerate_too(recipe: Path, task: str, tmp_path: Path) -> None:
+    one, _ = train(recipe, tmp_path / "one", "--batch-size", "4", "--accumulate", "2", "--task", task, by=ACCELERATE)
+    two, _ = train(recipe, tmp_path / "two", "--batch-size", "2", "--accumulate", "2", "--task", task)
+    same(tmp_path / "one", tmp_path / "two", one, two)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_resumed_exactly(recipe: Path, tmp_path: Path) -> None:
+    whole, _ = train(recipe, tmp_path / "whole", "--batch-size", "2", "--save-every", "4")
+    for path in (tmp_path / "whole" / "checkpoints").glob("checkpoint-*"):
+        (tmp_path / "cut" / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if path.name == "checkpoint-8":
+            path.rename(tmp_path / "cut" / "checkpoints" / path.name)
+    cut, _ = train(recipe, tmp_path / "cut", "--batch-size", "2", "--save-every", "4", "--resume")
+    assert [s["loss"] for s in cut["losses"]][-4:] == [s["loss"] for s in whole["losses"]][-4:]
+    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(t, b[k]) for k, t in a.items())
+
+
+@pytest.mark.slow
+def test_bad_input_is_told_once(recipe: Path, tmp_path: Path) -> None:
+    _, said = train(recipe, tmp_path / "out", "--data", str(tmp_path / "nothing.jsonl"), code=2)
+    assert said.count("veneer train") == 1 and said.count("╭") == 1 and not (tmp_path / "out" / "run.json").exists()
