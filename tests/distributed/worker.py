@@ -298,7 +298,11 @@ def killed(method: str, layout: str, out: Path) -> dict[str, Any]:
     return {}
 
 
-TASKS = {"compare": run, "bytes": count, "first": first_half, "second": second_half}
+def both(method: str, layout: str, out: Path) -> dict[str, Any]:
+    return {**run(method, layout, out), "bytes": count(method, layout, out)}
+
+
+TASKS = {"compare": run, "bytes": count, "both": both, "first": first_half, "second": second_half}
 
 
 def main() -> None:
