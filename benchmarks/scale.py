@@ -78,7 +78,9 @@ def tables() -> str:
     """The page's tables."""
     out = ["| model | weights | LoRA r=16 | gradients of a step, LoRA (fp32) | full (bf16) |", "|---|---|---|---|---|"]
     for m in MODELS:
-        out.append(f"| {m.name} | {m.weights / 1e9:.1f} G | {m.adapter / 1e6:.0f} M | {4 * m.adapter / 1e9:.2f} GB | {2 * m.weights / 1e9:.0f} GB |")
+        out.append(
+            f"| {m.name} | {m.weights / 1e9:.1f} G | {m.adapter / 1e6:.0f} M | {4 * m.adapter / 1e9:.2f} GB | {2 * m.weights / 1e9:.0f} GB |"
+        )
     out += ["", "| model | layout | " + " | ".join(f"held, {n} cards | sent, {n}" for n in (8, 64, 1000)) + " |", "|---|---|" + "---|" * 6]
     for m in MODELS:
         for columns in zip(*(rows(m, n) for n in (8, 64, 1000)), strict=True):

@@ -87,7 +87,20 @@ def test_a_killed_process_ends_the_other_and_leaves_the_checkpoint(layout: str, 
     pytest.importorskip("transformers")
     src = Path(__file__).resolve().parents[1] / "src"
     meet = f"file://{tmp_path / 'meet'}"  # no torchrun, which would end the other by itself
-    command = [sys.executable, str(WORKER), "--layout", layout, "--methods", "lora", "--out", str(tmp_path), "--task", "killed", "--meet", meet]
+    command = [
+        sys.executable,
+        str(WORKER),
+        "--layout",
+        layout,
+        "--methods",
+        "lora",
+        "--out",
+        str(tmp_path),
+        "--task",
+        "killed",
+        "--meet",
+        meet,
+    ]
     env = {**os.environ, "PYTHONPATH": str(src), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
     started = [subprocess.Popen(command, env={**env, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True) for rank in range(2)]
     try:
@@ -124,3 +137,9 @@ def test_layouts_with_flat_gradients_train_all_but_schedules_which_are_refused(l
     results = launch(layout, 2, METHODS + ",adalora", tmp_path)
     assert "flat pieces" in results.pop("adalora")["error"]
     check(results)
+
+
+def test_the_page_has_the_tables_that_the_script_prints() -> None:
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, str(root / "benchmarks" / "scale.py")], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in (root / "docs" / "distributed.md").read_text(encoding="utf-8")
