@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import warnings
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import veneer
 from veneer.distributed import fsdp_auto_wrap_policy, gathered, save_merged, shard
@@ -89,33 +94,22 @@ def single(method: str, steps: int = STEPS) -> tuple[Any, list[float]]:
     return model, losses
 
 
-class Bytes:
-    """What this process gives to collectives, in bytes, by their names."""
+class Bytes(TorchDispatchMode):
+    """Bytes of each collective's whole message, by operation: the tensor reduced, the tensor gathered, the tensor that is scattered.
+
+    On the CPU the backward pass runs in the calling thread, so DDP's reducer passes here as well.
+    """
 
     def __init__(self) -> None:
+        super().__init__()
         self.by: dict[str, int] = {}
 
-    def __enter__(self) -> Bytes:
-        from torch.profiler import ProfilerActivity, profile
-
-        self.p = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
-        self.p.__enter__()
-        return self
-
-    def __exit__(self, *args: Any) -> None:
-        self.p.__exit__(*args)
-        for e in self.p.events():
-            if e.name.startswith("gloo:") or e.name.startswith("c10d::"):
-                self.by[e.name] = self.by.get(e.name, 0) + sum(4 * _numel(s) for s in e.input_shapes)
-
-
-def _numel(shape: Any) -> int:
-    if shape and isinstance(shape[0], (list, tuple)):
-        return sum(map(_numel, shape))
-    n = 1
-    for s in shape:
-        n *= int(s)
-    return n if shape else 0
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            sizes = [sum(t.nbytes for t in tree_leaves(a) if isinstance(t, Tensor)) for a in args]
+            name = func._schema.name.removeprefix("c10d::")
+            self.by[name] = self.by.get(name, 0) + max(sizes)
+        return func(*args, **(kwargs or {}))
 
 
 def deepspeed_engine(model: nn.Module, stage: int) -> Any:
@@ -222,11 +216,102 @@ def run(method: str, layout: str, out: Path) -> dict[str, Any]:
     return result
 
 
+def count(method: str, layout: str, out: Path) -> dict[str, Any]:
+    """Bytes of the collectives of one step, the second: with adapters, and with every weight trained."""
+    result: dict[str, Any] = {}
+    for kind, model in (("adapter", adapted(method)), ("full", bare_model(method))):
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        everything = sum(p.numel() for p in model.parameters())
+        engine = wrapped(model, layout) if kind == "adapter" or layout == "ddp" else shard_all(model)
+        opt, rows = optimizer_of(engine), batches(1)[0]
+        for step in range(2):
+            with Bytes() if step else nullcontext() as counted:
+                total_loss(engine, mine(rows, dist.get_rank(), dist.get_world_size())).backward()
+                opt.step()
+            opt.zero_grad()
+        result[kind] = {"trained": trained, "all": everything, "by": counted.by}  # type: ignore[union-attr]
+    return result
+
+
+def shard_all(model: Any) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def first_half(method: str, layout: str, out: Path) -> dict[str, Any]:
+    """Ten steps; then the adapter as every layout saves it, the optimizer with torch's distributed checkpoint."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model = adapted(method)
+    engine = wrapped(model, layout)
+    opt = optimizer_of(engine)
+    losses = train(engine, layout, batches()[:10], opt)
+    model.save_pretrained(out / f"{method}-{layout}-half", is_main_process=dist.get_rank() == 0)
+    dcp.save({"optimizer": get_optimizer_state_dict(engine, opt)}, checkpoint_id=out / f"{method}-{layout}-optimizer")
+    dist.barrier()
+    reference, expected = single(method, 10)
+    if dist.get_rank() == 0:
+        reference.save_pretrained(out / f"{method}-single-half")
+    return {"losses": max(abs(a - b) for a, b in zip(losses, expected, strict=True))}
+
+
+def second_half(method: str, layout: str, out: Path) -> dict[str, Any]:
+    """The other ten, from the files, on however many processes there are now; then a plain model reads what they saved."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model = veneer.PeftModel.from_pretrained(bare_model(method), out / f"{method}-{layout}-half", is_trainable=True)
+    engine = wrapped(model, layout)
+    opt = optimizer_of(engine)
+    state = {"optimizer": get_optimizer_state_dict(engine, opt)}
+    dcp.load(state, checkpoint_id=out / f"{method}-{layout}-optimizer")
+    set_optimizer_state_dict(engine, opt, state["optimizer"])
+    losses = train(engine, layout, batches()[10:], opt)
+    model.save_pretrained(out / f"{method}-{layout}-whole", is_main_process=dist.get_rank() == 0)
+    dist.barrier()
+    reference, expected = single(method)
+    result = {"losses": max(abs(a - b) for a, b in zip(losses, expected[10:], strict=True)), "learned": expected[9] - expected[-1]}
+    if dist.get_rank() == 0:
+        reference.save_pretrained(out / f"{method}-single-whole")
+        plain = veneer.PeftModel.from_pretrained(bare_model(method), out / f"{method}-{layout}-whole")
+        ids = batches(1)[0]
+        with torch.no_grad():
+            result["logits"] = float((plain(input_ids=ids).logits - reference(input_ids=ids).logits).abs().max())
+    return result
+
+
+def killed(method: str, layout: str, out: Path) -> dict[str, Any]:
+    """Saves after each step; the last process kills itself before the fourth."""
+    model = adapted(method)
+    engine = wrapped(model, layout)
+    opt = optimizer_of(engine)
+    for step, rows in enumerate(batches()):
+        if step == 3 and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        train(engine, layout, [rows], opt)
+        model.save_pretrained(out / "last", is_main_process=dist.get_rank() == 0)
+        dist.barrier()
+    return {}
+
+
+def both(method: str, layout: str, out: Path) -> dict[str, Any]:
+    return {**run(method, layout, out), "bytes": count(method, layout, out)}
+
+
+TASKS = {"compare": run, "bytes": count, "both": both, "first": first_half, "second": second_half}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layout", required=True)
     parser.add_argument("--methods", required=True)
     parser.add_argument("--out", required=True)
+    parser.add_argument("--task", default="compare", choices=[*TASKS, "killed"])
+    parser.add_argument("--meet", help="where the processes find each other; by default as torchrun says")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -235,11 +320,14 @@ def main() -> None:
 
         deepspeed.init_distributed("gloo")
     else:
-        dist.init_process_group("gloo")
+        here = {"init_method": args.meet, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])} if args.meet else {}
+        dist.init_process_group("gloo", timeout=timedelta(seconds=30), **here)
     out, results = Path(args.out), {}
+    if args.task == "killed":  # its error has to end this process
+        killed(args.methods, args.layout, out)
     for method in args.methods.split(","):
         try:
-            results[method] = run(method, args.layout, out)
+            results[method] = TASKS[args.task](method, args.layout, out)
         except Exception as e:  # the test asserts on it; a collective that differs between ranks would hang, torchrun ends it
             import traceback
 
