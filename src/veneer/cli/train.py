@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..errors import ConfigError, PeftError
-from ..training.processes import is_first
+from ..training.processes import is_first, processes
 
 _console = Console(stderr=True, quiet=int(os.environ.get("RANK", 0)) > 0)  # of several processes one speaks
 
@@ -112,7 +112,7 @@ def run(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         except KeyboardInterrupt:
-            if first and trainer.state.global_step:
+            if processes() == 1 and trainer.state.global_step:  # several may not all have come as far
                 trainer._save_checkpoint(trainer.model, trial=None)
             raise
     record["seconds"] = time.perf_counter() - started
@@ -207,6 +207,7 @@ def _report(record: dict[str, Any], recipe: Any) -> None:
     lines = [f"{name}: {value:.4g} -> {record['after'][name]:.4g}" for name, value in record["before"].items()]
     lines.append(
         f"{record['seconds']:.1f} s, {record['tokens_per_second']:,.0f} tokens/s, peak memory {record['peak_memory'] / 2**20:,.0f} MiB"
+        + " of the first process" * (processes() > 1)
     )
     lines.append(f"adapter, run.json and loss.png are in {recipe.out}")
     _console.print(Panel("\n".join(lines), title="done", border_style="green"))
