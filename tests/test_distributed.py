@@ -39,6 +39,7 @@ def check(results: dict[str, dict[str, Any]]) -> None:
         assert r["keys"], method
         assert r["losses"] < 1e-5, (method, r)
         assert r["adapter"] < 1e-4, (method, r)  # 20 AdamW steps blow roundings up
+        assert r.get("merged", 0.0) < 1e-4, (method, r)
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])

@@ -211,9 +211,26 @@ def run(method: str, layout: str, out: Path) -> dict[str, Any]:
         else 1e9,
     }
     if method not in ("prompt",):
-        save_merged(engine if layout == "fsdp1" else model, out / f"merged-{method}-{layout}-{world}")
+        merged = out / f"merged-{method}-{layout}-{world}"
+        save_merged(engine if layout == "fsdp1" else model, merged)
+        dist.barrier()
+        if layout in ("ddp", "fsdp2", "tp"):
+            result["merged"] = off_by(merged, reference)
     dist.barrier()
     return result
+
+
+def off_by(merged: Path, reference: Any) -> float:
+    """How far the merged file is from a single process' model, merged by itself; infinite where the file lacks a tensor."""
+    from safetensors.torch import load_file
+
+    held: dict[str, Tensor] = {}
+    for file in merged.glob("*.safetensors"):
+        held.update(load_file(file))
+    want = reference.merge_and_unload().state_dict()
+    tied = {id(t): k for k, t in want.items() if k in held} if set(want) - set(held) else {}
+    missing = [k for k, t in want.items() if k not in held and not any(torch.equal(t, want[o]) for o in tied.values() if want[o].shape == t.shape)]
+    return float("inf") if missing or set(held) - set(want) else max(float((held[k] - want[k]).abs().max()) for k in held)
 
 
 def count(method: str, layout: str, out: Path) -> dict[str, Any]:
