@@ -131,6 +131,12 @@ def test_every_method_on_layouts_that_keep_gradients_by_tensor(layout: str, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_every_method_on_four_processes(layout: str, tmp_path: Path) -> None:
+    check(launch(layout, 4, METHODS + ",adalora", tmp_path))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fsdp1", "zero2"])
 def test_layouts_with_flat_gradients_train_all_but_schedules_which_are_refused(layout: str, tmp_path: Path) -> None:
     if layout == "zero2" and find_spec("deepspeed") is None:
