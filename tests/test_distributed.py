@@ -131,9 +131,12 @@ def test_every_method_on_layouts_that_keep_gradients_by_tensor(layout: str, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
-def test_every_method_on_four_processes(layout: str, tmp_path: Path) -> None:
-    check(launch(layout, 4, METHODS + ",adalora", tmp_path))
+def test_zero_3_trains_plain_lora_and_refuses_the_rest(tmp_path: Path) -> None:
+    if find_spec("deepspeed") is None:
+        pytest.skip("needs deepspeed")
+    results = launch("zero3", 2, "lora,dora", tmp_path)
+    assert "plain LoRA is" in results.pop("dora")["error"]
+    check(results)
 
 
 @pytest.mark.slow

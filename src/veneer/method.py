@@ -106,6 +106,7 @@ class Method(PeftConfig):
         choices: fields that take one of few values.
         routes: whether the change depends on the call: then `facts` is asked at each.
         takes: arguments of the model's forward and generate that are meant for the method and not for the base model.
+        in_pieces: whether it is known to train right where DeepSpeed's ZeRO-3 keeps every tensor in pieces; without it, that is refused.
         examples: fields that suit small layers: what the laws hold the method to, and the table in the docs shows.
         exceptions: the laws (see `veneer.testing`) that the method does not keep, each with the reason.
     """
@@ -123,6 +124,7 @@ class Method(PeftConfig):
     choices: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({})
     routes: ClassVar[bool] = False
     takes: ClassVar[tuple[str, ...]] = ()
+    in_pieces: ClassVar[bool] = False
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     exceptions: ClassVar[Mapping[str, str]] = MappingProxyType({})
 

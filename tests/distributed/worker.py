@@ -229,7 +229,9 @@ def off_by(merged: Path, reference: Any) -> float:
         held.update(load_file(file))
     want = reference.merge_and_unload().state_dict()
     tied = {id(t): k for k, t in want.items() if k in held} if set(want) - set(held) else {}
-    missing = [k for k, t in want.items() if k not in held and not any(torch.equal(t, want[o]) for o in tied.values() if want[o].shape == t.shape)]
+    missing = [
+        k for k, t in want.items() if k not in held and not any(torch.equal(t, want[o]) for o in tied.values() if want[o].shape == t.shape)
+    ]
     return float("inf") if missing or set(held) - set(want) else max(float((held[k] - want[k]).abs().max()) for k in held)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..change import Change, Stacking
-from ..errors import MergeError, RouteError
+from ..errors import ConfigError, MergeError, RouteError
 from ..kernels.norms import checksum
 from ..method import Method
 from ..ops import LowRank, Switched
@@ -221,10 +221,19 @@ class AdaptedLayer(Wrapper):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         choice = self.switch.current(self.own)
         if "_original_parameters" in self.__dict__:  # DeepSpeed's, under ZeRO-3
+            self._check_in_pieces()
             zero_fetches(self, self._read_here())
         if choice.rows is not None and choice.enabled:
             return self._run_rows(choice, args, kwargs)
         return self._run(self._acting(choice), args, kwargs, choice.facts)
+
+    def _check_in_pieces(self) -> None:
+        for name, a in self.attached.items():
+            if not a.config.in_pieces:
+                raise ConfigError(
+                    f"{self.name}: DeepSpeed's ZeRO-3 keeps every tensor in pieces, and the adapter {name!r} ({type(a.config).__name__}) is not known to train "
+                    "right there: plain LoRA is. Use ZeRO-2, FSDP2 (veneer.distributed.shard) or DDP."
+                )
 
     def _read_here(self) -> Iterator[Tensor]:
         """What a call reads itself, instead of calling the modules that hold it."""

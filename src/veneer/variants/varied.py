@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..method import Method
-from . import VARIANTS, layout, variant_of
+from . import PLAIN, VARIANTS, layout, variant_of
 
 # what makes a LoRA more than A and B: its start and its variants
 _OWN = ("init_lora_weights", "eva_config", "corda_config", "lora_ga_config", "use_rslora", "lora_bias", "ensure_weight_tying", *VARIANTS)
@@ -18,6 +18,10 @@ _OWN = ("init_lora_weights", "eva_config", "corda_config", "lora_ga_config", "us
 @dataclass
 class Varied(Method):
     """Abstract: a method that asks its variant for all that stands here."""
+
+    @property
+    def in_pieces(self) -> bool:  # type: ignore[override]
+        return variant_of(self) is PLAIN
 
     @property
     def starts_as_identity(self) -> bool:
