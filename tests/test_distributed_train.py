@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,13 @@ def train(recipe: Path, out: Path, *options: str, by: list[str] = TORCHRUN, code
     src = Path(__file__).resolve().parents[1] / "src"
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     command = [sys.executable, *by, "-m", "veneer", "train", str(recipe), "--out", str(out), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**env, "PYTHONPATH": str(src), "OMP_NUM_THREADS": "1"})
+    for _ in range(2):  # on a machine that is all taken, processes may not find each other in time
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=300, env={**env, "PYTHONPATH": str(src), "OMP_NUM_THREADS": "1"}
+        )
+        if (done.returncode == 0) == (code == 0):
+            break
+        shutil.rmtree(out, ignore_errors=True)
     assert (done.returncode == 0) == (code == 0), done.stderr[-4000:]
     return (json.loads((out / "run.json").read_text()) if code == 0 else {}), done.stderr + done.stdout
 
@@ -80,7 +87,8 @@ def test_two_processes_do_what_one_does_and_speak_with_one_voice(recipe: Path, t
     one, _ = train(recipe, tmp_path / "one", "--batch-size", "4", by=[])
     two, said = train(recipe, tmp_path / "two", "--batch-size", "2")
     same(tmp_path / "one", tmp_path / "two", one, two)
-    assert said.count("done ") == 1 and said.count("trained parameters") == 1 and "on each of 2 processes" in said
+    assert said.count(" done ") == 1 and said.count("trained parameters") == 1, said
+    assert "on each of 2 processes" in said
     assert two["plan"]["processes"] == 2
 
 
