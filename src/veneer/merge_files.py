@@ -101,7 +101,7 @@ class _Merging:
             k: t for k, t in get_base_model_state_dict(tree).items() if not t.is_meta
         }  # biases and tables that the adapter's file holds
         for key, t in self.brought.items():
-            self._plan(key, self._held(key), partial(t.to, DTYPES[self._held(key).dtype]), tuple(t.shape))
+            self._plan_given(key, t)
         for path, layer in adapted_layers(tree):
             if name in layer.attached:
                 self._plan_layer(path.replace(".token_adapter", ""), layer, name, config)
@@ -109,7 +109,7 @@ class _Merging:
             saved: Any = module.modules_to_save if isinstance(module, ModulesToSaveWrapper) else {}
             if name in saved:
                 for key, t in saved[name].state_dict(prefix=f"{path}.").items():
-                    self._plan(key, self._held(key), partial(t.to, DTYPES[self._held(key).dtype]), tuple(t.shape))
+                    self._plan_given(key, t)
 
     def _plan_layer(self, path: str, layer: AdaptedLayer, name: str, config: Mapping[str, Any]) -> None:
         method = layer.attached[name].config
@@ -125,6 +125,11 @@ class _Merging:
         for key in layer.frozen_tensors():
             full = f"{path}.{key}"
             self._plan(full, self._held(full), partial(self._merged, path, layer, name, key))
+
+    def _plan_given(self, key: str, t: Tensor) -> None:
+        """A tensor that the adapter's file holds whole takes the place of the base's, in the base's dtype."""
+        held = self._held(key)
+        self._plan(key, held, lambda: t.to(DTYPES[held.dtype]), tuple(t.shape))
 
     def _held(self, key: str) -> Stored:
         if key not in self.stored:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import copy
-import ctypes
 import hashlib
 import os
 import struct
@@ -28,6 +27,7 @@ from .base import BASE_KEY, SCALING_KEY, START_KEY, fingerprint, scaling_text
 from .keys import Slot, adapter_names, base_root, memory_of, slots
 from .load import BIN_NAME, SAFETENSORS_NAME, START_NAME, config_of, read_safetensors
 from .match import match
+from .shards import memory
 
 DIGEST_KEY, NORMS_KEY = "veneer_digest", "veneer_norms"
 
@@ -324,7 +324,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         t = tensors[key].detach().contiguous()
         h.update(f"{key}\0{t.dtype}\0{tuple(t.shape)}\0".encode())
         if t.numel():
-            h.update((ctypes.c_char * (t.numel() * t.itemsize)).from_address(t.data_ptr()))
+            h.update(memory(t))
     return h.hexdigest()
 
 

@@ -54,7 +54,7 @@ class Stored(NamedTuple):
         out = torch.empty(self.shape, dtype=DTYPES[self.dtype])
         with open(self.file, "rb") as f:
             f.seek(self.start)
-            if f.readinto(_bytes(out)) != self.end - self.start:
+            if f.readinto(memory(out)) != self.end - self.start:
                 raise LoadError(f"{self.file} is shorter than its header says. Copy it again.")
         return out
 
@@ -151,7 +151,7 @@ def write_shard(path: Path, tensors: Mapping[str, Stored | New], metadata: Mappi
             made = t.make().detach().cpu().contiguous()
             if DTYPES[t.dtype] != made.dtype or tuple(made.shape) != t.shape:
                 raise ValueError(f"{path.name}: a tensor became {made.dtype} {tuple(made.shape)}, and was to be {t.dtype} {t.shape}")
-            f.write(_bytes(made))
+            f.write(memory(made))
         f.flush()
         os.fsync(f.fileno())
     return at
@@ -164,6 +164,6 @@ def write_index(folder: Path, shards: Mapping[str, Sequence[str]], size: int) ->
     (folder / INDEX).write_text(text + "\n", encoding="utf-8")
 
 
-def _bytes(t: Tensor) -> Any:
+def memory(t: Tensor) -> Any:
     """The memory of a contiguous tensor, as a buffer; good as long as the tensor is."""
     return (ctypes.c_ubyte * (t.numel() * t.itemsize)).from_address(t.data_ptr()) if t.numel() else bytearray()

@@ -17,7 +17,7 @@ from rich.table import Table
 from ..errors import ConfigError, PeftError
 from ..training.processes import is_first, processes
 
-_console = Console(stderr=True, quiet=int(os.environ.get("RANK", 0)) > 0)  # of several processes one speaks
+_console = Console(stderr=True, quiet=not is_first())  # of several processes one speaks
 
 
 def train(

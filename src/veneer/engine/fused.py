@@ -81,10 +81,10 @@ def take_fused(model: nn.Module, config: Any) -> None:
     targets = getattr(config, "target_modules", None)
     if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA" or not targets or isinstance(targets, str):
         return
-    modules = [n.replace(".base_layer", "") for n, _ in model.named_modules()]
     meant = [(f, hit) for f in fusions(model) if (hit := [(s, e) for s in f.sources if (e := _entries(s, targets))])]
     if not meant:
         return
+    modules = [n.replace(".base_layer", "") for n, _ in model.named_modules()]
     ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
     parameters = list(config.target_parameters or ())
     for fusion, hit in meant:

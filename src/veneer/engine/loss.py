@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -80,17 +80,35 @@ def check_finite(path: str, names: Sequence[str], *tensors: Tensor | None) -> No
         raise MergeError(f"{path}: NaNs detected in the merged weights. The adapter {list(names)} seems to be broken")
 
 
+class Tally:
+    """What rounding loses, added up over tensors or parts of them."""
+
+    def __init__(self) -> None:
+        self.error, self.size, self.weight = 0.0, 0.0, 0.0  # squares of norms
+        self.moved, self.lost = 0, 0
+
+    def add(self, change: Tensor, got: Tensor, frozen: Tensor) -> None:
+        """Take in the exact difference, the one that is left after rounding, and the frozen values."""
+        self.weight += float(frozen.norm()) ** 2
+        moved = int(torch.count_nonzero(change))
+        self.moved += moved
+        if moved:
+            self.size += float(change.norm()) ** 2
+            self.lost += int(torch.count_nonzero(change.masked_fill(got != 0, 0)))
+        self.error += float((got - change).norm()) ** 2
+
+    def report(self) -> LayerReport:
+        size = math.sqrt(self.size)
+        return LayerReport(
+            math.sqrt(self.error) / size if size else 0.0,
+            self.lost / self.moved if self.moved else 0.0,
+            size / max(math.sqrt(self.weight), 1e-30),
+        )
+
+
 def loss(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> LayerReport:
-    """`parts`: of each tensor the exact difference, the one that is left after rounding, and the frozen values."""
-
-    def norm(tensors: Iterable[Tensor]) -> float:
-        return math.sqrt(sum(float(t.norm()) ** 2 for t in tensors))
-
-    size = norm(d for d, _, _ in parts)
-    count = sum(int((d != 0).sum()) for d, _, _ in parts)
-    lost = sum(int(((got == 0) & (d != 0)).sum()) for d, got, _ in parts)
-    return LayerReport(
-        norm(got - d for d, got, _ in parts) / size if size else 0.0,
-        lost / count if count else 0.0,
-        size / max(norm(w for _, _, w in parts), 1e-30),
-    )
+    """`parts`: of each tensor what `Tally.add` takes."""
+    tally = Tally()
+    for part in parts:
+        tally.add(*part)
+    return tally.report()

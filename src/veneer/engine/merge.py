@@ -126,8 +126,8 @@ def _formed(path: str, layer: AdaptedLayer, names: list[str]) -> tuple[dict[str,
     frozen, changes = layer.frozen_tensors(), layer.changes(names, at_rest=True)
     if by_rows(layer, changes):
         site = layer.weight_site
-        rounded, lost = {}, None
-        rounded[site.weight_name], lost = merge_rows(layer, changes, frozen[site.weight_name])
+        new, lost = merge_rows(layer, changes, frozen[site.weight_name])
+        rounded = {site.weight_name: new}
         b = frozen.get(site.bias_name)
         if any(c.shift is not None for c, _ in changes):
             shifted = bias(changes, b if b is None else b.to(torch.promote_types(b.dtype, torch.float32)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from ..change import Change
 from ..ops import LowRank
 from .layer import AdaptedLayer
-from .loss import LayerReport
+from .loss import LayerReport, Tally
 
 _NUMBERS = 1 << 17  # of a weight, at a time: what a cache holds
 
@@ -40,7 +39,7 @@ def merge_rows(layer: AdaptedLayer, changes: Sequence[tuple[Change, Any]], store
     lows = [c.add for c, _ in changes if isinstance(c.add, LowRank)]
     up = [low.up.to(wide) * low.scale for low in lows]
     down = [low.down.to(wide) for low in lows]
-    error, size, weight, count, lost = 0.0, 0.0, 0.0, 0, 0
+    tally = Tally()
     numbers = _NUMBERS if w.device.type == "cpu" else 64 * _NUMBERS
     step = min(max(numbers // max(w.shape[1], 1), 1), max(w.shape[0], 1))
     scratch = torch.empty(3, step, w.shape[1], dtype=wide, device=w.device)
@@ -51,15 +50,5 @@ def merge_rows(layer: AdaptedLayer, changes: Sequence[tuple[Change, Any]], store
         for u, d in zip(up, down, strict=True):
             exact.addmm_(u[i : i + step], d)
         new[i : i + step] = exact
-        weight += float(torch.linalg.vector_norm(rows)) ** 2
-        change, got = exact.sub_(rows), delta.copy_(new[i : i + step]).sub_(rows)
-        moved = int(torch.count_nonzero(change))
-        if not moved:
-            continue
-        count, size = count + moved, size + float(torch.linalg.vector_norm(change)) ** 2
-        lost += int(torch.count_nonzero(change.masked_fill(got != 0, 0)))
-        error += float(torch.linalg.vector_norm(got.sub_(change))) ** 2
-    report = LayerReport(
-        math.sqrt(error / size) if size else 0.0, lost / count if count else 0.0, math.sqrt(size) / max(math.sqrt(weight), 1e-30)
-    )
-    return out, report
+        tally.add(exact.sub_(rows), delta.copy_(new[i : i + step]).sub_(rows), rows)
+    return out, tally.report()

@@ -59,7 +59,13 @@ def check(
         configs = [adapter]
     else:
         configs, kinds, others = _read(Path(adapter))
-    return [f for config in configs for f in RUNTIMES[runtime](_Asked(config, kinds, others, max_rank, model_type))]
+    return [f for config in configs for f in _findings(runtime, _Asked(config, kinds, others, max_rank, model_type))]
+
+
+def _findings(runtime: str, a: _Asked) -> Iterator[Finding]:
+    yield from _only_lora(a, also=_ALSO.get(runtime, ()))
+    if isinstance(a.config, LoraConfig):
+        yield from RUNTIMES[runtime](a)
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,10 @@ def _read(path: Path) -> tuple[list[Any], set[str], list[str]]:
 # ---------------------------------------------------------------- rules that several runtimes share
 
 
-def _only_lora(a: _Asked, also: tuple[str, ...] = ()) -> Iterator[Finding]:
+_ALSO = {"diffusers": ("LOKR",)}  # other methods that a runtime serves
+
+
+def _only_lora(a: _Asked, also: tuple[str, ...]) -> Iterator[Finding]:
     if not isinstance(a.config, LoraConfig):
         if a.config.peft_type not in also:
             yield Finding(
@@ -161,17 +170,19 @@ def _kinds(a: _Asked, served: tuple[str, ...], words: str) -> Iterator[Finding]:
         yield Finding(f"LoRA of {kind} layers is not served ({words}).", f"{_MERGE}; or leave those layers out of target_modules.")
 
 
-# ---------------------------------------------------------------- the runtimes
-
-
-def _vllm(a: _Asked) -> Iterator[Finding]:
-    yield from _only_lora(a)
-    if not isinstance(a.config, LoraConfig):
-        return
+def _plain(a: _Asked) -> Iterator[Finding]:
+    """What goes with LoRAs of linear layers and the token table alone."""
     yield from _no_dora(a)
     yield from _no_whole_modules(a)
     yield from _no_bias(a)
     yield from _kinds(a, ("linear", "embedding"), "linear layers and the token table")
+
+
+# ---------------------------------------------------------------- the runtimes, for LoRAs
+
+
+def _vllm(a: _Asked) -> Iterator[Finding]:
+    yield from _plain(a)
     top, limit = a.ranks[-1], a.max_rank or 16
     fits = next((r for r in VLLM_RANKS if r >= top), None)
     if a.max_rank is not None and a.max_rank not in VLLM_RANKS:
@@ -198,13 +209,7 @@ def _vllm(a: _Asked) -> Iterator[Finding]:
 
 
 def _llama_cpp(a: _Asked) -> Iterator[Finding]:
-    yield from _only_lora(a)
-    if not isinstance(a.config, LoraConfig):
-        return
-    yield from _no_dora(a)
-    yield from _no_whole_modules(a)
-    yield from _no_bias(a)
-    yield from _kinds(a, ("linear", "embedding"), "linear layers and the token table")
+    yield from _plain(a)
     if a.config.use_rslora:
         yield Finding(
             "`use_rslora`: llama.cpp's own converter passes it over and scales by alpha / r.",
@@ -223,9 +228,6 @@ def _llama_cpp(a: _Asked) -> Iterator[Finding]:
 
 
 def _diffusers(a: _Asked) -> Iterator[Finding]:
-    yield from _only_lora(a, also=("LOKR",))
-    if not isinstance(a.config, LoraConfig):
-        return
     yield from _no_whole_modules(a)
     yield from _kinds(a, ("linear", "conv"), "linear layers and convolutions")
     if a.config.bias != "none":
@@ -238,9 +240,6 @@ def _diffusers(a: _Asked) -> Iterator[Finding]:
 
 
 def _mlx(a: _Asked) -> Iterator[Finding]:
-    yield from _only_lora(a)
-    if not isinstance(a.config, LoraConfig):
-        return
     yield from _no_whole_modules(a)
     yield from _no_bias(a)
     yield from _kinds(a, ("linear", "embedding"), "linear layers and embeddings")
