@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-transformers = pytest.importorskip("transformers")
+from .words import save_word_llama
+
+pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
-SENTENCE = "the cat dog sat ran on a mat rug yes no hello you how are fine"
-WORDS = ["<pad>", "<eos>", "<unk>", *SENTENCE.split()]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 ACCELERATE = [
     "-m",
@@ -34,19 +34,8 @@ ACCELERATE = [
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of 12 steps over 37 rows, which 4 does not divide."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     folder = tmp_path_factory.mktemp("train")
-    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
-    config = transformers.LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        pad_token_id=0, eos_token_id=1, bos_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    save_word_llama(folder / "model")
     texts = ["the cat sat on the mat", "the dog ran on a rug", "hello how are you", "fine the cat ran"] * 13
     (folder / "data.jsonl").write_text("".join(json.dumps({"text": t, "label": t[0]}) + "\n" for t in texts))
     fields = {

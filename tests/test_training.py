@@ -25,8 +25,8 @@ from veneer.training.data import (  # noqa: E402
 )
 from veneer.training.loss import HeadlessLoss, chunked_cross_entropy  # noqa: E402
 
-SENTENCE = "the cat dog sat ran on a mat rug yes no hello you how are fine"
-WORDS = ["<pad>", "<eos>", "<unk>", "<user>", "<bot>", *SENTENCE.split()]
+from .words import WORDS, save_word_llama, word_tokenizer  # noqa: E402
+
 TEMPLATE = (
     "{% for m in messages %}{{ '<user> ' if m['role'] == 'user' else '<bot> ' }}{{ m['content'] }}{{ ' <eos> ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<bot> ' }}{% endif %}"
@@ -35,23 +35,13 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+    return word_tokenizer()
 
 
 @pytest.fixture(scope="module")
-def model_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    config = transformers.LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        pad_token_id=0, eos_token_id=1, bos_token_id=None, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_word_llama(folder)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""AdaLoRA: a low-rank change in the form of a singular value decomposition, whose rank is shared out between the layers in training."""
+"""AdaLoRA: a low-rank change whose rank is shared out between the layers in training. Long by LoRA's fields, which it has, and its schedule."""
 
 from __future__ import annotations
 

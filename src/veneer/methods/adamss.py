@@ -1,4 +1,4 @@
-"""AdaMSS: the rows of the weight in clusters, each with a small change of its own within the weight's principal directions."""
+"""AdaMSS: the rows of the weight in clusters, each with a small change of its own. Long, since it finds the clusters and lets them compete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA and its options: the low-rank change of a frozen weight."""
+"""LoRA and its options: the low-rank change of a frozen weight. Long by its many fields, and the forms of A and B on each kind of site."""
 
 from __future__ import annotations
 
