@@ -531,7 +531,7 @@ def test_two_thin_changes_cost_a_small_part_of_a_dense_svd() -> None:
 
 @pytest.mark.slow
 def test_thin_factors_are_never_decomposed_whole() -> None:
-    """Idle, it is some 900 times faster at 1024; a busy machine shows less."""
+    """How much faster that is hangs on the machine: idle, 300 to 900 times at 1024 on those it ran on; a busy one shows less."""
     n, r = 1024, 16
     up, down = torch.randn(n, 2 * r), torch.randn(2 * r, n)
     sizes = []
