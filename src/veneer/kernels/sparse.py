@@ -16,6 +16,7 @@ from . import reference
 _LOW = (torch.float16, torch.bfloat16)
 _FEW = 8  # rows for which the entries are gone through one by one
 _MKL = torch.backends.mkl.is_available()
+_PART = 160  # tokens at a time, so that their transposes stay in the cache
 _THIN = 0.05  # the share of entries below which a product of sparse matrices beats a dense one on the CPU
 
 Shape = tuple[int, int]
@@ -71,10 +72,36 @@ class _SparseLinear(torch.autograd.Function):
         return dx, None, db, None, dvalues, None
 
 
+def sparse_left(index: Tensor, values: Tensor, shape: Shape, z: Tensor) -> Tensor:
+    """D z, D (n, m) = shape zero but for `values` (k,) at `index` (k,), z (m, tokens): what `sparse_linear` does without w, where z and the result
+    lie the way products of sparse matrices want them."""
+    with torch.autocast(z.device.type, enabled=False):
+        out: Tensor = _SparseLeft.apply(index.long(), values, shape, z)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _SparseLeft(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, index: Tensor, values: Tensor, shape: Shape, z: Tensor) -> Tensor:
+        ctx.save_for_backward(index, values, z)
+        ctx.shape = shape
+        return _left(z, index // shape[1], index % shape[1], values, shape)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        index, values, z = ctx.saved_tensors
+        n, m = ctx.shape
+        dvalues = _at(grad.T, z.T, index, ctx.shape).to(values.dtype) if ctx.needs_input_grad[1] else None
+        dz = _left(grad, index % m, index // m, values, (m, n)) if ctx.needs_input_grad[3] else None
+        return None, dvalues, None, dz
+
+
 def _whole(w: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """W + D."""
     m = torch.empty(w.shape, dtype=w.dtype, device=w.device).copy_(w)
-    m.view(-1).scatter_add_(0, index, values.to(w.dtype))
+    flat = m.view(-1)
+    flat[index] += values.to(w.dtype)
     return m
 
 
@@ -112,20 +139,44 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in _LOW else x
 
 
+def _columns(x: Tensor) -> Tensor:
+    """xᵀ (n, tokens), in at least 32 bits: the layout in which the library of sparse products is fastest."""
+    return _wide(x.T.contiguous())
+
+
+def _order(at: Tensor) -> Tensor | None:
+    """What sorts these positions; None if they are in order, as they mostly are: seeing that is a tenth of sorting."""
+    return None if bool((at[1:] > at[:-1]).all()) else torch.argsort(at)
+
+
 def _times(x: Tensor, index: Tensor, values: Tensor, shape: Shape, transposed: bool = False) -> Tensor:
     """x Dᵀ (or x D), in the dtype of x."""
     i, j = index // shape[1], index % shape[1]
     (n, m), (i, j) = (shape[::-1], (j, i)) if transposed else (shape, (i, j))
-    if _few(x):
-        z = _wide(x)
-        return z.new_zeros(len(x), n).index_add_(1, i, z[:, j] * values.to(z.dtype)).to(x.dtype)
-    if _thin(x, index, shape):
-        z = _wide(x)
-        order = torch.argsort(i * m + j)
-        return (_rows_of(i[order], j[order], values.to(z.dtype)[order], (n, m)) @ z.T).to(x.dtype).T.contiguous()
-    d = x.new_zeros(n, m)
-    d.view(-1).scatter_add_(0, i * m + j, values.to(x.dtype))
-    return x @ d.T
+    if not _thin(x, index, shape):
+        return _left(x.T, i, j, values, (n, m)).T
+    d, y = _compressed(i, j, values, (n, m), x.dtype), x.new_empty(len(x), n)
+    for out, part in zip(y.split(_PART), x.split(_PART), strict=True):
+        out.copy_((d @ _columns(part)).to(x.dtype).T)
+    return y
+
+
+def _left(z: Tensor, i: Tensor, j: Tensor, values: Tensor, shape: Shape) -> Tensor:
+    """D z, z (m, tokens), in the dtype of z."""
+    n, m = shape
+    if _few(z.T):
+        w = _wide(z)
+        return w.new_zeros(n, w.shape[1]).index_add_(0, i, w[j] * values.to(w.dtype).unsqueeze(1)).to(z.dtype)
+    if _thin(z, i, shape):
+        return (_compressed(i, j, values, shape, z.dtype) @ _wide(z.contiguous())).to(z.dtype)
+    return z.new_zeros(n * m).index_put_((i * m + j,), values.to(z.dtype)).view(n, m) @ z
+
+
+def _compressed(i: Tensor, j: Tensor, values: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
+    """D as torch's matrix of compressed rows, to be multiplied with numbers of this dtype made at least 32 bits wide."""
+    if (order := _order(i * shape[1] + j)) is not None:
+        i, j, values = i[order], j[order], values[order]
+    return _rows_of(i, j, values.to(torch.float32 if dtype in _LOW else dtype), shape)
 
 
 def _at(dy: Tensor, x: Tensor, index: Tensor, shape: Shape) -> Tensor:
@@ -134,8 +185,11 @@ def _at(dy: Tensor, x: Tensor, index: Tensor, shape: Shape) -> Tensor:
     if _few(x):
         return (_wide(dy)[:, i] * _wide(x)[:, j]).sum(0)
     if _thin(x, index, shape):
-        order = torch.argsort(index)
-        zero = _rows_of(i[order], j[order], _wide(x).new_zeros(len(index)), shape)
-        some = torch.sparse.sampled_addmm(zero, _wide(dy).T.contiguous(), _wide(x).T.contiguous().T, beta=0.0).values()
-        return torch.empty_like(some).index_copy_(0, order, some)
+        if (order := _order(index)) is not None:
+            i, j = i[order], j[order]
+        sums = _rows_of(i, j, _wide(x).new_zeros(len(index)), shape)
+        for left, right in zip(dy.split(_PART), x.split(_PART), strict=True):
+            sums = torch.sparse.sampled_addmm(sums, _columns(left), _columns(right).T)
+        some = sums.values()
+        return some if order is None else torch.empty_like(some).index_copy_(0, order, some)
     return (dy.mT @ x).flatten()[index]

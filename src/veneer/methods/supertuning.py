@@ -69,7 +69,9 @@ class SupertuningConfig(Targeted, peft_type="SUPERTUNING"):
     def start(self, site: Any, *, only_frozen: bool = False) -> Mapping[str, Tensor]:
         if only_frozen and self.save_precomputed_indices:
             return {}  # they are in the file
-        return {"supertuning_indices": site.weight().abs().flatten().topk(self._count(site), largest=self.select_top).indices}
+        at = site.weight().abs().flatten().topk(self._count(site), largest=self.select_top).indices
+        # in the file the order is free, and products want it rising; without it, values stand in the order in which W gives their places, as in PEFT
+        return {"supertuning_indices": at.sort().values if self.save_precomputed_indices else at}
 
     def change(self, p: Any, site: Any) -> Change:
         sparse = Sparse(p.supertuning_indices, p.supertuning_values * site.scaling, (site.n_out, site.n_in))

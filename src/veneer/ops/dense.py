@@ -73,3 +73,9 @@ class Sum(Op):
         for t in rest:
             y = t.add_to(y, x, geo)
         return y
+
+    def left(self, w: Tensor) -> Tensor:
+        first, *rest = [t.left(w) for t in self.terms]
+        for m in rest:
+            first = first + m
+        return first

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..kernels.sparse import sparse_linear
+from ..kernels.sparse import sparse_left, sparse_linear
 from .base import Geometry, Op
 
 
@@ -26,3 +26,6 @@ class Sparse(Op):
         if geo.plain:
             return sparse_linear(x, None, None, self.index, self.values, self.shape)
         return super().rows(x, geo)
+
+    def left(self, w: Tensor) -> Tensor:
+        return sparse_left(self.index, self.values, self.shape, w) if w.dim() == 2 else super().left(w)
