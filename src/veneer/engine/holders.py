@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..change import Change, Swap
 from ..method import Leaf, Method
-from ..ops import LowRank
+from ..ops import Diag, LowRank
 from ..sharding import fill, is_dtensor, is_partitioned, whole
 
 if TYPE_CHECKING:
@@ -165,6 +165,11 @@ class Kept:
             and not change.add.dropout
         ):
             used = [change.add.up, change.add.down]
+        elif isinstance(change, Change) and all(getattr(change, n) is None for n in ("add", "shift", "base", "gain")):
+            ends = [op for op in (change.left, change.right) if op is not None]
+            if not ends or any(type(op) is not Diag for op in ends):
+                return None
+            used = [op.d for op in ends if isinstance(op, Diag)]
         else:
             return None
         tensors = tuple((store, key, store[key]) for store, key in attached.source.values())

@@ -23,6 +23,7 @@ from .caching import keeping, stamp
 from .holders import Attached, Kept, Recalled, Tensors, container_of, drop, get_slot, hold, set_slot, slots, visited
 from .offload import brought_in
 from .place import Place
+from .repeat import Repeat
 from .route import BASE, Choice, Facts, Switch
 from .substitute import call_with
 from .wrapper import Wrapper
@@ -61,6 +62,7 @@ class AdaptedLayer(Wrapper):
         ] = {}  # while merged: parameter (none for a buffer) and frozen values, by name
         self.own: Choice | None = None
         self.factor = 1.0
+        self.last: Repeat | None = None
         self.input_dtype: torch.dtype | None = None  # of a quantised layer, which takes any: that of the last input
         self.training = base_layer.training
 
@@ -220,12 +222,19 @@ class AdaptedLayer(Wrapper):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         choice = self.switch.current(self.own)
+        if self.last is not None and not torch.compiler.is_compiling():
+            out = self.last.run(self, choice, args, kwargs)
+            if out is not None:
+                return out
         if "_original_parameters" in self.__dict__:  # DeepSpeed's, under ZeRO-3
             self._check_in_pieces()
             zero_fetches(self, self._read_here())
         if choice.rows is not None and choice.enabled:
             return self._run_rows(choice, args, kwargs)
-        return self._run(self._acting(choice), args, kwargs, choice.facts)
+        out = self._run(self._acting(choice), args, kwargs, choice.facts)
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.last = Repeat.of(self, choice)
+        return out
 
     def _check_in_pieces(self) -> None:
         for name, a in self.attached.items():

@@ -53,10 +53,10 @@ class IA3Config(Targeted, peft_type="IA3"):
         return {"feedforward_modules": parts.spec("feedforward_modules")}, {"ia3_l": parts.summed("ia3_l") + parts.absent}
 
     def change(self, p: Any, site: Any) -> Change:
-        scale = p.ia3_l.flatten()
+        scale = p.ia3_l
         if not self._feedforward(site.name):
             return Change(left=Diag(scale), left_on_bias=True)
         if site.kind != "conv":
             return Change(right=Diag(scale))
         taps = site.n_in * site.groups // site.channels
-        return Change(right=Diag(scale.repeat_interleave(taps), site.groups))
+        return Change(right=Diag(scale.flatten().repeat_interleave(taps), site.groups))

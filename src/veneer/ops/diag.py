@@ -12,7 +12,7 @@ from .base import Geometry, Op
 
 @dataclass(eq=False)
 class Diag(Op):
-    """M = diag(d), d (n,).
+    """M = diag(d), d (n,), or (n, 1), or (1, n): as a method's leaf has it.
 
     With `groups`, M is over the inputs of all groups of a grouped layer, and `right` takes the layer's weight, whose rows have those of their group.
     """
@@ -21,16 +21,16 @@ class Diag(Op):
     groups: int = 1
 
     def dense(self) -> Tensor:
-        return torch.diag(self.d)
+        return torch.diag(self.d.flatten())
 
     def rows(self, x: Tensor, geo: Geometry) -> Tensor:
-        return geo.unlast(geo.last(x) * self.d.to(x.dtype))
+        return geo.unlast(geo.last(x) * self.d.flatten().to(x.dtype))
 
     def left(self, w: Tensor) -> Tensor:
-        return self.d.to(w.dtype).unsqueeze(-1) * w
+        return self.d.flatten().to(w.dtype).unsqueeze(-1) * w
 
     def right(self, w: Tensor) -> Tensor:
         if self.groups > 1:
             parts: Tensor = w.unflatten(0, (self.groups, -1))
             return (parts * self.d.to(w.dtype).view(self.groups, 1, -1)).flatten(0, 1)
-        return w * self.d.to(w.dtype)
+        return w * self.d.flatten().to(w.dtype)

@@ -81,7 +81,12 @@ class LinearSite(Site):
         """The changed product, without the module's own call."""
         stored = frozen.get(self.weight_name)
         w = self.weight(module) if stored is None else self.canonical(stored)
-        b = bias(changes, frozen[self.bias_name] if self.bias_name in frozen else self.bias(module))
+        return self.times(w, frozen[self.bias_name] if self.bias_name in frozen else self.bias(module), changes, x)
+
+    @staticmethod
+    def times(w: Tensor, b: Tensor | None, changes: Changes, x: Tensor) -> Tensor:
+        """x W'ᵀ + b', of the frozen w (n_out, n_in) and b (n_out,)."""
+        b = bias(changes, b)
         if b is not None and b.dtype != w.dtype:
             b = b.to(w.dtype)
         one = fused(changes)
