@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import veneer
 from veneer.kernels import reference, rowwise
 from veneer.kernels.derived import derived_linear
-from veneer.kernels.lowrank import lowrank_linear
+from veneer.kernels.lowrank import _kept, lowrank_linear
 from veneer.kernels.norms import row_norm_sq
 
 
@@ -75,6 +75,20 @@ def test_dropout_is_that_of_a_mask_and_keeps_the_mean() -> None:
     many = torch.stack([lowrank_linear(t["x"], t["w"], None, t["a"], t["up"], 1.0, dropout=0.5, seed=i) for i in range(2000)]).mean(0)
     whole = lowrank_linear(t["x"], t["w"], None, t["a"], t["up"], 1.0)
     assert (many - whole).abs().max() < 0.15 * whole.abs().max()
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.003])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (1000, 1000)])
+def test_a_mask_drops_entries_at_its_rate_each_by_itself(rate: float, shape: tuple[int, int]) -> None:
+    x = torch.ones(shape)
+    many = shape[0] * shape[1]
+    kept = torch.stack([_kept(x, rate, seed).flatten() for seed in range(max(1, 4000 // many))])
+    assert set(kept.unique().tolist()) <= {0.0, 1.0}
+    off = kept - (1 - rate)
+    assert abs(off.mean()) < 5 * (rate * (1 - rate) / kept.numel()) ** 0.5
+    if many > 1000:
+        for far in (1, 2, shape[1], many // 2 - 1, many // 2, many // 2 + 1):
+            assert abs((off[0, far:] * off[0, :-far]).mean()) < 0.008 * rate * (1 - rate), far
 
 
 def test_dropout_follows_the_global_seed() -> None:
