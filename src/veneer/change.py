@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from .errors import MergeError
-from .ops import Derived, Diag, Geometry, LowRank, Op, Sparse, Sum
+from .ops import Derived, Diag, Geometry, LowRank, Op, Sparse, Sum, Vectored
 
 Base = Callable[[Tensor], Tensor]
 
@@ -164,14 +164,22 @@ def placed(changes: Sequence[tuple[Change, Stacking]]) -> tuple[Sparse, Sequence
     return (first, rest) if isinstance(first, Sparse) else None
 
 
-def fused(changes: Sequence[tuple[Change, Stacking]]) -> tuple[LowRank, Tensor | None] | None:
-    """(low-rank part, gain or None) if the changes are one low-rank addition, with or without a gain; else None."""
+def fused(changes: Sequence[tuple[Change, Stacking]], x: Tensor) -> tuple[LowRank, Tensor | None] | None:
+    """(low-rank part, gain or None) if the changes are one low-rank addition to x Wᵀ, with or without a gain; else None."""
     if len(changes) != 1:
         return None
     c = changes[0][0]
-    if not isinstance(c.add, LowRank) or c.left is not None or c.right is not None or c.base is not None:
+    if c.left is not None or c.right is not None or c.base is not None:
         return None
-    return c.add, c.gain
+    if isinstance(c.add, Vectored) and not c.add.few(x):
+        return c.add.low(), c.gain
+    return (c.add, c.gain) if isinstance(c.add, LowRank) else None
+
+
+def low_rank(change: Change) -> LowRank | None:
+    """What the change adds, as one matrix of two factors (n_out, r) and (r, n_in), if it does nothing else to W; else None."""
+    add = change.add.low() if isinstance(change.add, Vectored) else change.add
+    return add if change.additive and isinstance(add, LowRank) and add.up.ndim == 2 else None
 
 
 def derived(changes: Sequence[tuple[Change, Stacking]]) -> Derived | None:

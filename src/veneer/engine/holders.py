@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..change import Change, Swap
 from ..method import Leaf, Method
-from ..ops import Diag, LowRank
+from ..ops import Diag, LowRank, Vectored
 from ..sharding import fill, is_dtensor, is_partitioned, whole
 
 if TYPE_CHECKING:
@@ -137,6 +137,13 @@ class Attached:
         t: Tensor = store[key]
         return t
 
+    def place_of(self, leaf: str) -> tuple[dict[str, Any], str] | None:
+        """The table and the key of the tensor that `tensor` gives; None where it is another's transpose."""
+        if leaf not in self.derived:
+            return self.source[leaf]
+        other, name, transposed = self.derived[leaf]
+        return None if transposed else other.place_of(name)
+
 
 @dataclass(frozen=True, eq=False)
 class Kept:
@@ -153,28 +160,27 @@ class Kept:
     @staticmethod
     def of(change: Any, attached: Attached, scaling: float | Tensor) -> Kept | None:
         """The change, kept, if it is made of nothing but leaves."""
-        if attached.derived or isinstance(scaling, Tensor):
+        if isinstance(scaling, Tensor):
             return None
-        if isinstance(change, Swap):
-            used = list(change.tensors.values())
-        elif (
-            isinstance(change, Change)
-            and type(change.add) is LowRank
-            and change.additive
-            and change.shift is None
-            and not change.add.dropout
-        ):
-            used = [change.add.up, change.add.down]
-        elif isinstance(change, Change) and all(getattr(change, n) is None for n in ("add", "shift", "base", "gain")):
-            ends = [op for op in (change.left, change.right) if op is not None]
-            if not ends or any(type(op) is not Diag for op in ends):
-                return None
-            used = [op.d for op in ends if isinstance(op, Diag)]
-        else:
+        used = list(change.tensors.values()) if isinstance(change, Swap) else _made_of(change)
+        places = [attached.place_of(name) for name in (*attached.leaves, *attached.derived)]
+        tensors = tuple((*place, place[0][place[1]]) for place in places if place is not None)
+        if used is None or len(tensors) < len(places):
             return None
-        tensors = tuple((store, key, store[key]) for store, key in attached.source.values())
         mine = {id(t) for _, _, t in tensors}
         return Kept(change, scaling, tensors) if {id(t) for t in used} <= mine else None
+
+
+def _made_of(change: Any) -> list[Tensor] | None:
+    """The tensors of a change that computes nothing of them before it sees an input; None for others."""
+    if not isinstance(change, Change) or change.shift is not None or change.base is not None or change.gain is not None:
+        return None
+    ends, add = [op for op in (change.left, change.right) if op is not None], change.add
+    if not ends and isinstance(add, (LowRank, Vectored)) and not add.dropout:
+        return [add.up, add.down, *((add.outer, add.inner) if isinstance(add, Vectored) else ())]
+    if ends and add is None and all(isinstance(op, Diag) for op in ends):
+        return [op.d for op in ends if isinstance(op, Diag)]
+    return None
 
 
 @dataclass(frozen=True, eq=False)

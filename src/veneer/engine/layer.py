@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..change import Change, Stacking
+from ..change import Change, Stacking, low_rank
 from ..errors import ConfigError, MergeError, RouteError
 from ..kernels.norms import checksum
 from ..method import Method
@@ -344,9 +344,9 @@ class AdaptedLayer(Wrapper):
             if name == BASE or name in choice.facts:
                 continue
             change = self.change(name)
-            plain = change.additive and change.shift is None and type(change.add) is LowRank
-            if plain and not change.add.dropout and change.add.up.ndim == 2:
-                found[name] = change.add
+            low = low_rank(change)
+            if low is not None and change.shift is None and not low.dropout:
+                found[name] = low
         return found if len(found) + (BASE in groups) > 1 else {}
 
     def _run_lows(self, lows: Mapping[str, LowRank], owner: Sequence[int], x: Tensor) -> Tensor:

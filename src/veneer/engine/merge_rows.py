@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..change import Change
-from ..ops import LowRank
+from ..change import Change, low_rank
 from .layer import AdaptedLayer
 from .loss import LayerReport, Tally
 
@@ -22,8 +21,7 @@ def by_rows(layer: AdaptedLayer, changes: Sequence[tuple[Any, Any]]) -> bool:
 
 
 def _thin(change: Change) -> bool:
-    low = change.add
-    return change.additive and (low is None or (type(low) is LowRank and low.up.ndim == 2))
+    return change.additive and (change.add is None or low_rank(change) is not None)
 
 
 def merge_rows(layer: AdaptedLayer, changes: Sequence[tuple[Change, Any]], stored: Tensor) -> tuple[Tensor, LayerReport]:
@@ -36,7 +34,7 @@ def merge_rows(layer: AdaptedLayer, changes: Sequence[tuple[Change, Any]], store
     wide = torch.promote_types(stored.dtype, torch.float32)
     w, out = site.canonical(stored), torch.empty_like(stored, memory_format=torch.contiguous_format)
     new = site.canonical(out)
-    lows = [c.add for c, _ in changes if isinstance(c.add, LowRank)]
+    lows = [low for c, _ in changes if (low := low_rank(c)) is not None]
     up = [low.up.to(wide) * low.scale for low in lows]
     down = [low.down.to(wide) for low in lows]
     tally = Tally()

@@ -38,9 +38,16 @@ class Repeat:
     def of(layer: AdaptedLayer, choice: Choice) -> Repeat | None:
         """After a call of the layer; None if the next one has to ask everything anew."""
         site = layer.site
-        if type(site) is not LinearSite or site.own_forward or site.transposed or choice.rows is not None or choice.facts or not choice.enabled:
+        if (
+            type(site) is not LinearSite
+            or site.own_forward
+            or site.transposed
+            or choice.rows is not None
+            or choice.facts
+            or not choice.enabled
+        ):
             return None
-        acting = [a for n in choice.names if (a := layer.attached.get(n)) is not None]
+        acting = [a for n in choice.names or () if (a := layer.attached.get(n)) is not None]
         base: Any = layer._modules["base_layer"]
         if len(acting) != 1 or acting[0].kept is None or type(acting[0].kept.change) is not Change or not site.codec.plain:
             return None

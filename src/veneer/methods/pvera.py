@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..change import Change
 from ..inits.seeded import kaiming, seeded
 from ..method import Leaf, Targeted
-from ..ops import Between, LowRank
+from ..ops import Between, Vectored
 
 _REPLAYED = 64  # draws that a checkpointed layer can ask for again
 
@@ -55,18 +55,18 @@ class PveraConfig(Targeted, peft_type="PVERA"):
         }
 
     def change(self, p: Any, site: Any) -> Change:
-        d, r = p.pvera_lambda_d, self.r
-        up = p.pvera_lambda_b.unsqueeze(1) * p.pvera_B[: site.n_out].to(p.pvera_lambda_b.dtype)
+        b, d, r = p.pvera_lambda_b, p.pvera_lambda_d, self.r
+        mean_of = Vectored(b, p.pvera_B, d[:r], p.pvera_A[:r], site.n_in, site.scaling, site.dropout)
         if not (site.training or self.sample_at_inference):
-            down = d[:r].unsqueeze(1) * p.pvera_A[:r, : site.n_in].to(d.dtype)
-            return Change(add=LowRank(up, down, site.scaling, site.dropout))
-        down = d.unsqueeze(1) * p.pvera_A[:, : site.n_in].to(d.dtype)
+            return Change(add=mean_of)
 
         def draw(h: Tensor, x: Tensor) -> Tensor:
-            mean, log_variance = h.chunk(2, -1)
-            return mean + (0.5 * log_variance).exp() * self._noise(mean, site)
+            mean, log_variance = (h * d.to(h.dtype)).chunk(2, -1)
+            drawn: Tensor = mean + (0.5 * log_variance).exp() * self._noise(mean, site)
+            return drawn
 
-        return Change(add=Between(up, down, draw, site.scaling, site.dropout, whole=LowRank(up, down[:r], site.scaling)))
+        up = b.unsqueeze(1) * p.pvera_B[: site.n_out].to(b.dtype)
+        return Change(add=Between(up, p.pvera_A[:, : site.n_in], draw, site.scaling, site.dropout, whole=mean_of))
 
     def _noise(self, like: Tensor, site: Any) -> Tensor:
         if self.generator_seed is None:

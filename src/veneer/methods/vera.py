@@ -11,7 +11,7 @@ from torch import nn
 from ..change import Change
 from ..inits.seeded import kaiming, seeded
 from ..method import Leaf, Targeted
-from ..ops import LowRank
+from ..ops import Vectored
 
 
 @dataclass
@@ -45,6 +45,4 @@ class VeraConfig(Targeted, peft_type="VERA"):
         }
 
     def change(self, p: Any, site: Any) -> Change:
-        up = p.vera_lambda_b.unsqueeze(1) * p.vera_B[: site.n_out].to(p.vera_lambda_b.dtype)
-        down = p.vera_lambda_d.unsqueeze(1) * p.vera_A[:, : site.n_in].to(p.vera_lambda_d.dtype)
-        return Change(add=LowRank(up, down, site.scaling, site.dropout))
+        return Change(add=Vectored(p.vera_lambda_b, p.vera_B, p.vera_lambda_d, p.vera_A, site.n_in, site.scaling, site.dropout))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .base import Geometry, Op
 
@@ -45,6 +46,70 @@ class LowRank(Op):
         if x.is_floating_point():
             down, up = down.to(x.dtype), up.to(x.dtype)
         return geo.mix(geo.contract(x, down), up * self.scale)
+
+
+@dataclass(eq=False)
+class Vectored(Op):
+    """M = scale · diag(outer) U diag(inner) V: trained vectors about frozen factors, U the first rows of `up` and V the first columns of `down`,
+    which layers of all sizes share.
+
+    Args:
+        outer: (n_out,).  up: (n_out or more, r).  inner: (r,).  down: (r, n_in or more).
+        dropout: as of `LowRank`.
+    """
+
+    outer: Tensor
+    up: Tensor
+    inner: Tensor
+    down: Tensor
+    n_in: int
+    scale: float | Tensor = 1.0
+    dropout: float = 0.0
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """(U, V), in the dtype of the vectors."""
+        n, dtype, up, down = self.outer.shape[0], self.outer.dtype, self.up, self.down
+        up = up if up.shape[0] == n else up[:n]
+        down = down if down.shape[1] == self.n_in else down[:, : self.n_in]
+        return up if up.dtype == dtype else up.to(dtype), down if down.dtype == dtype else down.to(dtype)
+
+    def low(self) -> LowRank:
+        """M as two factors. Both vectors go into the first: the second stays what it is, and its gradient, a product with all tokens, is not asked for."""
+        up, down = self._factors()
+        return LowRank(self.outer.unsqueeze(1) * (up * self.inner), down, self.scale, self.dropout)
+
+    def few(self, x: Tensor) -> bool:
+        """Whether the vectors are better taken times what the factors make of x: for a few tokens without gradients."""
+        if torch.is_grad_enabled() or self.dropout or x.numel() >= x.shape[-1] * self.inner.shape[0]:
+            return False
+        return x.device.type == "cpu" and not isinstance(self.scale, Tensor) and not torch.compiler.is_compiling()
+
+    def dense(self) -> Tensor:
+        return self.low().dense()
+
+    def thin(self) -> tuple[Tensor, Tensor, float]:
+        return self.low().thin()
+
+    @property
+    def lean(self) -> bool:
+        return self.low().lean
+
+    def left(self, w: Tensor) -> Tensor:
+        return self.low().left(w)
+
+    def right(self, w: Tensor) -> Tensor:
+        return self.low().right(w)
+
+    def rows(self, x: Tensor, geo: Geometry) -> Tensor:
+        if not (geo.plain and self.few(x)):
+            return self.low().rows(x, geo)
+        up, down = self._factors()  # in the vectors' dtype small products are faster, and no factor is cast
+        h = F.linear(x.to(down.dtype), down).mul_(self.inner)
+        return F.linear(h if self.scale == 1 else h.mul_(self.scale), up).mul_(self.outer)
+
+    def add_to(self, y: Tensor, x: Tensor, geo: Geometry) -> Tensor:
+        d = self.rows(x, geo)
+        return y + (d if d.dtype == y.dtype else d.to(y.dtype))
 
 
 @dataclass(eq=False)

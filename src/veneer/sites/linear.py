@@ -89,7 +89,7 @@ class LinearSite(Site):
         b = bias(changes, b)
         if b is not None and b.dtype != w.dtype:
             b = b.to(w.dtype)
-        one = fused(changes)
+        one = fused(changes, x)
         if one is not None:
             low, gain = one
             return lowrank_linear(x, w, b, low.down, low.up, low.scale, dropout=low.dropout, gain=gain)
@@ -123,7 +123,7 @@ class LinearSite(Site):
 
             stored = Stored(self.codec, module, call)
         new = bias(changes, b)
-        one = fused(changes)
+        one = fused(changes, x)
         if one is not None:
             low, gain = one
             return lowrank_linear(x, stored, new, low.down, low.up, low.scale, dropout=low.dropout, gain=gain)
