@@ -1,4 +1,4 @@
-"""`python -m benchmarks [--quick] [--only lora,dora] [--parts step,token] [--out docs/benchmarks]`: tables on the screen, JSON and a picture in a folder."""
+"""`python -m benchmarks [--quick] [--only lora,dora] [--parts step,token] [--out docs/benchmarks/768.json]`: tables, a file, a picture."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Bench:
 
     def __init__(self, console: Console, only: list[str] | None, rounds: int, hidden: int, layers: int, clock: Any) -> None:
         self.console, self.only, self.rounds, self.hidden, self.layers, self.clock = console, only, rounds, hidden, layers, clock
-        self.record: dict[str, Any] = {"torch": torch.__version__, "machine": platform.processor() or platform.machine()}
+        self.record: dict[str, Any] = {"torch": torch.__version__, "machine": _processor()}
         self.record |= {"threads": torch.get_num_threads(), "hidden": hidden, "layers": layers}
 
     def cases(self, names: Any) -> list[str]:
@@ -87,7 +87,7 @@ class Bench:
 
     def attach(self) -> None:
         """Many adapters."""
-        found = {n: adapters.attaching(n) | {"thousand linears": adapters.thousand(n)} for n in LIBRARIES}
+        found = {n: adapters.attaching(n, self.clock) | {"thousand linears": adapters.thousand(n, self.clock)} for n in LIBRARIES}
         table = Table("ms", *LIBRARIES, title="attaching LoRAs to 28 linears: the first, the sixtieth; switching; one on 1,000 linears")
         for what in found["veneer"]:
             table.add_row(what, *(f"{found[n][what]:.2f}" for n in LIBRARIES))
@@ -106,6 +106,12 @@ class Bench:
         self.console.print(table)
 
 
+def _processor() -> str:
+    """The processor's name where the system tells it."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -118,7 +124,9 @@ def main(
     quick: Annotated[bool, typer.Option(help="Few rounds: a first impression.")] = False,
     only: Annotated[str | None, typer.Option(help="Cases to measure, with commas between.")] = None,
     parts: Annotated[str, typer.Option(help="Tables to measure, with commas between.")] = ",".join(PARTS),
-    out: Annotated[Path | None, typer.Option(help="The folder for benchmarks.json and benchmarks.png.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The file for the figures (.json); a picture of the steps goes beside it (.png).")
+    ] = None,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
     hidden: Annotated[int, typer.Option(help="Width of the model.")] = 768,
     layers: Annotated[int, typer.Option(help="Layers of the model.")] = 2,
@@ -140,10 +148,10 @@ def main(
         if name in wanted:
             run()
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "benchmarks.json").write_text(json.dumps(bench.record, indent=1), encoding="utf-8")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(bench.record, indent=1), encoding="utf-8")
         if bench.record.get("step"):
-            _picture(bench.record["step"], out / "benchmarks.png")
+            _picture(bench.record["step"], out.with_suffix(".png"))
 
 
 def _picture(rows: list[dict[str, Any]], path: Path) -> None:

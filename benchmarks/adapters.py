@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import statistics
-import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,13 +13,16 @@ from torch import nn
 from .models import TARGETS, decoder
 
 
-def attaching(library: str, adapters: int = 60, layers: int = 4) -> dict[str, float]:
+Clock = Callable[[], float]
+
+
+def attaching(library: str, clock: Clock, adapters: int = 60, layers: int = 4) -> dict[str, float]:
     """Milliseconds: the first adapters and the last ones of so many (medians of five), and a switch between two."""
     lib: Any = importlib.import_module(library)
     config = lib.LoraConfig(r=4, target_modules=list(TARGETS))
     model = lib.get_peft_model(decoder(torch.float32, hidden=64, layers=layers), config)
-    times = [_timed(lambda i=i: model.add_adapter(f"a{i}", config)) for i in range(adapters)]
-    switches = [_timed(lambda i=i: model.set_adapter(f"a{i % adapters}")) for i in range(20)]
+    times = [_timed(clock, lambda i=i: model.add_adapter(f"a{i}", config)) for i in range(adapters)]
+    switches = [_timed(clock, lambda i=i: model.set_adapter(f"a{i % adapters}")) for i in range(20)]
     return {"first": statistics.median(times[:5]), "last": statistics.median(times[-5:]), "switch": statistics.median(switches)}
 
 
@@ -29,14 +32,14 @@ class _Stack(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(count))
 
 
-def thousand(library: str) -> float:
+def thousand(library: str, clock: Clock) -> float:
     """Milliseconds for an adapter on 1,000 small linears: what is not initialisation."""
     lib: Any = importlib.import_module(library)
     config = lib.LoraConfig(r=1, target_modules=r"layers\.\d+")
-    return statistics.median(_timed(lambda m=m: lib.inject_adapter_in_model(config, m)) for m in [_Stack(1000) for _ in range(3)])
+    return statistics.median(_timed(clock, lambda m=m: lib.inject_adapter_in_model(config, m)) for m in [_Stack(1000) for _ in range(3)])
 
 
-def _timed(run: Any) -> float:
-    started = time.perf_counter()
+def _timed(clock: Clock, run: Any) -> float:
+    started = clock()
     run()
-    return 1000 * (time.perf_counter() - started)
+    return 1000 * (clock() - started)

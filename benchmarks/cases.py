@@ -38,3 +38,15 @@ STEPS: dict[str, Case] = {
 TOKENS = ("lora", "dora", "vera", "ia3", "oft")
 MEMORY = ("lora", "lora, dropout 0.1", "dora")
 MIXED = (1, 4, 16)
+
+Aims = dict[str, tuple[float | None, float | None]]  # of bfloat16 and float32
+
+_DENSE = (1.9, 1.7)
+_LOW = (1.2, 1.15)
+AIMS: Aims = {
+    "lora": (1.12, 1.10), "lora, dropout 0.1": (1.20, 1.15), "dora": (1.25, 1.20), "ia3": (1.06, 1.04), "beft": (1.06, 1.04), "road": (1.06, 1.04),
+    "oft": (1.35, 1.20), "boft": (1.35, 1.20), "hra": (1.40, 1.30),
+} | dict.fromkeys(("vera", "pvera", "adalora", "delora", "miss", "gralora", "vblora", "psoft"), _LOW) | dict.fromkeys(
+    ("loha", "lokr", "hira", "fourierft", "waveft", "c3a", "shira", "supertuning", "randlora", "frod"), _DENSE
+)  # fmt: skip
+TOKEN_AIMS: Aims = {"lora": (1.12, 1.10), "dora": (1.12, 1.10)}

@@ -43,7 +43,7 @@ class _Turned(torch.autograd.Function):
             dx = (dy * a.to(dy.dtype)).addcmul_(swapped(dy, ctx.half), swapped(b, ctx.half).to(dy.dtype))
         rows = dy.reshape(-1, dy.shape[-1])
         if ctx.needs_input_grad[1]:
-            da = (rows * x.reshape(rows.shape)).sum(0, dtype=a.dtype)
+            da = (rows * x.reshape(rows.shape)).sum(0).to(a.dtype)
         if ctx.needs_input_grad[2]:
-            db = (rows * swapped(x, ctx.half).reshape(rows.shape)).sum(0, dtype=b.dtype)
+            db = (rows * swapped(x, ctx.half).reshape(rows.shape)).sum(0).to(b.dtype)
         return dx, da, db, None

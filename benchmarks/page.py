@@ -1,0 +1,76 @@
+"""`python -m benchmarks.page`: docs/benchmarks.md from the runs in docs/benchmarks, so that no figure is typed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .cases import AIMS, TOKEN_AIMS
+
+FOLDER = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
+PAGE = FOLDER.with_suffix(".md")
+
+
+def text() -> str:
+    """The page."""
+    runs = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(FOLDER.glob("*.json")) if f.stem.isdigit()]
+    parts = [
+        "# Measured",
+        "Written by `python -m benchmarks.page` from the runs in `docs/benchmarks` (`python -m benchmarks --out docs/benchmarks/768.json`). A figure is the "
+        "median of ratios to the frozen model, taken in turn in one run; in brackets the quartiles. *aim*: what was set out to be reached. Why each "
+        "figure is what it is: [performance.md](performance.md).",
+        "![training steps](benchmarks/768.png)",
+    ]
+    for run in sorted(runs, key=lambda r: r["hidden"]):
+        parts += _run(run)
+    return "\n\n".join(parts) + "\n"
+
+
+def _run(run: dict[str, Any]) -> list[str]:
+    out = [
+        f"## Hidden {run['hidden']}",
+        f"torch {run['torch']}, {run['machine']}, {run['threads']} thread(s), {run['layers']} layer(s) of a Llama.",
+    ]
+    if run.get("step"):
+        out += ["A training step, 4 x 160 tokens, over the frozen model's:", _ratios(run["step"], AIMS)]
+    if run.get("token"):
+        out += ["One token without gradients:", _ratios(run["token"], TOKEN_AIMS)]
+    if run.get("mixed"):
+        out += [
+            "16 rows of 8 tokens, each with one of so many LoRA adapters:",
+            _ratios(run["mixed"], {"1 adapters": (1.25, None), "16 adapters": (1.6, None)}),
+        ]
+    if run.get("memory"):
+        rows = [[f"{r['case']}, {r['dtype']}", *(f"{r[n] / r['floor']:.2f}" for n in ("veneer", "peft"))] for r in run["memory"]]
+        out += ["Peak memory of a step over what was there before, times the frozen model's:", _table(["", "veneer", "PEFT"], rows)]
+    if run.get("attach"):
+        found = run["attach"]
+        rows = [[what, *(f"{found[n][what]:.2f}" for n in ("veneer", "peft"))] for what in found["veneer"]]
+        out += [
+            "Milliseconds to attach LoRA to 28 linears (the first adapters, the last of 60), to switch, and to attach to 1,000 linears:",
+            _table(["", "veneer", "PEFT"], rows),
+        ]
+    if run.get("import_ms"):
+        out.append("Import over torch's: " + ", ".join(f"{k} {v:.0f} ms" for k, v in run["import_ms"].items()) + ".")
+    return out
+
+
+def _ratios(rows: list[dict[str, Any]], aims: dict[str, tuple[float | None, float | None]]) -> str:
+    lines = []
+    for r in rows:
+        aim = aims.get(r["case"], (None, None))[r["dtype"] == "float32"]
+        lines.append([f"{r['case']}, {r['dtype']}", *(_said(r.get(n)) for n in ("veneer", "peft")), "" if aim is None else f"{aim:.2f}"])
+    return _table(["", "veneer", "PEFT", "aim"], lines)
+
+
+def _said(r: dict[str, float] | None) -> str:
+    return "fails" if r is None else f"{r['median']:.2f} ({r['low']:.2f}–{r['high']:.2f})"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(r)} |" for r in (head, ["---"] * len(head), *rows))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(text(), encoding="utf-8")
