@@ -12,7 +12,6 @@ from torch import nn
 
 from .models import TARGETS, decoder
 
-
 Clock = Callable[[], float]
 
 
