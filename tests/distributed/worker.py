@@ -144,10 +144,24 @@ def parallel(base: nn.Module) -> nn.Module:
     return base
 
 
+def planned(base: nn.Module, folder: Path) -> nn.Module:
+    """Cut by transformers as it loads the model from a folder, by the model's own plan."""
+    from transformers import AutoModelForCausalLM
+
+    if dist.get_rank() == 0:
+        base.save_pretrained(folder)  # type: ignore[operator]
+    dist.barrier()
+    loaded: nn.Module = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+    return loaded
+
+
+PLANS = ("tp", "tp_plan")
+
+
 def wrapped(model: Any, layout: str) -> Any:
     if layout == "ddp":
         return nn.parallel.DistributedDataParallel(model)
-    if layout == "tp":
+    if layout in PLANS:
         return model
     if layout == "fsdp2":
         return shard(model)
@@ -161,7 +175,7 @@ def wrapped(model: Any, layout: str) -> Any:
 
 
 def train(model: Any, layout: str, todo: list[Tensor], opt: Any = None) -> list[float]:
-    rank, world = (0, 1) if layout == "tp" else (dist.get_rank(), dist.get_world_size())
+    rank, world = (0, 1) if layout in PLANS else (dist.get_rank(), dist.get_world_size())
     opt, losses = opt or (None if layout.startswith("zero") else optimizer_of(model)), []
     for rows in todo:
         part = mine(rows, rank, world)
@@ -193,6 +207,8 @@ def run(method: str, layout: str, out: Path) -> dict[str, Any]:
         deepspeed.zero.Init(module=base, config_dict_or_path={"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
     if layout == "tp":
         base = parallel(bare_model(method))
+    if layout == "tp_plan":
+        base = planned(bare_model(method), out / f"base-{method}")
     model = adapted(method, base)
     engine = wrapped(model, layout)
     got = train(engine, layout, batches())
@@ -214,7 +230,7 @@ def run(method: str, layout: str, out: Path) -> dict[str, Any]:
         merged = out / f"merged-{method}-{layout}-{world}"
         save_merged(engine if layout == "fsdp1" else model, merged)
         dist.barrier()
-        if layout in ("ddp", "fsdp2", "tp"):
+        if layout in ("ddp", "fsdp2", *PLANS):
             result["merged"] = off_by(merged, reference)
     dist.barrier()
     return result
