@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import signal
+import sys
 import warnings
 from contextlib import nullcontext
 from datetime import timedelta
@@ -236,6 +237,64 @@ def run(method: str, layout: str, out: Path) -> dict[str, Any]:
     return result
 
 
+def merging(method: str, layout: str, out: Path) -> dict[str, Any]:
+    """Merged and not, on and off, in mixed batches: how far the logits are from a single process'."""
+    ids = batches(1)[0]
+
+    def off(**how: Any) -> float:
+        with torch.no_grad():
+            return float((spread(input_ids=ids, **how).logits - one(input_ids=ids, **how).logits).abs().max())
+
+    base = planned(bare_model(method), out / "base-merging") if layout == "tp_plan" else bare_model(method)
+    one, model = adapted(method), adapted(method, parallel(base) if layout == "tp" else base)
+    for m in (one, model):
+        torch.manual_seed(2)
+        m.add_adapter("other", CONFIGS[method]())
+        torch.manual_seed(3)
+        for p in (p for p in m.parameters() if p.requires_grad):  # what starts at zero is to act too
+            p.data += 0.1 * torch.randn(p.shape)
+    spread = wrapped(model, layout)
+    inner = spread if layout == "fsdp2" else model
+    result = {"trained": off()}
+    if layout != "fsdp2":
+        result["rows"] = off(adapter_names=["default", "other", "__base__", "default"])
+    with torch.no_grad():
+        on = one(input_ids=ids).logits
+        with one.disable_adapter():
+            acts = float((on - one(input_ids=ids).logits).abs().max())
+    for m in (inner, one):
+        m.merge_adapter()
+    result["merged"] = off()
+    with inner.disable_adapter(), one.disable_adapter():
+        result["off"] = off()
+    for m in (inner, one):
+        m.unmerge_adapter()
+    return {**result, "unmerged": off(), "acts": acts}
+
+
+def refusals(method: str, layout: str, out: Path) -> dict[str, Any]:
+    """What is said of adapters that a plan leaves no place for."""
+    refused: dict[str, Any] = {
+        "whole": lambda: veneer.LNTuningConfig(target_modules=["o_proj"]),
+        "bias": lambda: veneer.LoraConfig(r=4, target_modules=QV, bias="lora_only"),
+        "block": lambda: veneer.LoraConfig(r=4, target_modules=QV, modules_to_save=["mlp"]),
+        "parameter": lambda: veneer.LoraConfig(r=4, target_modules=[], target_parameters=["self_attn.q_proj.weight"]),
+        "piece": CONFIGS[method],
+    }
+    said: dict[str, Any] = {}
+    for name, config in refused.items():
+        base = bare_model(method)
+        if name == "piece":
+            weight = base.model.layers[0].self_attn.q_proj.weight  # type: ignore[union-attr]
+            weight.data = weight.data[:16].clone()
+        try:
+            train(veneer.get_peft_model(planned(base, out / "base-refused") if name != "piece" else base, config()), layout, batches(1))
+            said[name] = "nothing"
+        except veneer.ConfigError as e:
+            said[name] = str(e)
+    return said
+
+
 def off_by(merged: Path, reference: Any) -> float:
     """How far the merged file is from a single process' model, merged by itself; infinite where the file lacks a tensor."""
     from safetensors.torch import load_file
@@ -337,7 +396,7 @@ def both(method: str, layout: str, out: Path) -> dict[str, Any]:
     return {**run(method, layout, out), "bytes": count(method, layout, out)}
 
 
-TASKS = {"compare": run, "bytes": count, "both": both, "first": first_half, "second": second_half}
+TASKS = {"compare": run, "bytes": count, "both": both, "first": first_half, "second": second_half, "merging": merging, "refusals": refusals}
 
 
 def main() -> None:
@@ -367,6 +426,7 @@ def main() -> None:
             import traceback
 
             results[method] = {"error": f"{type(e).__name__}: {e}", "trace": traceback.format_exc()[-3000:]}
+            print(f"rank {dist.get_rank()}, {method}: {results[method]['trace']}", file=sys.stderr, flush=True)
     if dist.get_rank() == 0:
         (out / f"{args.layout}.json").write_text(json.dumps(results, indent=1))
     dist.destroy_process_group()
