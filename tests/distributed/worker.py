@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import signal
+import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import veneer
-from veneer.distributed import fsdp_auto_wrap_policy, gathered, save_merged, shard
+from veneer.distributed import fsdp_auto_wrap_policy, gathered, load_state, save_merged, save_state, shard
 
 QV = ["q_proj", "v_proj", "down_proj"]
 CONFIGS: dict[str, Any] = {
@@ -166,6 +167,10 @@ def wrapped(model: Any, layout: str) -> Any:
         return model
     if layout == "fsdp2":
         return shard(model)
+    if layout == "hsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
     if layout == "fsdp1":
         from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -335,17 +340,23 @@ def shard_all(model: Any) -> Any:
     return fully_shard(model)
 
 
-def first_half(method: str, layout: str, out: Path) -> dict[str, Any]:
-    """Ten steps; then the adapter as every layout saves it, the optimizer with torch's distributed checkpoint."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-    model = adapted(method)
+def started(method: str, layout: str, out: Path) -> tuple[Any, Any, Any]:
+    """An adapted model, as it is called, and its optimizer. `hsdp`: sharded in pairs, replicated between them."""
+    base = bare_model(method)
+    if layout in PLANS:
+        base = parallel(base) if layout == "tp" else planned(base, out / f"base-{method}")
+    model = adapted(method, base)
     engine = wrapped(model, layout)
-    opt = optimizer_of(engine)
+    return model, engine, optimizer_of(engine)
+
+
+def first_half(method: str, layout: str, out: Path) -> dict[str, Any]:
+    """Ten steps; then the adapter as every layout saves it, and the pieces of adapter and optimizer."""
+    model, engine, opt = started(method, layout, out)
     losses = train(engine, layout, batches()[:10], opt)
-    model.save_pretrained(out / f"{method}-{layout}-half", is_main_process=dist.get_rank() == 0)
-    dcp.save({"optimizer": get_optimizer_state_dict(engine, opt)}, checkpoint_id=out / f"{method}-{layout}-optimizer")
+    with gathered(engine) if layout == "fsdp1" else nullcontext():
+        model.save_pretrained(out / f"{method}-{layout}-half", is_main_process=dist.get_rank() == 0)
+    save_state(engine, opt, out / f"{method}-{layout}-state", extra={"step": 10})
     dist.barrier()
     reference, expected = single(method, 10)
     if dist.get_rank() == 0:
@@ -353,19 +364,21 @@ def first_half(method: str, layout: str, out: Path) -> dict[str, Any]:
     return {"losses": max(abs(a - b) for a, b in zip(losses, expected, strict=True))}
 
 
-def second_half(method: str, layout: str, out: Path) -> dict[str, Any]:
-    """The other ten, from the files, on however many processes there are now; then a plain model reads what they saved."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-
-    model = veneer.PeftModel.from_pretrained(bare_model(method), out / f"{method}-{layout}-half", is_trainable=True)
-    engine = wrapped(model, layout)
-    opt = optimizer_of(engine)
-    state = {"optimizer": get_optimizer_state_dict(engine, opt)}
-    dcp.load(state, checkpoint_id=out / f"{method}-{layout}-optimizer")
-    set_optimizer_state_dict(engine, opt, state["optimizer"])
-    losses = train(engine, layout, batches()[10:], opt)
-    model.save_pretrained(out / f"{method}-{layout}-whole", is_main_process=dist.get_rank() == 0)
+def second_half(method: str, layouts: str, out: Path) -> dict[str, Any]:
+    """The other ten, from the state that another layout saved (`saved>now`), on however many processes there are now; a plain model reads what they saved."""
+    saved, _, layout = layouts.rpartition(">")
+    saved = saved or layout
+    if layout == "single":
+        return alone(method, saved, out)
+    model, engine, opt = started(method, layout, out)
+    with torch.no_grad():
+        for p in model.parameters():  # everything that trains has to come from the file
+            if p.requires_grad:
+                p.mul_(0.5)
+    done = load_state(engine, opt, out / f"{method}-{saved}-state")["step"]
+    losses = train(engine, layout, batches()[done:], opt)
+    with gathered(engine) if layout == "fsdp1" else nullcontext():
+        model.save_pretrained(out / f"{method}-{layout}-whole", is_main_process=dist.get_rank() == 0)
     dist.barrier()
     reference, expected = single(method)
     result = {"losses": max(abs(a - b) for a, b in zip(losses, expected[10:], strict=True)), "learned": expected[9] - expected[-1]}
@@ -376,6 +389,32 @@ def second_half(method: str, layout: str, out: Path) -> dict[str, Any]:
         with torch.no_grad():
             result["logits"] = float((plain(input_ids=ids).logits - reference(input_ids=ids).logits).abs().max())
     return result
+
+
+def alone(method: str, saved: str, out: Path) -> dict[str, Any]:
+    """Rank 0 goes on by itself, in a process without a group."""
+    result: dict[str, Any] = {}
+    if dist.get_rank() == 0:
+        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import worker; print(worker.goes_on({method!r}, {str(out / f'{method}-{saved}-state')!r}))"
+        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+        result["losses"] = float(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else done.stderr[-2000:]
+    dist.barrier()
+    return result
+
+
+def goes_on(method: str, state: str) -> float:
+    """How far the last ten losses of one process, which reads a state of several, are from those of one that did all twenty."""
+    model = adapted(method)
+    opt = optimizer_of(model)
+    done, losses = load_state(model, opt, state)["step"], []
+    for rows in batches()[done:]:
+        loss = total_loss(model, rows) / (len(rows) * (LENGTH - 1))
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        losses.append(float(loss))
+    return max(abs(a - b) for a, b in zip(losses, single(method)[1][done:], strict=True))
 
 
 def killed(method: str, layout: str, out: Path) -> dict[str, Any]:
