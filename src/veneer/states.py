@@ -30,7 +30,9 @@ from .sharding import is_partitioned
 CURRENT = "current.json"
 
 
-def save_state(model: nn.Module, optimizer: Optimizer | None, folder: str | os.PathLike[str], *, extra: Mapping[str, Any] | None = None) -> Path:
+def save_state(
+    model: nn.Module, optimizer: Optimizer | None, folder: str | os.PathLike[str], *, extra: Mapping[str, Any] | None = None
+) -> Path:
     """Write all adapters of a model in training, and the optimizer's state, each process its pieces. All processes have to call this.
 
     Args:
@@ -73,7 +75,9 @@ def save_state(model: nn.Module, optimizer: Optimizer | None, folder: str | os.P
                     shutil.rmtree(old, ignore_errors=True)
         _meet()
     except (OSError, RuntimeError, dcp.api.CheckpointException) as e:  # gloo and NCCL tell of a process that is gone by a RuntimeError
-        raise SaveError(f"The state could not be written to {str(place)!r}: {_cause(e)}. What {str(root / CURRENT)!r} names is as it was.") from e
+        raise SaveError(
+            f"The state could not be written to {str(place)!r}: {_cause(e)}. What {str(root / CURRENT)!r} names is as it was."
+        ) from e
     return place
 
 
@@ -96,7 +100,9 @@ def load_state(model: nn.Module, optimizer: Optimizer | None, folder: str | os.P
     root = Path(folder)
     name = name_of_current(root)
     if name is None or not (root / name / ".metadata").is_file():
-        raise LoadError(f"{str(root)!r} holds no complete state: `save_state` has not been through there. Start anew, or name another folder.")
+        raise LoadError(
+            f"{str(root)!r} holds no complete state: `save_state` has not been through there. Start anew, or name another folder."
+        )
     place = root / name
     state = _state(model, optimizer, LoadError)
     _check(state, dcp.FileSystemReader(place).read_metadata().state_dict_metadata, place)
@@ -133,7 +139,9 @@ def _state(model: nn.Module, optimizer: Optimizer | None, error: type[Exception]
         lost = [k for k, s in found.items() if s.required and s.tied_with is None and k not in here]
         if not tensors or lost:
             what = f"lacks {lost[0]!r}" if lost else "has no tensors of an adapter"
-            raise error(f"The model {what}. Its adapters: {', '.join(map(repr, names)) or 'none'}. Pass the model that holds them, in its wrapper.")
+            raise error(
+                f"The model {what}. Its adapters: {', '.join(map(repr, names)) or 'none'}. Pass the model that holds them, in its wrapper."
+            )
         state: dict[str, Any] = {"adapters": tensors}
         if optimizer is not None:
             state["optimizer"] = get_optimizer_state_dict(model, optimizer)
@@ -145,9 +153,13 @@ def _check(state: Mapping[str, Any], held: Mapping[str, Any], place: Path) -> No
     there = {k.removeprefix("adapters."): tuple(m.size) for k, m in held.items() if k.startswith("adapters.")}
     for key, t in state["adapters"].items():
         if key not in there:
-            raise LoadError(f"The state in {str(place)!r} lacks the adapter's tensor {key!r}.{hint(key, there)} Make the same adapters as when it was saved.")
+            raise LoadError(
+                f"The state in {str(place)!r} lacks the adapter's tensor {key!r}.{hint(key, there)} Make the same adapters as when it was saved."
+            )
         if there[key] != tuple(t.size()):
-            raise LoadError(f"{key!r} has shape {there[key]} in {str(place)!r}, and {tuple(t.size())} in the model. Make the adapter with the same config.")
+            raise LoadError(
+                f"{key!r} has shape {there[key]} in {str(place)!r}, and {tuple(t.size())} in the model. Make the adapter with the same config."
+            )
     if "optimizer" not in state:
         return
     kept = {k for k in held if k.startswith("optimizer.state.")}

@@ -418,16 +418,26 @@ def goes_on(method: str, state: str) -> float:
 
 
 def killed(method: str, layout: str, out: Path) -> dict[str, Any]:
-    """Saves after each step; the last process kills itself before the fourth."""
-    model = adapted(method)
-    engine = wrapped(model, layout)
-    opt = optimizer_of(engine)
+    """Saves after each step; the last process kills itself before the fourth, or, under DDP, in the fourth save, when its own pieces are on the disk."""
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    _, engine, opt = started(method, layout, out)
+    model = engine.module if layout == "ddp" else engine
+    last = dist.get_rank() == dist.get_world_size() - 1
+    write = FileSystemWriter.write_data
+
+    def dies(*args: Any) -> Any:
+        write(*args).wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+
     for step, rows in enumerate(batches()):
-        if step == 3 and dist.get_rank() == dist.get_world_size() - 1:
+        if step == 3 and last and layout != "ddp":
             os.kill(os.getpid(), signal.SIGKILL)
+        if step == 3 and last:
+            FileSystemWriter.write_data = dies  # type: ignore[method-assign]
         train(engine, layout, [rows], opt)
         model.save_pretrained(out / "last", is_main_process=dist.get_rank() == 0)
-        dist.barrier()
+        save_state(engine, opt, out / "state", extra={"step": step + 1})
     return {}
 
 
@@ -440,10 +450,10 @@ TASKS = {"compare": run, "bytes": count, "both": both, "first": first_half, "sec
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--layout", required=True)
+    parser.add_argument("--layout", required=True, help="several, with commas, are run one after the other")
     parser.add_argument("--methods", required=True)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--task", default="compare", choices=[*TASKS, "killed"])
+    parser.add_argument("--task", default="compare", help="one, or one for each layout: killed, " + ", ".join(TASKS))
     parser.add_argument("--meet", help="where the processes find each other; by default as torchrun says")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -455,19 +465,22 @@ def main() -> None:
     else:
         here = {"init_method": args.meet, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])} if args.meet else {}
         dist.init_process_group("gloo", timeout=timedelta(seconds=30), **here)
-    out, results = Path(args.out), {}
+    out = Path(args.out)
     if args.task == "killed":  # its error has to end this process
         killed(args.methods, args.layout, out)
-    for method in args.methods.split(","):
-        try:
-            results[method] = TASKS[args.task](method, args.layout, out)
-        except Exception as e:  # the test asserts on it; a collective that differs between ranks would hang, torchrun ends it
-            import traceback
+    layouts, tasks = args.layout.split(","), args.task.split(",")
+    for layout, task in zip(layouts, tasks * (len(layouts) // len(tasks)), strict=True):
+        results = {}
+        for method in args.methods.split(","):
+            try:
+                results[method] = TASKS[task](method, layout, out)
+            except Exception as e:  # the test asserts on it; a collective that differs between ranks would hang, torchrun ends it
+                import traceback
 
-            results[method] = {"error": f"{type(e).__name__}: {e}", "trace": traceback.format_exc()[-3000:]}
-            print(f"rank {dist.get_rank()}, {method}: {results[method]['trace']}", file=sys.stderr, flush=True)
-    if dist.get_rank() == 0:
-        (out / f"{args.layout}.json").write_text(json.dumps(results, indent=1))
+                results[method] = {"error": f"{type(e).__name__}: {e}", "trace": traceback.format_exc()[-3000:]}
+                print(f"rank {dist.get_rank()}, {method}: {results[method]['trace']}", file=sys.stderr, flush=True)
+        if dist.get_rank() == 0:
+            (out / f"{layout}.json").write_text(json.dumps(results, indent=1))
     dist.destroy_process_group()
 
 
