@@ -395,7 +395,8 @@ def alone(method: str, saved: str, out: Path) -> dict[str, Any]:
     """Rank 0 goes on by itself, in a process without a group."""
     result: dict[str, Any] = {}
     if dist.get_rank() == 0:
-        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import worker; print(worker.goes_on({method!r}, {str(out / f'{method}-{saved}-state')!r}))"
+        here, state = str(Path(__file__).parent), str(out / f"{method}-{saved}-state")
+        code = f"import sys; sys.path.insert(0, {here!r}); import worker; print(worker.goes_on({method!r}, {state!r}))"
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
         result["losses"] = float(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else done.stderr[-2000:]
