@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,8 @@ def save_state(
     Raises:
         SaveError: if the model has no adapter, DeepSpeed's ZeRO-3 keeps it, or a process could not write; the state before is then as it was.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     root = Path(folder)
     if any(is_partitioned(p) for p in model.parameters()):
@@ -57,24 +58,13 @@ def save_state(
     except (TypeError, ValueError) as e:
         raise SaveError(f"`extra` has to be what JSON can hold (numbers, text, lists, dicts with text for keys): {e}.") from e
     state = _state(model, optimizer, SaveError)
+    place = root / "a new subfolder"
     try:
-        place = root / _agreed(_next(root))
-        if _first():
-            root.mkdir(parents=True, exist_ok=True)
-            for left in root.glob("state-*"):  # by a process that died
-                if left.name != name_of_current(root):
-                    shutil.rmtree(left)
-        _meet()
+        place = root / _first_does(lambda: _begin(root))
         with _quiet():
-            dcp.save(state, checkpoint_id=place)
-        if _first():
-            with replacing(root / CURRENT) as beside:
-                beside.write_text(json.dumps({"state": place.name, **json.loads(note)}), encoding="utf-8")
-            for old in root.glob("state-*"):
-                if old.name != place.name:
-                    shutil.rmtree(old, ignore_errors=True)
-        _meet()
-    except (OSError, RuntimeError, dcp.api.CheckpointException) as e:  # gloo and NCCL tell of a process that is gone by a RuntimeError
+            save(state, checkpoint_id=place)
+        _first_does(lambda: _settle(root, place.name, note))
+    except (OSError, RuntimeError, CheckpointException) as e:  # gloo and NCCL tell of a process that is gone by a RuntimeError
         raise SaveError(
             f"The state could not be written to {str(place)!r}: {_cause(e)}. What {str(root / CURRENT)!r} names is as it was."
         ) from e
@@ -94,8 +84,10 @@ def load_state(model: nn.Module, optimizer: Optimizer | None, folder: str | os.P
     Raises:
         LoadError: if there is no complete state, or the model or optimizer needs what the state lacks or has in another shape; nothing is changed.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     root = Path(folder)
     name = name_of_current(root)
@@ -105,11 +97,11 @@ def load_state(model: nn.Module, optimizer: Optimizer | None, folder: str | os.P
         )
     place = root / name
     state = _state(model, optimizer, LoadError)
-    _check(state, dcp.FileSystemReader(place).read_metadata().state_dict_metadata, place)
+    _check(state, FileSystemReader(place).read_metadata().state_dict_metadata, place)
     try:
         with _quiet():
-            dcp.load(state, checkpoint_id=place)
-    except (OSError, RuntimeError, dcp.api.CheckpointException) as e:
+            load(state, checkpoint_id=place)
+    except (OSError, RuntimeError, CheckpointException) as e:
         raise LoadError(f"The state in {str(place)!r} could not be read: {_cause(e)}.") from e
     options = StateDictOptions(strict=False)
     with _quiet(), paused():
@@ -172,30 +164,44 @@ def _check(state: Mapping[str, Any], held: Mapping[str, Any], place: Path) -> No
                 )
 
 
-def _next(root: Path) -> str:
+def _begin(root: Path) -> str:
+    """The name of the next state, in a folder without what a process that died has left."""
+    root.mkdir(parents=True, exist_ok=True)
     before = name_of_current(root)
+    for left in root.glob("state-*"):
+        if left.name != before:
+            shutil.rmtree(left)
     return f"state-{int(before.rpartition('-')[2]) + 1 if before else 1}"
 
 
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized()
+def _settle(root: Path, name: str, note: str) -> str:
+    """Make a complete state the current one, and remove the others."""
+    with replacing(root / CURRENT) as beside:
+        beside.write_text(json.dumps({"state": name, **json.loads(note)}), encoding="utf-8")
+    for old in root.glob("state-*"):
+        if old.name != name:
+            shutil.rmtree(old, ignore_errors=True)
+    return name
 
 
-def _first() -> bool:
-    return not _several() or dist.get_rank() == 0
+def _first_does(action: Callable[[], str]) -> str:
+    """What the first process gets from doing something to the folder, told to all.
 
-
-def _meet() -> None:
-    if _several():
-        dist.barrier()
-
-
-def _agreed(name: str) -> str:
-    """What the first process says: a slow disk may show another folder to each."""
-    said = [name]
-    if _several():
+    Raises:
+        OSError: on every process, if it fails there.
+    """
+    several = dist.is_available() and dist.is_initialized()
+    said: list[Any] = [None, None]
+    if not several or dist.get_rank() == 0:
+        try:
+            said[0] = action()
+        except OSError as e:
+            said[1] = str(e)
+    if several:
         dist.broadcast_object_list(said)
-    return said[0]
+    if said[1] is not None:
+        raise OSError(said[1])
+    return str(said[0])
 
 
 @contextmanager
