@@ -29,6 +29,11 @@ ACCELERATE = [
     "--mixed_precision=no",
     "--dynamo_backend=no",
 ]
+# with --cpu alone accelerate starts one process, and several by MPI only; its launcher for GPUs is torchrun, and takes what it finds
+ACCELERATE_TWO = [
+    *["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"],
+    *["--dynamo_backend=no", "--main_process_port=0"],
+]
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +92,14 @@ def test_every_task_and_accumulation_and_accelerate_too(recipe: Path, task: str,
     one, _ = train(recipe, tmp_path / "one", "--batch-size", "4", "--accumulate", "2", "--task", task, by=ACCELERATE)
     two, _ = train(recipe, tmp_path / "two", "--batch-size", "2", "--accumulate", "2", "--task", task)
     same(tmp_path / "one", tmp_path / "two", one, two)
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_do_what_one_does_and_speak_with_one_voice(recipe: Path, tmp_path: Path) -> None:
+    one, _ = train(recipe, tmp_path / "one", "--batch-size", "4", by=[])
+    two, said = train(recipe, tmp_path / "two", "--batch-size", "2", by=ACCELERATE_TWO)
+    same(tmp_path / "one", tmp_path / "two", one, two)
+    assert two["plan"]["processes"] == 2 and said.count(" done ") == 1, said
 
 
 @pytest.mark.slow

@@ -25,8 +25,9 @@ from .engine.merge import merged_tensors
 from .engine.wrapper import Wrapper
 from .errors import ConfigError, MergeError, SaveError, hint
 from .sharding import gathered, whole
+from .states import load_state, save_state
 
-__all__ = ["fsdp_auto_wrap_policy", "gathered", "save_merged", "shard", "units"]
+__all__ = ["fsdp_auto_wrap_policy", "gathered", "load_state", "save_merged", "save_state", "shard", "units"]
 
 _ASKED = "FSDP_TRANSFORMER_CLS_TO_WRAP"  # accelerate's environment variable: class names, separated by commas
 

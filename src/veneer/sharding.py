@@ -79,6 +79,13 @@ def spread_like(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value, mesh, placements, src_data_rank=None)
 
 
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 put back in pieces what it has left whole after a call, so that what is written next is what it will gather."""
+    for module in model.modules():
+        if hasattr(module, "set_modules_to_forward_prefetch"):
+            module.reshard()  # type: ignore[operator]
+
+
 def is_flat(model: nn.Module) -> bool:
     """Whether FSDP1 keeps the model's parameters in pieces just now."""
     return any(type(m).__name__ == "FullyShardedDataParallel" and m.training_state.name == "IDLE" for m in model.modules())  # type: ignore[union-attr]

@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import signal
+import subprocess
+import sys
 import warnings
 from contextlib import nullcontext
 from datetime import timedelta
@@ -19,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import veneer
-from veneer.distributed import fsdp_auto_wrap_policy, gathered, save_merged, shard
+from veneer.distributed import fsdp_auto_wrap_policy, gathered, load_state, save_merged, save_state, shard
 
 QV = ["q_proj", "v_proj", "down_proj"]
 CONFIGS: dict[str, Any] = {
@@ -144,13 +146,31 @@ def parallel(base: nn.Module) -> nn.Module:
     return base
 
 
+def planned(base: nn.Module, folder: Path) -> nn.Module:
+    """Cut by transformers as it loads the model from a folder, by the model's own plan."""
+    from transformers import AutoModelForCausalLM
+
+    if dist.get_rank() == 0:
+        base.save_pretrained(folder)  # type: ignore[operator]
+    dist.barrier()
+    loaded: nn.Module = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+    return loaded
+
+
+PLANS = ("tp", "tp_plan")
+
+
 def wrapped(model: Any, layout: str) -> Any:
     if layout == "ddp":
         return nn.parallel.DistributedDataParallel(model)
-    if layout == "tp":
+    if layout in PLANS:
         return model
     if layout == "fsdp2":
         return shard(model)
+    if layout == "hsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
     if layout == "fsdp1":
         from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -161,7 +181,7 @@ def wrapped(model: Any, layout: str) -> Any:
 
 
 def train(model: Any, layout: str, todo: list[Tensor], opt: Any = None) -> list[float]:
-    rank, world = (0, 1) if layout == "tp" else (dist.get_rank(), dist.get_world_size())
+    rank, world = (0, 1) if layout in PLANS else (dist.get_rank(), dist.get_world_size())
     opt, losses = opt or (None if layout.startswith("zero") else optimizer_of(model)), []
     for rows in todo:
         part = mine(rows, rank, world)
@@ -193,6 +213,8 @@ def run(method: str, layout: str, out: Path) -> dict[str, Any]:
         deepspeed.zero.Init(module=base, config_dict_or_path={"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
     if layout == "tp":
         base = parallel(bare_model(method))
+    if layout == "tp_plan":
+        base = planned(bare_model(method), out / f"base-{method}")
     model = adapted(method, base)
     engine = wrapped(model, layout)
     got = train(engine, layout, batches())
@@ -214,10 +236,68 @@ def run(method: str, layout: str, out: Path) -> dict[str, Any]:
         merged = out / f"merged-{method}-{layout}-{world}"
         save_merged(engine if layout == "fsdp1" else model, merged)
         dist.barrier()
-        if layout in ("ddp", "fsdp2", "tp"):
+        if layout in ("ddp", "fsdp2", *PLANS):
             result["merged"] = off_by(merged, reference)
     dist.barrier()
     return result
+
+
+def merging(method: str, layout: str, out: Path) -> dict[str, Any]:
+    """Merged and not, on and off, in mixed batches: how far the logits are from a single process'."""
+    ids = batches(1)[0]
+
+    def off(**how: Any) -> float:
+        with torch.no_grad():
+            return float((spread(input_ids=ids, **how).logits - one(input_ids=ids, **how).logits).abs().max())
+
+    base = planned(bare_model(method), out / "base-merging") if layout == "tp_plan" else bare_model(method)
+    one, model = adapted(method), adapted(method, parallel(base) if layout == "tp" else base)
+    for m in (one, model):
+        torch.manual_seed(2)
+        m.add_adapter("other", CONFIGS[method]())
+        torch.manual_seed(3)
+        for p in (p for p in m.parameters() if p.requires_grad):  # what starts at zero is to act too
+            p.data += 0.1 * torch.randn(p.shape)
+    spread = wrapped(model, layout)
+    inner = spread if layout == "fsdp2" else model
+    result = {"trained": off()}
+    if layout != "fsdp2":
+        result["rows"] = off(adapter_names=["default", "other", "__base__", "default"])
+    with torch.no_grad():
+        on = one(input_ids=ids).logits
+        with one.disable_adapter():
+            acts = float((on - one(input_ids=ids).logits).abs().max())
+    for m in (inner, one):
+        m.merge_adapter()
+    result["merged"] = off()
+    with inner.disable_adapter(), one.disable_adapter():
+        result["off"] = off()
+    for m in (inner, one):
+        m.unmerge_adapter()
+    return {**result, "unmerged": off(), "acts": acts}
+
+
+def refusals(method: str, layout: str, out: Path) -> dict[str, Any]:
+    """What is said of adapters that a plan leaves no place for."""
+    refused: dict[str, Any] = {
+        "whole": lambda: veneer.LNTuningConfig(target_modules=["o_proj"]),
+        "bias": lambda: veneer.LoraConfig(r=4, target_modules=QV, bias="lora_only"),
+        "block": lambda: veneer.LoraConfig(r=4, target_modules=QV, modules_to_save=["mlp"]),
+        "parameter": lambda: veneer.LoraConfig(r=4, target_modules=[], target_parameters=["self_attn.q_proj.weight"]),
+        "piece": CONFIGS[method],
+    }
+    said: dict[str, Any] = {}
+    for name, config in refused.items():
+        base = bare_model(method)
+        if name == "piece":
+            weight = base.model.layers[0].self_attn.q_proj.weight  # type: ignore[union-attr]
+            weight.data = weight.data[:16].clone()
+        try:
+            train(veneer.get_peft_model(planned(base, out / "base-refused") if name != "piece" else base, config()), layout, batches(1))
+            said[name] = "nothing"
+        except veneer.ConfigError as e:
+            said[name] = str(e)
+    return said
 
 
 def off_by(merged: Path, reference: Any) -> float:
@@ -260,17 +340,23 @@ def shard_all(model: Any) -> Any:
     return fully_shard(model)
 
 
-def first_half(method: str, layout: str, out: Path) -> dict[str, Any]:
-    """Ten steps; then the adapter as every layout saves it, the optimizer with torch's distributed checkpoint."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-    model = adapted(method)
+def started(method: str, layout: str, out: Path) -> tuple[Any, Any, Any]:
+    """An adapted model, as it is called, and its optimizer. `hsdp`: sharded in pairs, replicated between them."""
+    base = bare_model(method)
+    if layout in PLANS:
+        base = parallel(base) if layout == "tp" else planned(base, out / f"base-{method}")
+    model = adapted(method, base)
     engine = wrapped(model, layout)
-    opt = optimizer_of(engine)
+    return model, engine, optimizer_of(engine)
+
+
+def first_half(method: str, layout: str, out: Path) -> dict[str, Any]:
+    """Ten steps; then the adapter as every layout saves it, and the pieces of adapter and optimizer."""
+    model, engine, opt = started(method, layout, out)
     losses = train(engine, layout, batches()[:10], opt)
-    model.save_pretrained(out / f"{method}-{layout}-half", is_main_process=dist.get_rank() == 0)
-    dcp.save({"optimizer": get_optimizer_state_dict(engine, opt)}, checkpoint_id=out / f"{method}-{layout}-optimizer")
+    with gathered(engine) if layout == "fsdp1" else nullcontext():
+        model.save_pretrained(out / f"{method}-{layout}-half", is_main_process=dist.get_rank() == 0)
+    save_state(engine, opt, out / f"{method}-{layout}-state", extra={"step": 10})
     dist.barrier()
     reference, expected = single(method, 10)
     if dist.get_rank() == 0:
@@ -278,19 +364,21 @@ def first_half(method: str, layout: str, out: Path) -> dict[str, Any]:
     return {"losses": max(abs(a - b) for a, b in zip(losses, expected, strict=True))}
 
 
-def second_half(method: str, layout: str, out: Path) -> dict[str, Any]:
-    """The other ten, from the files, on however many processes there are now; then a plain model reads what they saved."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-
-    model = veneer.PeftModel.from_pretrained(bare_model(method), out / f"{method}-{layout}-half", is_trainable=True)
-    engine = wrapped(model, layout)
-    opt = optimizer_of(engine)
-    state = {"optimizer": get_optimizer_state_dict(engine, opt)}
-    dcp.load(state, checkpoint_id=out / f"{method}-{layout}-optimizer")
-    set_optimizer_state_dict(engine, opt, state["optimizer"])
-    losses = train(engine, layout, batches()[10:], opt)
-    model.save_pretrained(out / f"{method}-{layout}-whole", is_main_process=dist.get_rank() == 0)
+def second_half(method: str, layouts: str, out: Path) -> dict[str, Any]:
+    """The other ten, from the state that another layout saved (`saved>now`), on however many processes there are now; a plain model reads what they saved."""
+    saved, _, layout = layouts.rpartition(">")
+    saved = saved or layout
+    if layout == "single":
+        return alone(method, saved, out)
+    model, engine, opt = started(method, layout, out)
+    with torch.no_grad():
+        for p in model.parameters():  # everything that trains has to come from the file
+            if p.requires_grad:
+                p.mul_(0.5)
+    done = load_state(engine, opt, out / f"{method}-{saved}-state")["step"]
+    losses = train(engine, layout, batches()[done:], opt)
+    with gathered(engine) if layout == "fsdp1" else nullcontext():
+        model.save_pretrained(out / f"{method}-{layout}-whole", is_main_process=dist.get_rank() == 0)
     dist.barrier()
     reference, expected = single(method)
     result = {"losses": max(abs(a - b) for a, b in zip(losses, expected[10:], strict=True)), "learned": expected[9] - expected[-1]}
@@ -303,17 +391,54 @@ def second_half(method: str, layout: str, out: Path) -> dict[str, Any]:
     return result
 
 
-def killed(method: str, layout: str, out: Path) -> dict[str, Any]:
-    """Saves after each step; the last process kills itself before the fourth."""
+def alone(method: str, saved: str, out: Path) -> dict[str, Any]:
+    """Rank 0 goes on by itself, in a process without a group."""
+    result: dict[str, Any] = {}
+    if dist.get_rank() == 0:
+        here, state = str(Path(__file__).parent), str(out / f"{method}-{saved}-state")
+        code = f"import sys; sys.path.insert(0, {here!r}); import worker; print(worker.goes_on({method!r}, {state!r}))"
+        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+        result["losses"] = float(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else done.stderr[-2000:]
+    dist.barrier()
+    return result
+
+
+def goes_on(method: str, state: str) -> float:
+    """How far the last ten losses of one process, which reads a state of several, are from those of one that did all twenty."""
     model = adapted(method)
-    engine = wrapped(model, layout)
-    opt = optimizer_of(engine)
+    opt = optimizer_of(model)
+    done, losses = load_state(model, opt, state)["step"], []
+    for rows in batches()[done:]:
+        loss = total_loss(model, rows) / (len(rows) * (LENGTH - 1))
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        losses.append(float(loss))
+    return max(abs(a - b) for a, b in zip(losses, single(method)[1][done:], strict=True))
+
+
+def killed(method: str, layout: str, out: Path) -> dict[str, Any]:
+    """Saves after each step; the last process kills itself before the fourth, or, under DDP, in the fourth save, when its own pieces are on the disk."""
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    _, engine, opt = started(method, layout, out)
+    model = engine.module if layout == "ddp" else engine
+    last = dist.get_rank() == dist.get_world_size() - 1
+    write = FileSystemWriter.write_data
+
+    def dies(*args: Any) -> Any:
+        write(*args).wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+
     for step, rows in enumerate(batches()):
-        if step == 3 and dist.get_rank() == dist.get_world_size() - 1:
+        if step == 3 and last and layout != "ddp":
             os.kill(os.getpid(), signal.SIGKILL)
+        if step == 3 and last:
+            FileSystemWriter.write_data = dies  # type: ignore[method-assign]
         train(engine, layout, [rows], opt)
         model.save_pretrained(out / "last", is_main_process=dist.get_rank() == 0)
-        dist.barrier()
+        save_state(engine, opt, out / "state", extra={"step": step + 1})
     return {}
 
 
@@ -321,15 +446,15 @@ def both(method: str, layout: str, out: Path) -> dict[str, Any]:
     return {**run(method, layout, out), "bytes": count(method, layout, out)}
 
 
-TASKS = {"compare": run, "bytes": count, "both": both, "first": first_half, "second": second_half}
+TASKS = {"compare": run, "bytes": count, "both": both, "first": first_half, "second": second_half, "merging": merging, "refusals": refusals}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--layout", required=True)
+    parser.add_argument("--layout", required=True, help="several, with commas, are run one after the other")
     parser.add_argument("--methods", required=True)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--task", default="compare", choices=[*TASKS, "killed"])
+    parser.add_argument("--task", default="compare", help="one, or one for each layout: killed, " + ", ".join(TASKS))
     parser.add_argument("--meet", help="where the processes find each other; by default as torchrun says")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -341,18 +466,22 @@ def main() -> None:
     else:
         here = {"init_method": args.meet, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])} if args.meet else {}
         dist.init_process_group("gloo", timeout=timedelta(seconds=30), **here)
-    out, results = Path(args.out), {}
+    out = Path(args.out)
     if args.task == "killed":  # its error has to end this process
         killed(args.methods, args.layout, out)
-    for method in args.methods.split(","):
-        try:
-            results[method] = TASKS[args.task](method, args.layout, out)
-        except Exception as e:  # the test asserts on it; a collective that differs between ranks would hang, torchrun ends it
-            import traceback
+    layouts, tasks = args.layout.split(","), args.task.split(",")
+    for layout, task in zip(layouts, tasks * (len(layouts) // len(tasks)), strict=True):
+        results = {}
+        for method in args.methods.split(","):
+            try:
+                results[method] = TASKS[task](method, layout, out)
+            except Exception as e:  # the test asserts on it; a collective that differs between ranks would hang, torchrun ends it
+                import traceback
 
-            results[method] = {"error": f"{type(e).__name__}: {e}", "trace": traceback.format_exc()[-3000:]}
-    if dist.get_rank() == 0:
-        (out / f"{args.layout}.json").write_text(json.dumps(results, indent=1))
+                results[method] = {"error": f"{type(e).__name__}: {e}", "trace": traceback.format_exc()[-3000:]}
+                print(f"rank {dist.get_rank()}, {method}: {results[method]['trace']}", file=sys.stderr, flush=True)
+        if dist.get_rank() == 0:
+            (out / f"{layout}.json").write_text(json.dumps(results, indent=1))
     dist.destroy_process_group()
 
 

@@ -14,6 +14,7 @@ from ..engine.modules import saved_tensors
 from ..engine.route import BASE, Choice, Switch
 from ..engine.wrapper import Wrapper
 from ..errors import RouteError
+from ..sites.parallel import Plan, check_copied, is_cut, whole_copy
 
 
 class ModulesToSaveWrapper(Wrapper):
@@ -22,6 +23,7 @@ class ModulesToSaveWrapper(Wrapper):
     Attributes:
         original_module: the module that was there, frozen.
         modules_to_save: the trained copies by adapter.
+        cut, plan: whether a tensor-parallel plan keeps the original in pieces, and how; a copy is whole on every process.
     """
 
     leads: ClassVar[bool] = False
@@ -34,10 +36,14 @@ class ModulesToSaveWrapper(Wrapper):
         self.name = name
         self.own: Choice | None = None
         self.training = module.training
+        self.cut = is_cut(module)
+        if self.cut:
+            check_copied(module, name)
+        self.plan: Plan | None = None
 
     def attach(self, adapter: str, tied_to: nn.Module | None = None) -> None:
         """Make the copy that `adapter` trains; `tied_to`: a trained copy whose weight this one shares."""
-        new = copy.deepcopy(self.original_module)
+        new = whole_copy(self.original_module) if self.cut else copy.deepcopy(self.original_module)
         if tied_to is not None:
             new.weight = tied_to.weight
         keep_dtypes(new)
@@ -62,6 +68,10 @@ class ModulesToSaveWrapper(Wrapper):
                 "Activate one of them, or combine them first."
             )
         module = self.modules_to_save[mine[0]] if mine else self.original_module
+        if mine and self.cut and is_cut(self.original_module):  # FSDP2's tensors are whole by now
+            if self.plan is None:
+                self.plan = Plan(self.original_module, self.original_module.weight, args[0], self.name)
+            return self.plan.part(module(self.plan.whole(args[0])))
         return module(*args, **kwargs)
 
     def acting(self) -> nn.Module:

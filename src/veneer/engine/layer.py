@@ -15,9 +15,10 @@ from ..errors import ConfigError, MergeError, RouteError
 from ..kernels.norms import checksum
 from ..method import Method
 from ..ops import LowRank, Switched
-from ..sharding import zero_fetches
+from ..sharding import whole, zero_fetches
 from ..sites import Adaptable, Site
 from ..sites.linear import LinearSite
+from ..sites.parallel import check_cut
 from ..sites.whole import WholeSite
 from .caching import keeping, stamp
 from .holders import Attached, Kept, Recalled, Tensors, container_of, drop, get_slot, hold, set_slot, slots, visited
@@ -41,12 +42,14 @@ class AdaptedLayer(Wrapper):
         scaling: the factor of each adapter's change; may be changed at any time. A tensor in a model that is prepared for hot-swapping.
         factor: a further one, of the layer itself.
         packed: while adapters are merged into a quantised layer, the module that was there; `base_layer` is then the merged one.
+        cut: whether a tensor-parallel plan keeps it in pieces; None until it runs.
         assumed: while a merge onto other weights is computed, W (n_out, n_in) in the place of the frozen one.
     """
 
     base_layer: nn.Module
     packed: nn.Module | None = None
     assumed: Tensor | None = None
+    cut: bool | None = None
 
     def __init__(self, base_layer: nn.Module, site: Adaptable, switch: Switch, name: str = "") -> None:
         super().__init__()
@@ -209,14 +212,14 @@ class AdaptedLayer(Wrapper):
         site = self.weight_site
         kept = self.originals.get(site.weight_name)
         if kept is not None:
-            return site.canonical(kept[1])
+            return site.canonical(whole(kept[1]))
         if "_hf_hook" not in self.frozen.__dict__:
             return site.weight(self.frozen)
         with brought_in(self.frozen):
             return site.weight(self.frozen)
 
     def _originals(self) -> dict[str, Tensor]:
-        return {name: values for name, (_, values) in self.originals.items()}
+        return {name: whole(values) for name, (_, values) in self.originals.items()}
 
     # ---------------------------------------------------------------- running
 
@@ -261,12 +264,18 @@ class AdaptedLayer(Wrapper):
         if names == self.merged_adapters and not (self.site.mutates and not names):  # with nothing merged: no adapter acts
             return base(*args, **kwargs)
         frozen: dict[str, Any] = self._originals() if self.originals else {}
+        if self.cut is None:
+            self.cut = check_cut(self.frozen, self.site, self.name)
+        if self.cut and frozen and self.site.kind != "linear":
+            raise ConfigError(
+                f"{self.name}: a tensor-parallel {self.site.kind} whose adapters are merged runs with these or not at all. Unmerge first."
+            )
         if self.quantised:
             return self._run_packed(names, args, kwargs, facts)
         inner = getattr(base, "out_proj", None) if self.site.kind == "attention" else None
         if isinstance(inner, AdaptedLayer):
             frozen |= {f"out_proj.base_layer.{k}": v for k, v in inner.effective(names).items()}
-        if not names and not self.site.mutates:
+        if not names and not self.site.mutates and not (self.cut and frozen):  # a cut module's forward is bound to the merged one
             return call_with(base, frozen, args, kwargs)
         return self.site.apply(base, self.changes(names, facts), args, kwargs, frozen)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..bases.config import tell_storage
 from ..change import bias
 from ..errors import MergeError
-from ..sharding import is_dtensor, is_partitioned, spread_like
+from ..sharding import is_dtensor, is_partitioned, reshard, spread_like
 from .holders import opened
 from .inject import active_adapters, unwrap
 from .layer import AdaptedLayer, adapted_layers
@@ -66,6 +66,8 @@ def merge_layers(
         for_good: whether nobody is going to unmerge them.
     """
     report, into = MergeReport(), into or Into()
+    if model is not None:
+        reshard(model)
     ready: list[tuple[AdaptedLayer, list[str], dict[str, Tensor] | nn.Module]] = []
     for path, layer in layers:
         mine = [n for n in names if n in layer.attached]
@@ -177,8 +179,10 @@ def _swap(layer: AdaptedLayer, key: str, new: Tensor, shared: set[int]) -> None:
             f"{layer.name}: DeepSpeed keeps this weight in pieces, and a merge in place would be lost with its next use. Write the merged model with "
             "veneer.distributed.save_merged(model, folder), or merge in another process, from the saved adapter."
         )
-    if is_dtensor(p):
-        new = spread_like(new, p)
+    if is_dtensor(p):  # written in place: engines hold the local tensor, and assigning `data` would leave it as it is
+        layer.originals.setdefault(key, (p, p.detach().clone()))
+        p.detach().copy_(spread_like(new, p))
+        return
     layer.originals.setdefault(key, (p, p.data))
     if id(p) in shared:
         owner._parameters[name] = nn.Parameter(new, requires_grad=p.requires_grad)
@@ -193,6 +197,8 @@ def unmerge_layer(layer: AdaptedLayer) -> None:
         owner, name = owner_of(layer, key)
         if p is None:
             owner._buffers[name] = values
+        elif is_dtensor(p):
+            p.detach().copy_(values)
         elif owner._parameters[name] is p:
             p.data = values
         else:
@@ -205,6 +211,7 @@ def unmerge_layer(layer: AdaptedLayer) -> None:
 def unmerge(model: nn.Module) -> None:
     """Put all frozen tensors back, bit for bit; weights that were tied are tied again."""
     layers = [layer for _, layer in adapted_layers(model) if layer.merged]
+    reshard(model)
     for layer in layers:
         unmerge_layer(layer)
     for layer in layers[:1]:

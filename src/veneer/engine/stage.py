@@ -16,6 +16,7 @@ from ..errors import ConfigError, PeftWarning, hint
 from ..method import Leaf, Method
 from ..sites import Adaptable, ParameterSite, Site, adaptable
 from ..sites.module import ModuleSite
+from ..sites.parallel import check_cut, check_piece
 from .holders import Attached
 from .layer import AdaptedLayer, adapted_layers
 from .modules import Part, parts_of
@@ -106,6 +107,7 @@ def _check_storage(layer: AdaptedLayer, path: str) -> None:
     """Raise ConfigError if the storage of what an adapter changes here cannot be read."""
     module, kind = layer.get_base_layer(), layer.site.kind
     if isinstance(layer.site, ModuleSite):
+        check_cut(module, layer.site, path)  # its tensors are copied now
         codec = next((c for c in map(codec_for, module.modules()) if not c.plain), codec_for(module))
     elif isinstance(layer.site, Site):
         codec = layer.site.codec
@@ -113,6 +115,8 @@ def _check_storage(layer: AdaptedLayer, path: str) -> None:
         return  # it acts around a module and changes nothing in it
     try:
         codec.check(module)
+        if kind == "linear":
+            check_piece(module, layer.site)
     except ConfigError as e:
         raise ConfigError(f"{path!r}: {e}") from None
     if not codec.plain and kind not in codec.kinds:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +44,7 @@ class Watched:
 
 _switches: weakref.WeakSet[Switch] = weakref.WeakSet()
 _installed = False
+_paused: ContextVar[bool] = ContextVar("paused", default=False)
 
 
 def watch(switch: Switch, adapter: str, config: Method, attached: Sequence[Attached]) -> None:
@@ -80,7 +83,19 @@ def enlist(switch: Switch) -> None:
         _installed = True
 
 
+@contextmanager
+def paused() -> Iterator[None]:
+    """Within the block, optimizers make no steps that count: torch makes one with a rate of zero to find out what state an optimizer has."""
+    before = _paused.set(True)
+    try:
+        yield
+    finally:
+        _paused.reset(before)
+
+
 def _trained_by(optimizer: Optimizer) -> list[tuple[Switch, Watched]]:
+    if _paused.get():
+        return []
     ids = {id(p) for group in optimizer.param_groups for p in group["params"]} if _switches else set()
     return [(s, w) for s in list(_switches) for w in s.watched.values() if ids & w.parameters()]
 

@@ -69,7 +69,7 @@ class LinearSite(Site):
         if more and all(c.fixed for c, _ in changes):
             return self.run_whole(module, changes, args, kwargs, frozen)
         x: Tensor = args[0]
-        if not more and not frozen and is_parallel(module, module._parameters.get(self.weight_name)):
+        if not more and is_parallel(module, module._parameters.get(self.weight_name)):
             if self.plan is None:
                 self.plan = Plan(module, module.weight, x, type(module).__name__)
             return self.plan.part(self._product(module, changes, self.plan.whole(x), frozen))
@@ -89,6 +89,8 @@ class LinearSite(Site):
         b = bias(changes, b)
         if b is not None and b.dtype != w.dtype:
             b = b.to(w.dtype)
+        if not changes:
+            return F.linear(x, w, b)
         one = fused(changes, x)
         if one is not None:
             low, gain = one
