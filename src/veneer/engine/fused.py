@@ -56,7 +56,7 @@ def conversions(model: nn.Module) -> list[Any]:
 
 def fusions(model: nn.Module) -> list[Fusion]:
     """The parameters of a model that hold what were modules, experts one by one."""
-    if not any(p.ndim == 3 for p in model.parameters()):
+    if not any(p is not None and p.ndim == 3 for m in model.modules() for p in m._parameters.values()):
         return []
     found = []
     for c in conversions(model):

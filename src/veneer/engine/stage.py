@@ -125,7 +125,7 @@ def _check_storage(layer: AdaptedLayer, path: str) -> None:
 def tensors_of(attached: Attached, place: Place | None, options: Options) -> dict[str, Tensor]:
     """The tensors of one layer's share, or of what all share (then `place` is any of them)."""
     assert place is not None
-    with brought_in(place.module):
+    with brought_in(place.module), torch.no_grad():
         return _made_tensors(attached, place, options)
 
 
@@ -137,27 +137,26 @@ def _made_tensors(attached: Attached, place: Place, options: Options) -> dict[st
         dtype = torch.float32
     device = torch.device("meta") if options.meta else home
     out: dict[str, Tensor] = {}
-    with torch.no_grad():
-        own = attached.place is not None and home.type != "meta"
-        given = config.start(place, only_frozen=options.empty or options.meta) if own else {}
-        for name, leaf in leaves.items():
-            if name in given:
-                value = given[name]
-                if tuple(value.shape) != tuple(leaf.shape):
-                    value = value.reshape(leaf.shape)
-                where = device if leaf.saved is True else home
-                out[name] = value.detach().to(device=where, dtype=leaf.dtype or dtype).contiguous().clone()
-                continue
-            made = leaf.saved is False or not (options.empty or options.meta)  # what no file brings is made whatever happens
-            where = home if leaf.saved is False else device
-            if leaf.saved == "start" and options.empty:
-                where = torch.device("meta")  # known to be missing until its file brings it
-            t = torch.empty(leaf.shape, device=where, dtype=leaf.dtype or dtype)
-            if made and t.device.type != "meta":
-                fresh = t if t.dtype not in _LOW else t.float()
-                leaf.init(fresh)
-                t = fresh.to(t.dtype)
-            out[name] = t
+    own = attached.place is not None and home.type != "meta"
+    given = config.start(place, only_frozen=options.empty or options.meta) if own else {}
+    for name, leaf in leaves.items():
+        if name in given:
+            value = given[name]
+            if tuple(value.shape) != tuple(leaf.shape):
+                value = value.reshape(leaf.shape)
+            where = device if leaf.saved is True else home
+            out[name] = value.detach().to(device=where, dtype=leaf.dtype or dtype).contiguous().clone()
+            continue
+        made = leaf.saved is False or not (options.empty or options.meta)  # what no file brings is made whatever happens
+        where = home if leaf.saved is False else device
+        if leaf.saved == "start" and options.empty:
+            where = torch.device("meta")  # known to be missing until its file brings it
+        t = torch.empty(leaf.shape, device=where, dtype=leaf.dtype or dtype)
+        if made and t.device.type != "meta":
+            fresh = t if t.dtype not in _LOW else t.float()
+            leaf.init(fresh)
+            t = fresh.to(t.dtype)
+        out[name] = t
     return out
 
 
