@@ -149,9 +149,10 @@ def _attach(
         saved = stage_saved(model, selection, config, adapter_name, switch)
         tokens = stage_tokens(model, config, adapter_name, switch, staged)
         check_nesting(model, staged, [path for path, *_ in saved] + [s.path for s, _ in tokens])
-        for s in [*staged, *(t for t, _ in tokens)]:
-            s.tensors = tensors_of(s.attached, s.attached.place, options)
-        held = tensors_of(shared, staged[0].attached.place, options) if shared is not None else {}
+        with torch.no_grad():
+            for s in [*staged, *(t for t, _ in tokens)]:
+                s.tensors = tensors_of(s.attached, s.attached.place, options)
+            held = tensors_of(shared, staged[0].attached.place, options) if shared is not None else {}
         if not options.empty:
             settle_staged(config, staged, held)
         parts = stage_parts(model, config, staged, home, options)

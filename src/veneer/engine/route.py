@@ -226,7 +226,8 @@ def check_known(names: Iterable[str], known: Sequence[str]) -> None:
 
 def check_there(names: Iterable[str], wrappers: Iterable[Any]) -> None:
     """The same for adapters of these layers, of which no more are asked than it takes to find the names."""
-    names, known = list(names), dict.fromkeys(())
+    names = list(names)
+    known: dict[str, None] = {}
     missing = set(names)
     for wrapper in wrappers:
         if not missing:

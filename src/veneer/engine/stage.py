@@ -125,7 +125,7 @@ def _check_storage(layer: AdaptedLayer, path: str) -> None:
 def tensors_of(attached: Attached, place: Place | None, options: Options) -> dict[str, Tensor]:
     """The tensors of one layer's share, or of what all share (then `place` is any of them)."""
     assert place is not None
-    with brought_in(place.module), torch.no_grad():
+    with brought_in(place.module):
         return _made_tensors(attached, place, options)
 
 
