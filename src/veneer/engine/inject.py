@@ -148,7 +148,8 @@ def _attach(
         shared = share(config, staged, home)
         saved = stage_saved(model, selection, config, adapter_name, switch)
         tokens = stage_tokens(model, config, adapter_name, switch, staged)
-        check_nesting(model, staged, [path for path, *_ in saved] + [s.path for s, _ in tokens])
+        there = [] if first else list(adapter_modules(model))
+        check_nesting(there, staged, [path for path, *_ in saved] + [s.path for s, _ in tokens])
         with torch.no_grad():
             for s in [*staged, *(t for t, _ in tokens)]:
                 s.tensors = tensors_of(s.attached, s.attached.place, options)

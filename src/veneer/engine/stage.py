@@ -17,14 +17,14 @@ from ..method import Leaf, Method
 from ..sites import Adaptable, ParameterSite, Site, adaptable
 from ..sites.module import ModuleSite
 from .holders import Attached
-from .layer import AdaptedLayer, adapted_layers
+from .layer import AdaptedLayer
 from .modules import Part, parts_of
 from .offload import brought_in, runs_on
 from .place import Place
 from .route import Switch
 from .select import Selection
 from .ties import tied_to
-from .wrapper import adapter_modules
+from .wrapper import Wrapper
 
 _LOW = (torch.float16, torch.bfloat16)
 
@@ -125,7 +125,10 @@ def _check_storage(layer: AdaptedLayer, path: str) -> None:
 def tensors_of(attached: Attached, place: Place | None, options: Options) -> dict[str, Tensor]:
     """The tensors of one layer's share, or of what all share (then `place` is any of them)."""
     assert place is not None
-    with brought_in(place.module):
+    module = place.module
+    if "_hf_hook" not in module.__dict__:
+        return _made_tensors(attached, place, options)
+    with brought_in(module):
         return _made_tensors(attached, place, options)
 
 
@@ -160,11 +163,11 @@ def _made_tensors(attached: Attached, place: Place, options: Options) -> dict[st
     return out
 
 
-def check_nesting(model: nn.Module, staged: Sequence[Staged], others: Sequence[str]) -> None:
-    """A module whose tensors are replaced whole takes no adapters inside: they would be replaced with them."""
+def check_nesting(there: Sequence[tuple[str, Wrapper]], staged: Sequence[Staged], others: Sequence[str]) -> None:
+    """A module whose tensors are replaced whole takes no adapters inside: they would be replaced with them. `there`: what is in the model already."""
     whole = [s.path for s in staged if s.layer.site.kind == "module"]
-    whole += [path for path, layer in adapted_layers(model) if layer.site.kind == "module"]
-    every = [*(s.path for s in staged), *others, *(path for path, _ in adapter_modules(model))] if whole else []
+    whole += [path for path, wrapper in there if isinstance(wrapper, AdaptedLayer) and wrapper.site.kind == "module"]
+    every = [*(s.path for s in staged), *others, *(path for path, _ in there)] if whole else []
     for path in whole:
         inside = next((p for p in every if p.startswith(f"{path}.")), None)
         if inside is not None:
