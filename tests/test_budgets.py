@@ -269,6 +269,18 @@ def test_switching_touches_what_changes_and_choosing_for_a_block_nothing() -> No
     assert use_few == use_many == use_deep < 100
 
 
+def test_one_more_adapter_on_many_makes_the_calls_that_the_second_made() -> None:
+    """On a model without a 3-D parameter: none of its modules are asked for more than once, and no adapter's."""
+    model: Any = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
+    config = veneer.LoraConfig(r=2, target_modules=r"\d+")
+    model = veneer.get_peft_model(model, config)
+    model.add_adapter("warm", config)
+    second = _made(lambda: model.add_adapter("second", config))
+    for i in range(30):
+        model.add_adapter(f"a{i}", config)
+    assert _made(lambda: model.add_adapter("last", config)) < second + 200
+
+
 def test_after_a_switch_just_the_active_adapter_trains() -> None:
     """Whichever way another one was let train before."""
     config = veneer.LoraConfig(r=2, target_modules=r"proj\.\d+")
