@@ -272,7 +272,7 @@ def test_switching_touches_what_changes_and_choosing_for_a_block_nothing() -> No
 def test_one_more_adapter_on_many_makes_the_calls_that_the_second_made() -> None:
     """On a model without a 3-D parameter: none of its modules are asked for more than once, and no adapter's."""
     model: Any = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
-    config = veneer.LoraConfig(r=2, target_modules=r"\d+")
+    config = veneer.LoraConfig(r=2, target_modules=list("012345"))
     model = veneer.get_peft_model(model, config)
     model.add_adapter("warm", config)
     second = _made(lambda: model.add_adapter("second", config))
