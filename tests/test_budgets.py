@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import math
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import veneer
+from veneer.engine.holders import Holder, Keyed, made
 from veneer.engine.layer import adapted_layers
 from veneer.ops import Rows
 from veneer.testing.laws import move
@@ -243,7 +245,85 @@ def test_attaching_costs_the_same_for_each_linear() -> None:
     config = veneer.LoraConfig(r=2, target_modules=r"proj\.\d+")
     some, many = (_made(lambda n=n: veneer.inject_adapter_in_model(config, Net(n, 4, 4))) for n in (20, 200))
     assert many < 11 * some
-    assert many < 200 * 400
+    assert many < 200 * 250
+
+
+def test_switching_touches_what_changes_and_choosing_for_a_block_nothing() -> None:
+    config = veneer.LoraConfig(r=2, target_modules=r"proj\.\d+")
+
+    def counted(layers: int, adapters: int) -> tuple[int, int]:
+        model: Any = veneer.get_peft_model(Net(layers, 4, 4), config)
+        for i in range(1, adapters):
+            model.add_adapter(f"a{i}", config)
+        model.set_adapter("a1")
+
+        def use() -> None:
+            with model.using("a2"):
+                pass
+
+        return _made(lambda: model.set_adapter("a2")), _made(use)
+
+    (few, use_few), (many, use_many), (deep, use_deep) = counted(10, 3), counted(10, 20), counted(80, 3)
+    assert many < few + 100
+    assert deep < few + 70 * 12
+    assert use_few == use_many == use_deep < 100
+
+
+def test_one_more_adapter_on_many_makes_the_calls_that_the_second_made() -> None:
+    """On a model without a 3-D parameter: none of its modules are asked for more than once, and no adapter's."""
+    model: Any = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
+    config = veneer.LoraConfig(r=2, target_modules=list("012345"))
+    model = veneer.get_peft_model(model, config)
+    model.add_adapter("warm", config)
+    second = _made(lambda: model.add_adapter("second", config))
+    for i in range(30):
+        model.add_adapter(f"a{i}", config)
+    assert _made(lambda: model.add_adapter("last", config)) < second + 200
+
+
+def test_after_a_switch_just_the_active_adapter_trains() -> None:
+    """Whichever way another one was let train before."""
+    config = veneer.LoraConfig(r=2, target_modules=r"proj\.\d+")
+    model: Any = veneer.get_peft_model(Net(3, 4, 4), config)
+    for name in ("a", "b", "c"):
+        model.add_adapter(name, config)
+
+    def training() -> set[str]:
+        return {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad}
+
+    model.set_requires_grad(["a", "b"], True)
+    assert training() == {"default", "a", "b"}
+    model.base_model.model.proj[1].set_adapter(["b", "c"])
+    assert training() == {"default", "a", "b", "c"}
+    model.set_adapter("c")
+    assert training() == {"c"}
+    model.set_adapter("a", inference_mode=True)
+    assert training() == set()
+    model.set_adapter(["a", "b"])
+    copied = copy.deepcopy(model)
+    model.delete_adapter("a")
+    assert training() == {"b"}
+    model = copied
+    assert training() == {"a", "b"}
+    model.set_adapter("default")
+    assert training() == {"default"}
+
+
+@pytest.mark.parametrize("kind", [Keyed, Holder, nn.Identity])
+def test_a_module_made_fast_is_a_module(kind: type[nn.Module]) -> None:
+    one, two, new = made(kind), made(kind), kind()
+    assert type(one) is kind and list(vars(one)) == list(vars(new))
+    for name, value in vars(new).items():
+        assert type(vars(one)[name]) is type(value) and vars(one)[name] == value
+        assert not isinstance(value, (dict, set)) or vars(one)[name] is not vars(two)[name]
+
+
+def test_what_was_attached_is_not_looked_through_for_garbage() -> None:
+    """Nor is anything frozen: what dies later is found."""
+    gc.collect()
+    before = gc.get_freeze_count()
+    veneer.inject_adapter_in_model(veneer.LoraConfig(r=2, target_modules=r"proj\.\d+"), Net(50, 4, 4))
+    assert gc.isenabled() and gc.get_count()[0] < 2000 and gc.get_freeze_count() == before
 
 
 if __name__ == "__main__":

@@ -267,6 +267,8 @@ class Method(PeftConfig):
 
     def at(self: M, name: str) -> M:
         """This config as it holds for the module called `name`: with the values of the `patterns`."""
+        if not any(getattr(self, pattern) for pattern in self.patterns.values()):
+            return self
         tables = ((field, getattr(self, pattern), getattr(self, field)) for field, pattern in self.patterns.items())
         other = {field: value for field, table, usual in tables if (value := by_pattern(table, name, usual)) != usual}
         if not other:

@@ -82,7 +82,7 @@ class Tuner(nn.Module):
         empty: bool = False,
     ) -> inject.Plan:
         """Attach one more adapter; returns what that did."""
-        first = find_switch(self.model) is None
+        first = bool(config.experts()) and find_switch(self.model) is None
         experts = load_experts(self, config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype)
         try:
             plan = inject.attach(

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..errors import ConfigError, PeftWarning
 from ..method import by_pattern, ending
+from .holders import visited
 
 FIELDS = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern")  # what `take_fused` may change
 
@@ -56,7 +57,7 @@ def conversions(model: nn.Module) -> list[Any]:
 
 def fusions(model: nn.Module) -> list[Fusion]:
     """The parameters of a model that hold what were modules, experts one by one."""
-    if not any(p.ndim == 3 for p in model.parameters()):
+    if not any(p is not None and p.ndim == 3 for _, m in visited(model) for p in m._parameters.values()):
         return []
     found = []
     for c in conversions(model):

@@ -20,7 +20,7 @@ from .holders import Holder, Tensors, hold, visited
 from .layer import AdaptedLayer, adapted_layers
 from .modules import hold_parts
 from .replicate import replicate, undo
-from .route import Switch, adapter_names, check_known, find_switch, the_switch
+from .route import Switch, adapter_names, check_known, check_there, find_switch, the_switch
 from .select import Selection, select
 from .stage import (
     Options,
@@ -93,13 +93,20 @@ def attach(
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Thousands of objects are made, all to stay: looking for garbage among them takes longer than making them."""
+    """Thousands of objects are made, all to stay: looking for garbage among them takes longer than making them.
+
+    At the end they are counted among the old ones, by way of `freeze`, which moves lists and looks at nothing; else the next object that anybody
+    makes has them all looked through.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if enabled:
+            if not gc.get_freeze_count():  # else `unfreeze` would undo what somebody has frozen
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 
@@ -141,10 +148,12 @@ def _attach(
         shared = share(config, staged, home)
         saved = stage_saved(model, selection, config, adapter_name, switch)
         tokens = stage_tokens(model, config, adapter_name, switch, staged)
-        check_nesting(model, staged, [path for path, *_ in saved] + [s.path for s, _ in tokens])
-        for s in [*staged, *(t for t, _ in tokens)]:
-            s.tensors = tensors_of(s.attached, s.attached.place, options)
-        held = tensors_of(shared, staged[0].attached.place, options) if shared is not None else {}
+        there = [] if first else list(adapter_modules(model))
+        check_nesting(there, staged, [path for path, *_ in saved] + [s.path for s, _ in tokens])
+        with torch.no_grad():
+            for s in [*staged, *(t for t, _ in tokens)]:
+                s.tensors = tensors_of(s.attached, s.attached.place, options)
+            held = tensors_of(shared, staged[0].attached.place, options) if shared is not None else {}
         if not options.empty:
             settle_staged(config, staged, held)
         parts = stage_parts(model, config, staged, home, options)
@@ -184,8 +193,9 @@ def _attach(
         plan.tokens.append(s.path.removesuffix(".token_adapter"))
     watch(switch, adapter_name, config, [s.attached for s in staged] + ([shared] if shared is not None else []))
     acting = switch.chosen().names or ()
-    for _, module in adapter_modules(model):
-        module.set_requires_grad(adapter_name, adapter_name in acting and not config.inference_mode)
+    trains = adapter_name in acting and not config.inference_mode
+    for wrapper in [*(s.layer for s in staged), *(s.layer for s, _ in tokens), *(w for _, w, *_ in saved)]:
+        wrapper.set_requires_grad(adapter_name, trains)
     return plan
 
 
@@ -205,9 +215,13 @@ def attach_saved(model: nn.Module, config: Any, adapter_name: str, switch: Switc
 
 
 def _freeze(model: nn.Module, switch: Switch) -> None:
-    for name, p in model.named_parameters():
-        switch.frozen_before[name] = p.requires_grad
-        p.requires_grad_(False)
+    seen: set[int] = set()
+    for path, module in visited(model):
+        for key, p in module._parameters.items():
+            if p is not None and id(p) not in seen:
+                seen.add(id(p))
+                switch.frozen_before[f"{path}.{key}" if path else key] = p.requires_grad
+                p.requires_grad_(False)
 
 
 def thaw(model: nn.Module, switch: Switch) -> None:
@@ -279,8 +293,8 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bo
     """
     names = [names] if isinstance(names, str) else list(names)
     found = [module for _, module in adapter_modules(model)]
-    check_known(names, adapter_names(model))
-    merged = [m for m in found if isinstance(m, AdaptedLayer) and m.merged]
+    check_there(names, found)
+    merged = [m for m in found if isinstance(m, AdaptedLayer) and m.merged_adapters]
     if merged and any(set(layer.merged_adapters) != {n for n in names if n in layer.attached} for layer in merged):
         from .merge import unmerge
 
@@ -298,7 +312,8 @@ def _choose(found: Sequence[Wrapper], switch: Switch, names: Sequence[str], infe
     switch.set(names)
     switch.off.clear()
     for module in found:
-        module.own = None
+        if module.own is not None:
+            module.own = None
         module.require_grad_only(() if inference_mode else names)
 
 

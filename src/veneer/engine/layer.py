@@ -21,7 +21,7 @@ from ..sites.linear import LinearSite
 from ..sites.parallel import check_cut
 from ..sites.whole import WholeSite
 from .caching import keeping, stamp
-from .holders import Attached, Kept, Recalled, Tensors, container_of, drop, get_slot, hold, set_slot, slots, visited
+from .holders import Attached, Kept, Recalled, Tensors, container_of, drop, get_slot, hold, made, set_slot, slots, visited
 from .offload import brought_in
 from .place import Place
 from .repeat import Repeat
@@ -47,27 +47,37 @@ class AdaptedLayer(Wrapper):
     """
 
     base_layer: nn.Module
+    site: Adaptable
+    attached: dict[str, Attached]
+    scaling: dict[str, Any]
+    merged_adapters: list[str]
+    originals: dict[str, tuple[nn.Parameter | None, Tensor]]  # while merged: parameter (none for a buffer) and frozen values, by name
+    let_train: set[str]  # the adapters whose tensors were last told to get gradients
+    factor: float
+    last: Repeat | None
+    input_dtype: torch.dtype | None  # of a quantised layer, which takes any: that of the last input
     packed: nn.Module | None = None
     assumed: Tensor | None = None
     cut: bool | None = None
 
     def __init__(self, base_layer: nn.Module, site: Adaptable, switch: Switch, name: str = "") -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.site = site
-        self.switch = switch
-        self.name = name
-        self.attached: dict[str, Attached] = {}
-        self.scaling: dict[str, Any] = {}
-        self.merged_adapters: list[str] = []
-        self.originals: dict[
-            str, tuple[nn.Parameter | None, Tensor]
-        ] = {}  # while merged: parameter (none for a buffer) and frozen values, by name
-        self.own: Choice | None = None
-        self.factor = 1.0
-        self.last: Repeat | None = None
-        self.input_dtype: torch.dtype | None = None  # of a quantised layer, which takes any: that of the last input
-        self.training = base_layer.training
+        self.__dict__ = made(nn.Module).__dict__  # and no attribute through torch's checks of each: there may be thousands of layers
+        self._modules["base_layer"] = base_layer
+        self.__dict__.update(
+            site=site,
+            switch=switch,
+            name=name,
+            attached={},
+            scaling={},
+            merged_adapters=[],
+            originals={},
+            own=None,
+            let_train=set(),
+            factor=1.0,
+            last=None,
+            input_dtype=None,
+            training=base_layer.training,
+        )
 
     # ---------------------------------------------------------------- adapters
 
@@ -76,7 +86,7 @@ class AdaptedLayer(Wrapper):
         hold(self, adapter, attached, tensors)
         rate = attached.config.dropout()
         dropouts = container_of(self, f"{attached.config.prefix}dropout")
-        dropouts[adapter] = nn.Dropout(rate).train(self.training) if rate > 0 else nn.Identity()
+        dropouts[adapter] = nn.Dropout(rate).train(self.training) if rate > 0 else made(nn.Identity)
         self.scaling.setdefault(adapter, attached.config.scale())
         self.attached[adapter] = attached
         self.site.codec.settle(self.get_base_layer())
@@ -393,10 +403,10 @@ class AdaptedLayer(Wrapper):
 
     def get_base_layer(self) -> nn.Module:
         """The module that was there, under however many wrappers."""
-        base = self.base_layer
+        base: Any = self._modules["base_layer"]
         while isinstance(base, AdaptedLayer):
-            base = base.base_layer
-        return base
+            base = base._modules["base_layer"]
+        return base  # type: ignore[no-any-return]
 
     @property
     def weight(self) -> Any:
@@ -416,6 +426,7 @@ class AdaptedLayer(Wrapper):
             a = self.attached.get(adapter)
             if a is None:
                 continue
+            (self.let_train.add if requires_grad else self.let_train.discard)(adapter)
             for name, leaf in a.leaves.items():
                 if leaf.trainable and name not in a.derived:
                     t = a.tensor(name)
@@ -423,12 +434,12 @@ class AdaptedLayer(Wrapper):
                         t.requires_grad_(requires_grad)
 
     def require_grad_only(self, names: Sequence[str]) -> None:
-        for adapter, a in self.attached.items():
-            wanted = adapter in names
-            for name, (store, key) in a.source.items():
-                t: Tensor = store[key]
-                if t.requires_grad != wanted and a.leaves[name].trainable:
-                    t.requires_grad_(wanted)
+        for adapter in {*self.let_train, *names}:  # of others, what somebody lets train by hand gets no gradients: they do not act
+            a, wanted = self.attached.get(adapter), adapter in names
+            for store, key in a.trains if a is not None else ():
+                if store[key].requires_grad is not wanted:
+                    store[key].requires_grad_(wanted)
+        self.__dict__["let_train"] = {n for n in names if n in self.attached}
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off, with its tensors. The merged base, if it was merged, becomes the frozen one again."""
@@ -440,6 +451,7 @@ class AdaptedLayer(Wrapper):
         drop(self, adapter_name, a)
         del container_of(self, f"{a.config.prefix}dropout")[adapter_name]
         self.scaling.pop(adapter_name, None)
+        self.let_train.discard(adapter_name)
         inner = getattr(self.base_layer, "out_proj", None) if self.site.kind == "attention" else None
         if isinstance(inner, AdaptedLayer):
             inner.delete_adapter(adapter_name)

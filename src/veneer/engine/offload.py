@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 def _hook(module: nn.Module) -> Any:
     """accelerate's hook that brings the module's own weights in, or None."""
-    hook = getattr(module, "_hf_hook", None)
+    hook = module.__dict__.get("_hf_hook")
+    if hook is None:
+        return None
     return next((h for h in getattr(hook, "hooks", (hook,)) if getattr(h, "offload", False)), None)
 
 

@@ -208,10 +208,13 @@ def the_switch(model: nn.Module) -> Switch:
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of all adapters, in the order in which the layers list them."""
     found: dict[str, None] = {}
-    for _, m in visited(model):
-        if isinstance(m.__dict__.get("switch"), Switch):
-            found |= dict.fromkeys(m.adapters())  # type: ignore[operator]
+    for m in _switched(model):
+        found |= dict.fromkeys(m.adapters())
     return list(found)
+
+
+def _switched(model: nn.Module) -> Iterator[Any]:
+    return (m for _, m in visited(model) if isinstance(m.__dict__.get("switch"), Switch))
 
 
 def check_known(names: Iterable[str], known: Sequence[str]) -> None:
@@ -219,6 +222,20 @@ def check_known(names: Iterable[str], known: Sequence[str]) -> None:
     for n in names:
         if n not in known:
             raise RouteError(f"There is no adapter {n!r}; the model has {sorted(known)}.{hint(n, known)}")
+
+
+def check_there(names: Iterable[str], wrappers: Iterable[Any]) -> None:
+    """The same for adapters of these layers, of which no more are asked than it takes to find the names."""
+    names = list(names)
+    known: dict[str, None] = {}
+    missing = set(names)
+    for wrapper in wrappers:
+        if not missing:
+            return
+        there = wrapper.adapters()
+        missing.difference_update(there)
+        known |= dict.fromkeys(there)
+    check_known(names, list(known))
 
 
 @contextmanager
@@ -229,8 +246,9 @@ def using(model: nn.Module, names: str | Sequence[str]) -> Iterator[None]:
         RouteError: for a name that is not there.
     """
     chosen = (names,) if isinstance(names, str) else tuple(names)
-    check_known(chosen, adapter_names(model))
-    with choosing(the_switch(model), Choice(chosen)):
+    switch = the_switch(model)
+    check_there(chosen, _switched(model))
+    with choosing(switch, Choice(chosen)):
         yield
 
 
@@ -241,8 +259,9 @@ def mixed(model: nn.Module, rows: Sequence[str]) -> Iterator[None]:
     Raises:
         RouteError: for a name that is not there, before anything runs.
     """
-    check_known([r for r in dict.fromkeys(rows) if r != BASE], adapter_names(model))
-    with choosing(the_switch(model), Choice(None, tuple(rows))):
+    switch = the_switch(model)
+    check_there([r for r in dict.fromkeys(rows) if r != BASE], _switched(model))
+    with choosing(switch, Choice(None, tuple(rows))):
         yield
 
 

@@ -18,14 +18,14 @@ from ..sites import Adaptable, ParameterSite, Site, adaptable
 from ..sites.module import ModuleSite
 from ..sites.parallel import check_cut, check_piece
 from .holders import Attached
-from .layer import AdaptedLayer, adapted_layers
+from .layer import AdaptedLayer
 from .modules import Part, parts_of
 from .offload import brought_in, runs_on
 from .place import Place
 from .route import Switch
 from .select import Selection
 from .ties import tied_to
-from .wrapper import adapter_modules
+from .wrapper import Wrapper
 
 _LOW = (torch.float16, torch.bfloat16)
 
@@ -129,7 +129,10 @@ def _check_storage(layer: AdaptedLayer, path: str) -> None:
 def tensors_of(attached: Attached, place: Place | None, options: Options) -> dict[str, Tensor]:
     """The tensors of one layer's share, or of what all share (then `place` is any of them)."""
     assert place is not None
-    with brought_in(place.module):
+    module = place.module
+    if "_hf_hook" not in module.__dict__:
+        return _made_tensors(attached, place, options)
+    with brought_in(module):
         return _made_tensors(attached, place, options)
 
 
@@ -141,35 +144,34 @@ def _made_tensors(attached: Attached, place: Place, options: Options) -> dict[st
         dtype = torch.float32
     device = torch.device("meta") if options.meta else home
     out: dict[str, Tensor] = {}
-    with torch.no_grad():
-        own = attached.place is not None and home.type != "meta"
-        given = config.start(place, only_frozen=options.empty or options.meta) if own else {}
-        for name, leaf in leaves.items():
-            if name in given:
-                value = given[name]
-                if tuple(value.shape) != tuple(leaf.shape):
-                    value = value.reshape(leaf.shape)
-                where = device if leaf.saved is True else home
-                out[name] = value.detach().to(device=where, dtype=leaf.dtype or dtype).contiguous().clone()
-                continue
-            made = leaf.saved is False or not (options.empty or options.meta)  # what no file brings is made whatever happens
-            where = home if leaf.saved is False else device
-            if leaf.saved == "start" and options.empty:
-                where = torch.device("meta")  # known to be missing until its file brings it
-            t = torch.empty(leaf.shape, device=where, dtype=leaf.dtype or dtype)
-            if made and t.device.type != "meta":
-                fresh = t if t.dtype not in _LOW else t.float()
-                leaf.init(fresh)
-                t = fresh.to(t.dtype)
-            out[name] = t
+    own = attached.place is not None and home.type != "meta"
+    given = config.start(place, only_frozen=options.empty or options.meta) if own else {}
+    for name, leaf in leaves.items():
+        if name in given:
+            value = given[name]
+            if tuple(value.shape) != tuple(leaf.shape):
+                value = value.reshape(leaf.shape)
+            where = device if leaf.saved is True else home
+            out[name] = value.detach().to(device=where, dtype=leaf.dtype or dtype).contiguous().clone()
+            continue
+        made = leaf.saved is False or not (options.empty or options.meta)  # what no file brings is made whatever happens
+        where = home if leaf.saved is False else device
+        if leaf.saved == "start" and options.empty:
+            where = torch.device("meta")  # known to be missing until its file brings it
+        t = torch.empty(leaf.shape, device=where, dtype=leaf.dtype or dtype)
+        if made and t.device.type != "meta":
+            fresh = t if t.dtype not in _LOW else t.float()
+            leaf.init(fresh)
+            t = fresh.to(t.dtype)
+        out[name] = t
     return out
 
 
-def check_nesting(model: nn.Module, staged: Sequence[Staged], others: Sequence[str]) -> None:
-    """A module whose tensors are replaced whole takes no adapters inside: they would be replaced with them."""
+def check_nesting(there: Sequence[tuple[str, Wrapper]], staged: Sequence[Staged], others: Sequence[str]) -> None:
+    """A module whose tensors are replaced whole takes no adapters inside: they would be replaced with them. `there`: what is in the model already."""
     whole = [s.path for s in staged if s.layer.site.kind == "module"]
-    whole += [path for path, layer in adapted_layers(model) if layer.site.kind == "module"]
-    every = [*(s.path for s in staged), *others, *(path for path, _ in adapter_modules(model))] if whole else []
+    whole += [path for path, wrapper in there if isinstance(wrapper, AdaptedLayer) and wrapper.site.kind == "module"]
+    every = [*(s.path for s in staged), *others, *(path for path, _ in there)] if whole else []
     for path in whole:
         inside = next((p for p in every if p.startswith(f"{path}.")), None)
         if inside is not None:

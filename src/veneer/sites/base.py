@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
@@ -150,6 +151,7 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
+@functools.cache
 def _weights() -> tuple[type[Site], ...]:
     from .attention import AttentionSite
     from .conv import ConvSite
@@ -159,6 +161,7 @@ def _weights() -> tuple[type[Site], ...]:
     return (AttentionSite, LinearSite, EmbeddingSite, ConvSite)
 
 
+@functools.cache
 def _wholes() -> tuple[type[Adaptable], ...]:
     from .block import BlockSite
     from .module import ModuleSite
