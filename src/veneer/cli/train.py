@@ -35,6 +35,7 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Rows per step and process.")] = None,
     accumulate: Annotated[int | None, typer.Option(help="Batches whose gradients are added up per step.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per row.")] = None,
+    packing: Annotated[str | None, typer.Option(help="stream: text cut into full rows; rows: rows apart, without padding.")] = None,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Of AdamW.")] = None,
     warmup: Annotated[float | None, typer.Option(help="Share of the steps in which the rate rises.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
