@@ -122,8 +122,11 @@ class HeadlessLoss:
 def keeps_rows_apart(model: Any, loss: HeadlessLoss) -> bool:
     """Whether rows laid end to end, with positions that start anew, come out as each alone: found out by trying.
 
-    Not so where attention does not read the positions, and where a method or a layer counts rows or mixes tokens by itself.
+    Not so where attention does not read the positions, or a layer mixes tokens by itself. Methods that look at rows, prompts among them, are left
+    out untried: at their start they may change nothing.
     """
+    if any(c.is_prompt_learning or getattr(c, "routes", False) or getattr(c, "unmergeable", "") for c in model.peft_config.values()):
+        return False
     rows = [torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([[5, 3, 1]]), torch.tensor([[2, 4, 6, 1]])]
     rows = [r.to(loss.head.weight.device) for r in rows]
     places = torch.cat([torch.arange(r.shape[1], device=r.device) for r in rows]).unsqueeze(0)

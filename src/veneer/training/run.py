@@ -201,7 +201,12 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
     apart = recipe.packing == "rows" and headless is not None and keeps_rows_apart(prepared.model, headless)
 
     class AdapterTrainer(transformers.Trainer):  # type: ignore[misc]
+        tokens = 0  # trained on in this run, without padding; other processes are taken to have as many
+
         def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            if model.training:
+                found = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+                self.tokens += int(found) * processes()
             if return_outputs or (headless is None and recipe.task == "causal-lm"):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             total, count = headless(model, inputs) if headless is not None else _summed(model, inputs)
