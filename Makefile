@@ -54,6 +54,7 @@ format: $(VENV)/.dev ## bring all files into form
 
 bench: $(VENV)/.bench ## measure, side by side with PEFT
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.train
 
 docs: $(VENV)/.dev ## bring the generated pages up to date
 	$(BIN)/veneer methods --markdown > docs/methods.md

@@ -19,11 +19,13 @@ from veneer.training.data import (  # noqa: E402
     Example,
     check_columns,
     collate,
+    end_to_end,
     language_examples,
     pack,
     read_rows,
+    whole,
 )
-from veneer.training.loss import HeadlessLoss, chunked_cross_entropy  # noqa: E402
+from veneer.training.loss import HeadlessLoss, chunked_cross_entropy, keeps_rows_apart  # noqa: E402
 
 from .words import WORDS, save_word_llama, word_tokenizer  # noqa: E402
 
@@ -183,7 +185,63 @@ def test_the_headless_loss_is_the_models_own_or_is_not_used(model_folder: Path) 
     assert HeadlessLoss.of(trained) is None  # a head that trains has to be run
 
 
+def test_rows_end_to_end_are_each_as_if_alone(model_folder: Path) -> None:
+    """Losses and gradients; and laid end to end without positions they would see each other."""
+    import veneer
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model = veneer.get_peft_model(base, veneer.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).train()
+    headless = HeadlessLoss.of(model)
+    assert headless is not None and keeps_rows_apart(model, headless)
+    examples = [Example([5, 6, 8, 10, 5, 12], [False, False] + [True] * 4), Example([7, 9, 11], [True] * 3), Example([4], [True])]
+    rows = whole(examples, 5)
+    assert [r["input_ids"] for r in rows] == [[5, 6, 8, 10, 5], [7, 9, 11]]  # cut, and a lone token predicts nothing
+    batch = end_to_end(rows)
+    assert batch["labels"].tolist() == [[-100, -100, 8, 10, 5, -100, 9, 11]]
+
+    def gradients(total: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(total, [p for p in model.parameters() if p.requires_grad]))
+
+    alone = [headless(model, {"input_ids": torch.tensor([r["input_ids"]]), "labels": torch.tensor([r["labels"]])}) for r in rows]
+    h = headless.hidden(model, {k: v for k, v in batch.items() if k != "labels"})
+    pieces = [(h[:, :5], batch["labels"][:, :5]), (h[:, 5:], batch["labels"][:, 5:])]
+    for (piece, labels), (expected, count) in zip(pieces, alone, strict=True):
+        got, n = chunked_cross_entropy(piece[0, :-1], headless.head.weight, None, labels[0, 1:])
+        assert n == count and abs((got - expected).item()) < 1e-5
+    total, count = headless(model, batch)
+    assert count == sum(n for _, n in alone)
+    for got, expected in zip(gradients(total), gradients(alone[0][0] + alone[1][0]), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+    seen, _ = headless(model, {k: v for k, v in batch.items() if k != "position_ids"})
+    assert abs((seen - total).item()) > 1e-4
+
+
+def test_methods_that_look_at_rows_are_padded(model_folder: Path) -> None:
+    import veneer
+
+    for config in (
+        veneer.PolyConfig(r=2, n_skills=2, target_modules="all-linear"),
+        veneer.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        veneer.LoraConfig(r=2, target_modules="all-linear", alora_invocation_tokens=[5], task_type="CAUSAL_LM"),
+    ):
+        model = veneer.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(model_folder), config)
+        headless = HeadlessLoss.of(model)
+        assert headless is None or not keeps_rows_apart(model, headless)
+
+
 # ---------------------------------------------------------------- runs
+
+
+def test_packing_rows_learns_what_padded_rows_do(model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"packing": "rows", "steps": 8, "method_fields": {"r": 4}, "batch_size": 3}
+    flat = run(None, _given(model_folder, data, tmp_path / "flat", **given))
+    monkeypatch.setattr("veneer.training.run.keeps_rows_apart", lambda *_: False)
+    padded = run(None, _given(model_folder, data, tmp_path / "padded", **given))
+    assert flat["after"]["loss"] == pytest.approx(padded["after"]["loss"], abs=1e-4)
+    assert [x["loss"] for x in flat["losses"]] == pytest.approx([x["loss"] for x in padded["losses"]], abs=1e-4)
+    assert flat["plan"]["train_rows"] + flat["plan"]["held_out_rows"] == 48  # a row each
+    with pytest.raises(ConfigError, match=r"Unknown packing 'row'.*Did you mean 'rows'"):
+        run(None, _given(model_folder, data, tmp_path / "no", packing="row"))
 
 
 def test_a_run_learns_and_leaves_everything_behind(model_folder: Path, data: Path, tmp_path: Path) -> None:

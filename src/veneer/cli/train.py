@@ -35,6 +35,7 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Rows per step and process.")] = None,
     accumulate: Annotated[int | None, typer.Option(help="Batches whose gradients are added up per step.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per row.")] = None,
+    packing: Annotated[str | None, typer.Option(help="stream: text cut into full rows; rows: rows apart, without padding.")] = None,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Of AdamW.")] = None,
     warmup: Annotated[float | None, typer.Option(help="Share of the steps in which the rate rises.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
@@ -102,7 +103,7 @@ def run(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
     prepared = room.prepare(recipe)
     record = room.new_record(prepared, recipe)
     watcher = _watcher(record)
-    trainer = room.make_trainer(prepared, recipe, [watcher])
+    trainer = watcher.trainer = room.make_trainer(prepared, recipe, [watcher])
     first = trainer.is_world_process_zero()
     if first:
         _show(record, recipe)
@@ -117,7 +118,7 @@ def run(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
             raise
     record["seconds"] = time.perf_counter() - started
     record["after"] = room.evaluate(trainer, recipe)
-    record["tokens_per_second"] = watcher.tokens / max(record["seconds"], 1e-9)
+    record["tokens_per_second"] = trainer.tokens / max(record["seconds"], 1e-9)
     record["peak_memory"] = room.peak_memory()
     if first:
         room.finish(prepared, recipe, record, trainer.steering)
@@ -149,7 +150,7 @@ def _watcher(record: dict[str, Any]) -> Any:
         def __init__(self) -> None:
             self.bar: Progress | None = None
             self.task: Any = None
-            self.tokens = 0
+            self.trainer: Any = None
             self.since = time.perf_counter()
 
         @contextmanager
@@ -172,11 +173,8 @@ def _watcher(record: dict[str, Any]) -> Any:
                 return
             record["losses"].append({"step": state.global_step, "loss": logs["loss"], "learning_rate": logs.get("learning_rate")})
             if self.bar is not None:
-                speed = self.tokens / max(time.perf_counter() - self.since, 1e-9)
+                speed = self.trainer.tokens / max(time.perf_counter() - self.since, 1e-9)
                 self.bar.update(self.task, completed=state.global_step, description=f"loss {logs['loss']:.3f}  {speed:,.0f} tokens/s")
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.tokens += args.train_batch_size * args.gradient_accumulation_steps * args.world_size * record["recipe"]["length"]
 
     return Watcher()
 

@@ -170,6 +170,15 @@ def pack(examples: Iterable[Example], length: int, pad: int) -> list[dict[str, l
     return [b for b in blocks if any(x != -100 for x in b["labels"][1:])]
 
 
+def whole(examples: Iterable[Example], length: int) -> list[dict[str, list[int]]]:
+    """Each example as a row of its own, cut at `length`; those without a label that counts are left out."""
+    rows = []
+    for e in examples:
+        ids = e.ids[:length]
+        rows.append({"input_ids": ids, "labels": [t if c else -100 for t, c in zip(ids, e.counts, strict=False)]})
+    return [r for r in rows if any(x != -100 for x in r["labels"][1:])]
+
+
 def classification_examples(rows: Sequence[Row], tokenizer: Any, length: int, names: Sequence[str], source: str) -> list[dict[str, Any]]:
     """Rows with `text` and `label` as tokens and the number of the label."""
     check_columns(rows, [["text", "label"]], source)
@@ -198,3 +207,10 @@ def collate(pad: int) -> Any:
         return tensors
 
     return join
+
+
+def end_to_end(batch: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Rows one after the other as a single row without padding: positions start anew with each, and no row's first token is predicted."""
+    ids = torch.tensor([[t for b in batch for t in b["input_ids"]]])
+    labels = torch.tensor([[t for b in batch for t in (-100, *b["labels"][1:])]])
+    return {"input_ids": ids, "labels": labels, "position_ids": torch.tensor([[i for b in batch for i in range(len(b["input_ids"]))]])}

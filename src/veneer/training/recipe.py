@@ -15,6 +15,7 @@ from .controls import problems_of
 from .quantise import check_storage
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+PACKING = ("stream", "rows")
 TASKS = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
 
 
@@ -29,6 +30,8 @@ class Recipe:
         out: the folder that the adapter, the record and the picture go to.
         steps: optimizer steps; if not given, `epochs` passes over the data.
         batch_size: rows per step and process;  accumulate: steps whose gradients are added up;  length: tokens per row.
+        packing: "stream": all text as one stream, cut into rows of `length`; "rows": rows stay apart, cut at `length`, and a batch's rows are laid
+            end to end without padding, each seeing itself alone.
         learning_rate, warmup, weight_decay, schedule: of AdamW;  dtype: of the frozen weights.
         quantize: the storage that the frozen weights are packed in, such as "nf4"; see `veneer.training.quantise`.
         optimizer, optimizer_fields: "adamw", or one of PEFT's with its fields;  rates, clipping, freezing: by layer; see `veneer.training.controls`.
@@ -49,6 +52,7 @@ class Recipe:
     batch_size: int = 8
     accumulate: int = 1
     length: int = 512
+    packing: str = "stream"
     learning_rate: float = 1e-3
     warmup: float = 0.05
     weight_decay: float = 0.0
@@ -84,6 +88,8 @@ class Recipe:
             yield "task", f"Unknown task {self.task!r}. There are {', '.join(TASKS)}.{hint(self.task, TASKS)}"
         if self.dtype not in DTYPES:
             yield "dtype", f"Unknown dtype {self.dtype!r}: {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.{hint(self.dtype, DTYPES)}"
+        if self.packing not in PACKING:
+            yield "packing", f"Unknown packing {self.packing!r}: {' or '.join(PACKING)}.{hint(self.packing, PACKING)}"
         if self.quantize is not None:
             try:
                 check_storage(self.quantize)

@@ -24,8 +24,8 @@ from ..mapping import get_peft_model
 from ..model import PeftModel
 from ..planning import plan
 from .controls import controls_of, optimizer_of, rate_groups
-from .data import classification_examples, collate, language_examples, pack, read_rows
-from .loss import HeadlessLoss
+from .data import Example, classification_examples, collate, end_to_end, language_examples, pack, read_rows, whole
+from .loss import HeadlessLoss, keeps_rows_apart
 from .processes import Filled, Shuffled, filled, processes
 from .quantise import storage
 from .recipe import Recipe
@@ -85,14 +85,15 @@ def _read_data(recipe: Recipe) -> tuple[Any, list[dict[str, Any]], list[dict[str
     if recipe.task == "causal-lm":
         labels: list[str] = []
         examples = language_examples(rows, tokenizer, recipe.data)
-        pad = _pad(tokenizer)
+        apart = recipe.packing == "rows"
+
+        def rows_of(found: list[Example]) -> list[dict[str, Any]]:
+            return whole(found, recipe.length) if apart else pack(found, recipe.length, _pad(tokenizer))
+
         if held:
-            train, held_out = (
-                pack(examples, recipe.length, pad),
-                pack(language_examples(held, tokenizer, str(recipe.eval_data)), recipe.length, pad),
-            )
+            train, held_out = rows_of(examples), rows_of(language_examples(held, tokenizer, str(recipe.eval_data)))
         else:
-            train, held_out = _split(pack(examples, recipe.length, pad), recipe)
+            train, held_out = _split(rows_of(examples), recipe)
     else:
         labels = sorted({str(r["label"]) for r in rows if "label" in r})
         if len(labels) < 2 and any("label" in r for r in rows):
@@ -197,9 +198,15 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
 
     headless = HeadlessLoss.of(prepared.model) if recipe.task == "causal-lm" else None
     pad = _pad(prepared.tokenizer)
+    apart = recipe.packing == "rows" and headless is not None and keeps_rows_apart(prepared.model, headless)
 
     class AdapterTrainer(transformers.Trainer):  # type: ignore[misc]
+        tokens = 0  # trained on in this run, without padding; other processes are taken to have as many
+
         def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            if model.training:
+                found = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+                self.tokens += int(found) * processes()
             if return_outputs or (headless is None and recipe.task == "causal-lm"):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             total, count = headless(model, inputs) if headless is not None else _summed(model, inputs)
@@ -253,7 +260,7 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
         args=args,
         train_dataset=Filled(prepared.train),
         eval_dataset=filled(prepared.held_out, recipe.batch_size * processes()) or None,
-        data_collator=collate(pad),
+        data_collator=end_to_end if apart else collate(pad),
         callbacks=[*callbacks, *([trainer_callback(steering)] if steering else [])],
         optimizers=(own, None),
     )
