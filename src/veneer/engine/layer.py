@@ -254,7 +254,7 @@ class AdaptedLayer(Wrapper):
             if not a.config.in_pieces:
                 raise ConfigError(
                     f"{self.name}: DeepSpeed's ZeRO-3 keeps every tensor in pieces, and the adapter {name!r} ({type(a.config).__name__}) is not known to train "
-                    "right there: plain LoRA is. Use ZeRO-2, FSDP2 (veneer.distributed.shard) or DDP."
+                    "right there: LoRA, DoRA, IA3, OFT and VeRA are. Use ZeRO-2, FSDP2 (veneer.distributed.shard) or DDP."
                 )
 
     def _read_here(self) -> Iterator[Tensor]:

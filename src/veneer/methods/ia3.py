@@ -23,6 +23,7 @@ class IA3Config(Targeted, peft_type="IA3"):
     init_ia3_weights: bool = True
 
     prefix: ClassVar[str] = "ia3_"
+    in_pieces: ClassVar[bool] = True
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
     examples: ClassVar[Any] = ({}, {"target_modules": ["site"], "feedforward_modules": ["site"]})
 

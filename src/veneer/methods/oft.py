@@ -37,6 +37,7 @@ class OFTConfig(Targeted, peft_type="OFT"):
     num_cayley_neumann_terms: int = 5
 
     prefix: ClassVar[str] = "oft_"
+    in_pieces: ClassVar[bool] = True
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv"})
     examples: ClassVar[Any] = ({"oft_block_size": 4}, {"oft_block_size": 4, "use_cayley_neumann": False})
 

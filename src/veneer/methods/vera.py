@@ -29,6 +29,7 @@ class VeraConfig(Targeted, peft_type="VERA"):
     d_initial: float = 0.1
 
     prefix: ClassVar[str] = "vera_"
+    in_pieces: ClassVar[bool] = True
     stacking: ClassVar[Any] = "sum"
     linear_in: ClassVar[str] = "vera_lambda_b"
     examples: ClassVar[Any] = ({"r": 8},)

@@ -36,6 +36,7 @@ class Variant:
     example: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     exceptions: ClassVar[Mapping[str, str]] = MappingProxyType({})
     unmergeable: ClassVar[str] = ""
+    in_pieces: ClassVar[bool] = False
     routes: ClassVar[bool] = False
     takes: ClassVar[tuple[str, ...]] = ()
 
@@ -94,3 +95,4 @@ class Plain(Variant):
     """LoRA itself."""
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv", "attention", "parameter"})
+    in_pieces: ClassVar[bool] = True

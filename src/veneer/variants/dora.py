@@ -23,6 +23,7 @@ class Dora(Variant):
     """
 
     field: ClassVar[str] = "use_dora"
+    in_pieces: ClassVar[bool] = True
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv"})
     starts: ClassVar[tuple[bool | str, ...] | None] = None
     example: ClassVar[Any] = {"use_dora": True}

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..method import Method
-from . import PLAIN, VARIANTS, layout, variant_of
+from . import VARIANTS, layout, variant_of
 
 # what makes a LoRA more than A and B: its start and its variants
 _OWN = ("init_lora_weights", "eva_config", "corda_config", "lora_ga_config", "use_rslora", "lora_bias", "ensure_weight_tying", *VARIANTS)
@@ -21,7 +21,7 @@ class Varied(Method):
 
     @property
     def in_pieces(self) -> bool:  # type: ignore[override]
-        return variant_of(self) is PLAIN
+        return variant_of(self).in_pieces
 
     @property
     def starts_as_identity(self) -> bool:
