@@ -24,7 +24,34 @@ def text() -> str:
     ]
     for run in sorted(runs, key=lambda r: r["hidden"]):
         parts += _run(run)
+    if (FOLDER / "train.json").is_file():
+        parts += _train(json.loads((FOLDER / "train.json").read_text(encoding="utf-8")))
     return "\n\n".join(parts) + "\n"
+
+
+def _train(run: dict[str, Any]) -> list[str]:
+    """What `python -m benchmarks.train` found."""
+    rows, quality, each = run["start"], run["quality"], [run[n] for n in ("veneer", "peft", "floor")]
+    return [
+        "## End to end",
+        f"SmolLM2-135M in bfloat16, LoRA r = 16 on all seven projections, {run['steps']} steps of 4 rows, {run['threads']} thread(s), torch "
+        f"{run['torch']}: questions and answers cut from Python's documentation. Both have the same rows in the same order, the same start and the same "
+        "rate. PEFT runs under transformers' Trainer and pads each batch to its longest row; veneer lays the rows end to end (`packing: rows`) and "
+        "multiplies by the vocabulary only for answers.",
+        f"{rows['rows']} rows of {rows['shortest']} to {rows['longest']} tokens, {rows['tokens']:,} in all, {rows['padded']:,} with padding, "
+        f"{rows['answers']:,} of answers.",
+        _table(
+            ["", "veneer", "PEFT", "frozen model, veneer's rows"],
+            [
+                ["seconds of the process's own time", *(f"{r['cpu_seconds']:.1f}" for r in each)],
+                ["seconds", *(f"{r['seconds']:.1f}" for r in each)],
+                ["tokens without padding per second of its own time", *(f"{rows['tokens'] / r['cpu_seconds']:.0f}" for r in each)],
+                ["memory added by training, MB", *(f"{r['added_mb']:,.0f}" for r in each)],
+                ["peak of the process, MB", *(f"{r['peak_mb']:,.0f}" for r in each)],
+                [f"held-out perplexity, {quality['start']:.2f} at the start", f"{quality['veneer']:.2f}", f"{quality['peft']:.2f}", ""],
+            ],
+        ),
+    ]
 
 
 def _run(run: dict[str, Any]) -> list[str]:

@@ -57,3 +57,10 @@ def test_the_table_tells_the_truth() -> None:
     assert all(e.formula for e in found.values())
     assert entry("lora use_dora", 24, 16).numbers == 8 * (24 + 16) + 24  # LoRA's and one magnitude per output
     assert found["POLY"].merge != True  # noqa: E712  a reason, not a bool
+
+
+def test_the_page_of_measurements_is_what_its_runs_say() -> None:
+    """`python -m benchmarks.page` writes it."""
+    from benchmarks.page import PAGE, text
+
+    assert PAGE.read_text(encoding="utf-8") == text()
