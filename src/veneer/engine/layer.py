@@ -235,7 +235,7 @@ class AdaptedLayer(Wrapper):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         choice = self.switch.current(self.own)
-        if self.last is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.last is not None:
             out = self.last.run(self, choice, args, kwargs)
             if out is not None:
                 return out
@@ -274,9 +274,9 @@ class AdaptedLayer(Wrapper):
         if names == self.merged_adapters and not (self.site.mutates and not names):  # with nothing merged: no adapter acts
             return base(*args, **kwargs)
         frozen: dict[str, Any] = self._originals() if self.originals else {}
-        if self.cut is None:
+        if not torch.compiler.is_compiling() and self.cut is None:
             self.cut = check_cut(self.frozen, self.site, self.name)
-        if self.cut and frozen and self.site.kind != "linear":
+        if frozen and self.cut and self.site.kind != "linear":
             raise ConfigError(
                 f"{self.name}: a tensor-parallel {self.site.kind} whose adapters are merged runs with these or not at all. Unmerge first."
             )
@@ -285,7 +285,7 @@ class AdaptedLayer(Wrapper):
         inner = getattr(base, "out_proj", None) if self.site.kind == "attention" else None
         if isinstance(inner, AdaptedLayer):
             frozen |= {f"out_proj.base_layer.{k}": v for k, v in inner.effective(names).items()}
-        if not names and not self.site.mutates and not (self.cut and frozen):  # a cut module's forward is bound to the merged one
+        if not names and not self.site.mutates and not (frozen and self.cut):  # a cut module's forward is bound to the merged one
             return call_with(base, frozen, args, kwargs)
         return self.site.apply(base, self.changes(names, facts), args, kwargs, frozen)
 
