@@ -61,7 +61,9 @@ def check_cut(module: nn.Module, site: Any, path: str) -> bool:
     Raises:
         ConfigError: if it has, in a place where an adapter would act on a piece as if it were the whole, or not at all.
     """
-    packed = getattr(module, "_hf_quantized_needs_local_tp", False)  # transformers says so of every packed layer, and binds a forward to a cut one
+    packed = getattr(
+        module, "_hf_quantized_needs_local_tp", False
+    )  # transformers says so of every packed layer, and binds a forward to a cut one
     if not is_cut(module) and not (packed and "forward" in module.__dict__ and "_hf_hook" not in module.__dict__):
         return False
     if site.kind not in ("linear", "embedding") or not site.codec.plain or site.own_forward:
