@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..bases import codec_for, stored_bytes
 from ..engine.layer import adapted_layers
-from ..engine.select import places, select
+from ..engine.select import select
+from ..engine.tree import places
 from ..errors import ConfigError, PeftError, PeftWarning
 from ..method import Method
 from ..model import PeftModel
