@@ -30,6 +30,7 @@ from .prompts.base import Prompt
 from .prompts.prompts import Prompts
 from .prompts.shape import embedding_table
 from .tuner import Tuner, tuner_class
+from .types import name_of
 
 if TYPE_CHECKING:
     from .status import TunerLayerStatus, TunerModelStatus
@@ -86,14 +87,14 @@ class PeftModel(nn.Module):
 
     @staticmethod
     def _tuner_class(config: PeftConfig) -> type[Tuner]:
-        return tuner_class(_type_name(config))
+        return tuner_class(name_of(config.peft_type))
 
     @classmethod
     def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
         """The class of a model with such an adapter."""
         from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
-        return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(_task_name(config), cls)
+        return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(name_of(config.task_type), cls)
 
     def _prepare(self, model: nn.Module, config: PeftConfig) -> None:
         """Put into a new adapter's config what the model and the task tell."""
@@ -227,7 +228,7 @@ class PeftModel(nn.Module):
 
     def _known_prompts(self) -> Prompts:
         if self._prompts is None:
-            raise PeftError(f"{_type_name(self)} adapters are no prompts.")
+            raise PeftError(f"{name_of(self.peft_type)} adapters are no prompts.")
         return self._prompts
 
     # ---------------------------------------------------------------- running
@@ -335,9 +336,9 @@ class PeftModel(nn.Module):
         self._tuner.inject(peft_config, adapter_name, low_cpu_mem_usage, None, autocast_adapter_dtype, empty)
 
     def _check_new_adapter_config(self, peft_config: PeftConfig, is_trainable: bool = True) -> None:
-        if _type_name(peft_config) != _type_name(self):
+        if name_of(peft_config.peft_type) != name_of(self.peft_type):
             raise ValueError(
-                f"Cannot combine adapters with different peft types. Found {_type_name(self)} and {_type_name(peft_config)}. "
+                f"Cannot combine adapters with different peft types. Found {name_of(self.peft_type)} and {name_of(peft_config.peft_type)}. "
                 "A mixed model takes both: get_peft_model(model, config, mixed=True)."
             )
         self._one_with_bias(peft_config)
@@ -530,10 +531,10 @@ class PeftModel(nn.Module):
             output_dir,
             base_model=config.base_model_name_or_path,
             tags=[
-                *dict.fromkeys(_type_name(c).lower() for c in self.peft_config.values()),
+                *dict.fromkeys(name_of(c.peft_type).lower() for c in self.peft_config.values()),
                 *(["transformers"] if from_transformers else []),
             ],
-            pipeline_tag="text-generation" if _task_name(config) == "CAUSAL_LM" else None,
+            pipeline_tag="text-generation" if name_of(config.task_type) == "CAUSAL_LM" else None,
         )
 
     def push_to_hub(
@@ -597,14 +598,6 @@ class PeftModel(nn.Module):
 def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
     if torch.is_grad_enabled():
         output.requires_grad_(True)
-
-
-def _type_name(holder: Any) -> str:
-    return str(getattr(holder.peft_type, "value", holder.peft_type))
-
-
-def _task_name(config: Any) -> str:
-    return str(getattr(config.task_type, "value", config.task_type))
 
 
 def _name_of(model: nn.Module) -> str | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..engine.layer import adapted_layers
 from ..errors import ConfigError
+from ..types import name_of
 from .save import get_peft_model_state_dict, write_adapter
 
 
@@ -21,7 +22,7 @@ def save_expanded(model: Any, config: Any, adapter: str, folder: Path, is_main_p
     Raises:
         ConfigError: if it is no LoRA or has no such start, or rsLoRA with patterns makes the scaling of a layer inexpressible.
     """
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    kind = name_of(config.peft_type)
     if kind != "LORA":
         raise ConfigError(f"path_initial_model_for_weight_conversion converts LoRA adapters only; {adapter!r} is a {kind}.")
     if not is_main_process:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, NoMatchingPeftModuleError, PeftError, PeftWarning
 from ..sites import supported
+from ..types import name_of
 from .defaults import (
     DUMMY_TARGET_MODULES,
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
@@ -162,7 +163,7 @@ class _Search:
 
     def take_to_save(self) -> None:
         entries = list(self.field("modules_to_save") or ())
-        automatic = TASK_HEADS.get(str(getattr(self.config.task_type, "value", self.config.task_type)), ())
+        automatic = TASK_HEADS.get(name_of(self.config.task_type), ())
         found: set[str] = set()
         for place in self.places:
             # as in PEFT, no dot has to stand before the entry: `classifier` also means `pre_classifier` (DistilBERT)
@@ -250,7 +251,7 @@ class _Search:
         default, model_type = self.field("default_targets"), _model_type(self.model)
         found = default(self.model) if default is not None else None
         if found is None and model_type is not None:
-            found = table_targets(str(getattr(self.config.peft_type, "value", self.config.peft_type)), model_type)
+            found = table_targets(name_of(self.config.peft_type), model_type)
         if found is not None:
             return found, False
         if self.field("target_parameters"):

@@ -21,6 +21,7 @@ from ..method import Method
 from ..model import PeftModel
 from ..sites import adaptable
 from ..status import count_parameters
+from ..types import name_of
 from .footprint import Footprint, footprint, held, hollow, without_numbers
 from .problems import Problem, against
 
@@ -179,7 +180,7 @@ def plan(
 
 def _method(config: Any) -> str:
     kind = getattr(config, "peft_type", None)
-    return str(getattr(kind, "value", kind) or "NONE")
+    return name_of(kind or "NONE")
 
 
 def _root(model: Any) -> nn.Module:
