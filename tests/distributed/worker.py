@@ -382,6 +382,8 @@ def second_half(method: str, layouts: str, out: Path) -> dict[str, Any]:
     dist.barrier()
     reference, expected = single(method)
     result = {"losses": max(abs(a - b) for a, b in zip(losses, expected[10:], strict=True)), "learned": expected[9] - expected[-1]}
+    if method == "adalora":
+        result["ranks"], result["wanted"] = (m.peft_config["default"].rank_pattern for m in (model, reference))
     if dist.get_rank() == 0:
         reference.save_pretrained(out / f"{method}-single-whole")
         plain = veneer.PeftModel.from_pretrained(bare_model(method), out / f"{method}-{layout}-whole")

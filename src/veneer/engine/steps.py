@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..errors import ConfigError
@@ -73,6 +74,31 @@ def check_saving(switch: Switch | None, adapter: str) -> None:
         w.config.check_saving(w.places, w.step)
 
 
+def carried(switch: Switch | None) -> dict[str, Tensor]:
+    """What the methods of a model's adapters remember from step to step, and how many steps they have made: "<adapter>/<name>" -> a tensor, whole on every
+    process; numbers have no dimension. All processes have to call this."""
+    out: dict[str, Tensor] = {}
+    for adapter, w in switch.watched.items() if switch is not None else ():
+        with opened(w.attached), torch.no_grad():
+            found = {"step": w.step, **w.config.carried(w.places)} if w.step else {}
+        out.update({f"{adapter}/{name}": torch.as_tensor(value) for name, value in found.items()})
+    return out
+
+
+def carry_on(switch: Switch | None, given: Mapping[str, Tensor]) -> None:
+    """Let the methods of a model's adapters remember what `carried` gave and nothing else. All processes have to call this.
+
+    Raises:
+        LoadError: if it is not of these layers.
+    """
+    for adapter, w in switch.watched.items() if switch is not None else ():
+        mine = {k.rpartition("/")[2]: v if v.ndim else v.item() for k, v in given.items() if k.rpartition("/")[0] == adapter}
+        step = int(mine.pop("step", 0))
+        with opened(w.attached), torch.no_grad():
+            w.config.carry_on(w.places, mine)
+        w.step = step
+
+
 def enlist(switch: Switch) -> None:
     """Hook into every optimizer, once for all models."""
     global _installed
@@ -103,6 +129,7 @@ def _trained_by(optimizer: Optimizer) -> list[tuple[Switch, Watched]]:
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _check_flat(optimizer)
     for _, w in _trained_by(optimizer):
+        w.step = w.step or _made_before(optimizer, w)
         with opened(w.attached):
             _penalise(w)
             with torch.no_grad():
@@ -111,7 +138,7 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for _, w in _trained_by(optimizer):
-        w.step = (w.step or _made_before(optimizer, w)) + 1
+        w.step += 1
         with opened(w.attached), torch.no_grad():
             w.config.after_step(w.places, w.step)
 
@@ -132,10 +159,10 @@ def _check_flat(optimizer: Optimizer) -> None:
 
 
 def _made_before(optimizer: Optimizer, w: Watched) -> int:
-    """How many steps an optimizer that goes on from a checkpoint had made before this one."""
+    """How many steps an optimizer that goes on from a checkpoint has made."""
     ids = w.parameters()
     states = (optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"] if id(p) in ids)
-    return max((int(s["step"]) - 1 for s in states if "step" in s), default=0)
+    return max((int(s["step"]) for s in states if "step" in s), default=0)
 
 
 def _penalise(w: Watched) -> None:

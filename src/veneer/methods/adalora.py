@@ -79,6 +79,7 @@ class AdaLoraConfig(Allocating, peft_type="ADALORA"):
 
     prefix: ClassVar[str] = "lora_"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
+    weighed: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_E")
     stacking: ClassVar[Any] = "sum"
     examples: ClassVar[Any] = ({"init_r": 4, "total_step": 10},)
 
@@ -123,14 +124,19 @@ class AdaLoraConfig(Allocating, peft_type="ADALORA"):
 
     def before_step(self, sites: Sequence[Any], step: int) -> None:
         """Add the gradient of the orthogonality term."""
+        if step >= self._end and not sites[0].memory:  # it goes on from an adapter's file alone: what is dead there stays so
+            e = torch.cat([e.to(sites[0].tensor("lora_E").device) for e in _flat(sites, "lora_E")])
+            sites[0].memory["keep"] = (e != 0).to(e.dtype) if bool(e.any()) else None
         pairs = [(s.tensor("lora_A"), s.tensor("lora_B")) for s in sites]
         pairs = [(a, b) for a, b in pairs if a.grad is not None and b.grad is not None]
         each = [q for a, b in pairs for q in ((a, a.grad), (b.mT, b.grad.mT))]  # type: ignore[union-attr]
         add_gradient(each, self.orth_reg_weight / (2 * len(sites)))  # type: ignore[arg-type]
 
+    def importance(self) -> Importance:
+        return Importance(self.beta1, self.beta2)
+
     def measure(self, sites: Sequence[Any], step: int) -> bool:
-        importance = sites[0].memory.setdefault("importance", Importance(self.beta1, self.beta2))
-        return step <= self._end and importance.update([s.tensor(n) for n in ("lora_A", "lora_B", "lora_E") for s in sites])
+        return step <= self._end and self.weigh(sites)
 
     def snapshot(self, sites: Sequence[Any]) -> Any:
         return torch.cat(_flat(sites, "lora_E")), sites[0].memory.get("keep")
@@ -152,6 +158,20 @@ class AdaLoraConfig(Allocating, peft_type="ADALORA"):
         if own.get("keep") is not None and (now or step > self._end):
             torch._foreach_mul_(es, [k.to(e.device) for k, e in zip(own["keep"].split(ranks), es, strict=True)])
         if "asked" in own or step == self._end:
+            self.rank_pattern = self._pattern(sites)
+
+    def carried(self, sites: Sequence[Any]) -> Mapping[str, Tensor | float]:
+        keep = sites[0].memory.get("keep")
+        parts = keep.split(_ranks(sites)) if keep is not None else ()
+        return {**super().carried(sites), **{f"{s.name}.lora_E.keep": t.clone() for s, t in zip(sites, parts, strict=False)}}
+
+    def carry_on(self, sites: Sequence[Any], carried: Mapping[str, Any]) -> None:
+        own, es = sites[0].memory, _flat(sites, "lora_E")
+        had = own.get("keep") is not None
+        super().carry_on(sites, carried)
+        keep = [carried.get(f"{s.name}.lora_E.keep", torch.ones_like(e)) for s, e in zip(sites, es, strict=True)]
+        if had or any(bool((k == 0).any()) for k in keep):
+            own["keep"] = torch.cat([k.to(es[0]) for k in keep])
             self.rank_pattern = self._pattern(sites)
 
     def check_saving(self, sites: Sequence[Any], step: int) -> None:
