@@ -273,6 +273,14 @@ class Method(PeftConfig):
             LoadError: if it is not of these layers; nothing is changed.
         """
 
+    def as_saved(self: M, saved: Mapping[str, Any]) -> M:
+        """The config that a file is read with: for fields that training changes, a copy with those of the file; else itself.
+
+        Args:
+            saved: the scaling fields of the config that the file was saved with.
+        """
+        return self
+
     def scale(self) -> float:
         """The nominal scaling of the change, by default the field `scaling`, if any; `site.scaling` is its present value."""
         return float(getattr(self, "scaling", 1.0))

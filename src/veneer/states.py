@@ -36,7 +36,8 @@ _METHODS = "methods."  # what methods remember from step to step: "methods.<adap
 def save_state(
     model: nn.Module, optimizer: Optimizer | None, folder: str | os.PathLike[str], *, extra: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write all adapters of a model in training, the optimizer's state and what methods remember from step to step (AdaLoRA's averages), each process its pieces. All processes have to call this.
+    """Write all adapters of a model in training, the optimizer's state and what methods remember from step to step (AdaLoRA's averages), each process its
+    pieces. All processes have to call this.
 
     Args:
         model: the model as it is called: in DDP's or FSDP1's wrapper, sharded in place, cut by a plan, or plain, without any other process.

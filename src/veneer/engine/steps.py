@@ -39,6 +39,9 @@ class Watched:
     def places(self) -> list[Place]:
         return [a.place for a in self.attached if a.place is not None]
 
+    def leaves(self) -> dict[str, tuple[Attached, str]]:
+        return {f"{a.place.name}.{n}": (a, n) for a in self.attached if a.place is not None for n in a.leaves if n not in a.derived}
+
     def parameters(self) -> set[int]:
         return {id(a.tensor(n)) for a in self.attached for n in a.leaves if n not in a.derived and a.tensor(n).requires_grad}
 
@@ -74,13 +77,21 @@ def check_saving(switch: Switch | None, adapter: str) -> None:
         w.config.check_saving(w.places, w.step)
 
 
-def carried(switch: Switch | None) -> dict[str, Tensor]:
-    """What the methods of a model's adapters remember from step to step, and how many steps they have made: "<adapter>/<name>" -> a tensor, whole on every
-    process; numbers have no dimension. All processes have to call this."""
+def carried(switch: Switch | None, *, leaves: bool = False) -> dict[str, Tensor]:
+    """What the methods of a model's adapters remember from step to step, and how many steps they have made. All processes have to call this.
+
+    Args:
+        leaves: the adapters' own tensors as well, where what is saved of them is a part (AdaLoRA's live ranks).
+
+    Returns:
+        "<adapter>/<name>" -> a tensor, whole on every process; numbers have no dimension.
+    """
     out: dict[str, Tensor] = {}
     for adapter, w in switch.watched.items() if switch is not None else ():
         with opened(w.attached), torch.no_grad():
             found = {"step": w.step, **w.config.carried(w.places)} if w.step else {}
+            if found and leaves:
+                found |= {k: a.tensor(n).detach().clone() for k, (a, n) in w.leaves().items()}
         out.update({f"{adapter}/{name}": torch.as_tensor(value) for name, value in found.items()})
     return out
 
@@ -96,6 +107,9 @@ def carry_on(switch: Switch | None, given: Mapping[str, Tensor]) -> None:
         step = int(mine.pop("step", 0))
         with opened(w.attached), torch.no_grad():
             w.config.carry_on(w.places, mine)
+            for key, (a, n) in w.leaves().items():
+                if key in mine:
+                    a.tensor(n).copy_(mine[key])
         w.step = step
 
 
