@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 
 from veneer import LoadError, LoraConfig, SaveError, get_peft_model, get_peft_model_state_dict
 from veneer.distributed import load_state, save_state
+from veneer.method import Method, load_methods
+from veneer.testing import Case, cases, examples
 
 WORKER = Path(__file__).parent / "distributed" / "worker.py"
 METHODS = "lora,dora,ia3,oft,vera,prompt,saved,tied,pissa"
@@ -116,6 +118,37 @@ def test_a_state_is_read_in_another_layout_and_by_one_process(tmp_path: Path) ->
             assert "error" not in r, (layout, method, r)
             assert r["losses"] < 1e-5, (layout, method, r)
             assert r.get("logits", 0.0) < 1e-4, (layout, method, r)
+
+
+@pytest.mark.slow
+def test_every_method_goes_on_from_a_state_bit_for_bit(tmp_path: Path) -> None:
+    def step(case: Case, model: Any, opt: torch.optim.Optimizer) -> None:
+        torch.manual_seed(8)
+        opt.zero_grad()
+        case.run(model).float().square().mean().backward()
+        opt.step()
+
+    done = set()
+    methods = [m for m in load_methods().values() if issubclass(m, Method)]
+    configs = [c for m in methods for c in examples(m) for c in list(cases([c]))[:1]]
+    pissa = [Case(LoraConfig(r=2, init_lora_weights=start), "linear") for start in ("pissa", "olora")]
+    for case in (c for c in [*configs, *pissa] if not c.refused):
+        model, again = (case.fresh().train() for _ in range(2))
+        if not any(p.requires_grad for p in model.parameters()):  # Arrow
+            continue
+        opts = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.02) for m in (model, again)]
+        for _ in range(3):
+            step(case, model, opts[0])
+        save_state(model, opts[0], tmp_path)
+        load_state(again, opts[1], tmp_path)
+        for m, opt in zip((model, again), opts, strict=True):
+            step(case, m, opt)
+            step(case, m, opt)
+        mine, theirs = model.state_dict(), again.state_dict()
+        assert all(torch.equal(t, theirs[k]) for k, t in mine.items()), case
+        assert torch.equal(case.output(model.eval()), case.output(again.eval())), case
+        done.add(type(case.config))
+    assert len(done) == len(methods), {m.__name__ for m in methods} - {d.__name__ for d in done}
 
 
 @pytest.mark.slow

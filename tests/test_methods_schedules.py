@@ -163,6 +163,7 @@ def steps(model: Any, optimizer: torch.optim.Optimizer, which: range) -> list[fl
 
 
 RESUMED: dict[str, Any] = {
+    "pissa": lambda: V.LoraConfig(r=3, target_modules=["one", "two"], init_lora_weights="pissa"),
     "adalora": lambda: adalora(total_step=14, tfinal=4, tinit=2),
     "adamss": lambda: V.AdamssConfig(
         target_modules=["one", "two"],
