@@ -159,7 +159,9 @@ def test_adalora_goes_on_from_a_state_as_if_it_had_not_stopped(tmp_path: Path) -
     for layout, found in launch_all([(how, "second") for how in again], 2, "adalora", tmp_path).items():
         assert found["adalora"]["losses"] < 1e-5, (layout, found)
         if "single" not in layout:
-            assert found["adalora"]["ranks"] == found["adalora"]["wanted"] and False in sum(found["adalora"]["ranks"].values(), []), layout
+            assert found["adalora"]["ranks"] == found["adalora"]["wanted"] and any(
+                False in r for r in found["adalora"]["ranks"].values()
+            ), layout
 
 
 def same(one: Path, other: Path) -> None:
@@ -306,7 +308,7 @@ def test_zero_3_refuses_what_acts_at_optimizer_steps(tmp_path: Path) -> None:
 def test_layouts_with_flat_gradients_train_all_but_schedules_which_are_refused(layout: str, tmp_path: Path) -> None:
     if layout == "zero2" and find_spec("deepspeed") is None:
         pytest.skip("needs deepspeed")
-    results = launch(layout, 2, METHODS + ",adalora", tmp_path)
+    results = launch(layout, 2, "adalora," + METHODS, tmp_path)  # the worker keeps the model, which is no concern of the others' optimizers
     assert "flat pieces" in results.pop("adalora")["error"]
     check(results)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -239,8 +240,31 @@ def test_a_state_of_other_layers_averages_is_refused() -> None:
         carry_on(find_switch(other), carried(find_switch(model)))
     held = carried(find_switch(model))
     del held["default/two.lora_E.spread"]
-    with pytest.raises(LoadError, match="two.lora_E.spread.* is missing"):
+    with pytest.raises(LoadError, match=r"two\.lora_E\.spread.* is missing"):
         carry_on(find_switch(model), held)
+
+
+@pytest.mark.parametrize("engine", ["FSDP1", "ZeRO-2", "ZeRO-3"])
+def test_flat_pieces_are_refused_by_the_optimizer_that_has_them_alone(engine: str) -> None:
+    """A model that an engine took apart before is no concern of the next model's optimizer in the same process."""
+    model = adapted(adalora())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    mine, other = (torch.optim.SGD([nn.Parameter(torch.zeros(400))]) for _ in range(2))
+    flat = mine.param_groups[0]["params"][0]
+    at = 0
+    for p in trained:  # as each engine leaves them
+        if engine == "FSDP1":
+            p.data = p.data.flatten()
+        elif engine == "ZeRO-2":
+            p._hp_mapping = SimpleNamespace(hp_fragment=flat.narrow(0, at, p.numel())) if at + p.numel() <= 400 else None
+        else:
+            p.ds_id, p._z3_optimizer = at, SimpleNamespace(optimizer=mine)
+        at += p.numel()
+    if engine == "FSDP1":
+        mine = torch.optim.SGD(trained)
+    other.step()
+    with pytest.raises(ConfigError, match="flat pieces"):
+        mine.step()
 
 
 def test_what_is_dead_in_a_file_stays_so_when_training_goes_on_from_it_alone(tmp_path: Path) -> None:

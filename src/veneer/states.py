@@ -106,9 +106,8 @@ def load_state(model: nn.Module, optimizer: Optimizer | None, folder: str | os.P
     held = FileSystemReader(place).read_metadata().state_dict_metadata
     _check(state, held, place)
     if optimizer is not None:
-        state["methods"] = {
-            k.removeprefix(_METHODS): torch.empty(m.size, dtype=m.properties.dtype) for k, m in held.items() if k.startswith(_METHODS)
-        }
+        of_methods: dict[str, Any] = {k.removeprefix(_METHODS): m for k, m in held.items() if k.startswith(_METHODS)}
+        state["methods"] = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in of_methods.items()}
     try:
         with _quiet():
             load(state, checkpoint_id=place)

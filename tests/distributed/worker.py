@@ -37,6 +37,7 @@ CONFIGS: dict[str, Any] = {
     "pissa": lambda: veneer.LoraConfig(r=4, target_modules=QV, init_lora_weights="pissa"),
 }
 VOCAB, LENGTH, STEPS = 64, 12, 20
+KEPT: list[Any] = []  # models that outlive their task
 
 
 def bare_model(method: str) -> nn.Module:
@@ -216,6 +217,7 @@ def run(method: str, layout: str, out: Path) -> dict[str, Any]:
     if layout == "tp_plan":
         base = planned(bare_model(method), out / f"base-{method}")
     model = adapted(method, base)
+    KEPT.extend([model] if method == "adalora" else [])
     engine = wrapped(model, layout)
     got = train(engine, layout, batches())
     folder = out / f"{method}-{layout}-{world}"

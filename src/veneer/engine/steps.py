@@ -103,7 +103,9 @@ def carry_on(switch: Switch | None, given: Mapping[str, Tensor]) -> None:
         LoadError: if it is not of these layers.
     """
     for adapter, w in switch.watched.items() if switch is not None else ():
-        mine = {k.rpartition("/")[2]: v if v.ndim else v.item() for k, v in given.items() if k.rpartition("/")[0] == adapter}
+        mine: dict[str, Any] = {
+            k.rpartition("/")[2]: v if v.ndim else v.item() for k, v in given.items() if k.rpartition("/")[0] == adapter
+        }
         step = int(mine.pop("step", 0))
         with opened(w.attached), torch.no_grad():
             w.config.carry_on(w.places, mine)
@@ -158,18 +160,30 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _check_flat(optimizer: Optimizer) -> None:
-    """Raise ConfigError if DeepSpeed or FSDP1 keeps the gradients of a method that acts on each of them in flat pieces."""
-    flat = bool(_switches) and all(p.ndim == 1 for group in optimizer.param_groups for p in group["params"])
-    watched = [w for s in list(_switches) for w in s.watched.values()] if flat else []
-    for w in watched:
+    """Raise ConfigError if DeepSpeed or FSDP1 keeps the gradients of a method that acts on each of them in flat pieces, which this optimizer steps."""
+    pieces = [p for group in optimizer.param_groups for p in group["params"]] if _switches else []
+    if not pieces or any(p.ndim != 1 for p in pieces):
+        return
+    for w in (w for s in list(_switches) for w in s.watched.values()):
         for a in w.attached:
             for n, leaf in a.leaves.items():
                 t = a.tensor(n) if n not in a.derived else None
-                if t is not None and t.requires_grad and (hasattr(t, "ds_id") or hasattr(t, "_hp_mapping") or t.ndim != len(leaf.shape)):
+                if t is not None and t.requires_grad and _in_pieces(t, len(leaf.shape), optimizer, pieces):
                     raise ConfigError(
                         f"{type(w.config).__name__} acts at every optimizer step on the gradient of each tensor, which DeepSpeed's ZeRO and FSDP1 keep in "
                         "flat pieces instead. Train it with DistributedDataParallel or FSDP2 (veneer.distributed.shard)."
                     )
+
+
+def _in_pieces(t: Any, dimensions: int, optimizer: Optimizer, pieces: Sequence[Tensor]) -> bool:
+    """Whether the optimizer has a tensor of these dimensions in flat pieces. Models of before may still be there, and are others' concern."""
+    if (engine := getattr(t, "_z3_optimizer", getattr(t, "_zero_optimizer", None))) is not None:
+        return engine.optimizer is optimizer
+    if (
+        mapping := getattr(t, "_hp_mapping", None)
+    ) is not None:  # ZeRO-2: a view into the piece; None where this process has nothing of the tensor
+        return any(mapping.hp_fragment.untyped_storage().data_ptr() == p.untyped_storage().data_ptr() for p in pieces)
+    return t.ndim != dimensions and any(t is p for p in pieces)  # FSDP1
 
 
 def _made_before(optimizer: Optimizer, w: Watched) -> int:
