@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,8 @@ from veneer.distributed import load_state, save_state
 from veneer.method import Method, load_methods
 from veneer.testing import Case, cases, examples
 
+from .launch import ROOT, TORCHRUN, start
+
 WORKER = Path(__file__).parent / "distributed" / "worker.py"
 METHODS = "lora,dora,ia3,oft,vera,prompt,saved,tied,pissa"
 
@@ -32,18 +31,10 @@ def launch(layout: str, processes: int, methods: str, out: Path, task: str = "co
 def launch_all(todo: list[tuple[str, str]], processes: int, methods: str, out: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """Several (layout, task) in one start of the processes: what they found, by layout and method."""
     pytest.importorskip("transformers")
-    src = Path(__file__).resolve().parents[1] / "src"
-    env = {**os.environ, "PYTHONPATH": str(src), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(WORKER)]
     layouts, tasks = (",".join(part) for part in zip(*todo, strict=True))
-    for _ in range(2):  # on a machine that is all taken, processes may not find each other in time
-        done = subprocess.run(
-            [*command, "--layout", layouts, "--methods", methods, "--out", str(out), "--task", tasks],
-            capture_output=True, text=True, timeout=300, env=env,
-        )  # fmt: skip
-        if done.returncode == 0:
-            break
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = ["--layout", layouts, "--methods", methods, "--out", str(out), "--task", tasks]
+    [done] = start([*TORCHRUN, f"--nproc-per-node={processes}", str(WORKER), *words], DS_ACCELERATOR="cpu")
+    assert done.code == 0, done.said[-6000:]
     return {layout: json.loads((out / f"{layout}.json").read_text()) for layout, _ in todo}
 
 
@@ -190,33 +181,12 @@ def test_saved_by_two_goes_on_with_four(layout: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_a_killed_process_ends_the_other_and_leaves_the_checkpoint_and_the_state(layout: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    src = Path(__file__).resolve().parents[1] / "src"
     meet = f"file://{tmp_path / 'meet'}"  # no torchrun, which would end the other by itself
-    command = [
-        sys.executable,
-        str(WORKER),
-        "--layout",
-        layout,
-        "--methods",
-        "lora",
-        "--out",
-        str(tmp_path),
-        "--task",
-        "killed",
-        "--meet",
-        meet,
-    ]
-    env = {**os.environ, "PYTHONPATH": str(src), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    started = [subprocess.Popen(command, env={**env, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    try:
-        _, said = started[0].communicate(timeout=90)
-        started[1].communicate(timeout=30)
-    finally:
-        for p in started:
-            p.kill()
-    assert started[1].returncode == -signal.SIGKILL
-    assert started[0].returncode == 1, said[-2000:]
-    assert "Error" in said.strip().splitlines()[-1] or "gloo" in said, said[-2000:]
+    words = ["--layout", layout, "--methods", "lora", "--out", str(tmp_path), "--task", "killed", "--meet", meet]
+    left, gone = start(*[[str(WORKER), *words]] * 2, each=[{"RANK": "0"}, {"RANK": "1"}], WORLD_SIZE="2")
+    assert gone.code == -signal.SIGKILL, gone.said[-2000:]
+    assert left.code == 1, left.said[-2000:]
+    assert "Error" in left.err.strip().splitlines()[-1] or "gloo" in left.err, left.said[-2000:]
     saved = load_file(tmp_path / "last" / "adapter_model.safetensors")
     assert all(t.abs().max() > 0 for t in saved.values())  # B left zero: it has been trained
     assert not [f.name for f in (tmp_path / "last").iterdir() if "tmp" in f.name]
@@ -314,6 +284,5 @@ def test_layouts_with_flat_gradients_train_all_but_schedules_which_are_refused(l
 
 
 def test_the_page_has_the_tables_that_the_script_prints() -> None:
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run([sys.executable, str(root / "benchmarks" / "scale.py")], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() in (root / "docs" / "distributed.md").read_text(encoding="utf-8")
+    [done] = start([str(ROOT / "benchmarks" / "scale.py")])
+    assert done.out.strip() and done.out.strip() in (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")

@@ -469,7 +469,7 @@ def main() -> None:
         deepspeed.init_distributed("gloo")
     else:
         here = {"init_method": args.meet, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])} if args.meet else {}
-        dist.init_process_group("gloo", timeout=timedelta(seconds=30), **here)
+        dist.init_process_group("gloo", timeout=timedelta(seconds=120), **here)
     out = Path(args.out)
     if args.task == "killed":  # its error has to end this process
         killed(args.methods, args.layout, out)
