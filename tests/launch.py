@@ -82,7 +82,7 @@ def _abort(started: Sequence[subprocess.Popen[Any]]) -> None:
         for process in (process for tree in trees for process in tree):
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
-        time.sleep(2)
+        time.sleep(1)
 
 
 def _read(file: Any) -> str:

@@ -17,7 +17,7 @@ from veneer.distributed import load_state, save_state
 from veneer.method import Method, load_methods
 from veneer.testing import Case, cases, examples
 
-from .launch import ROOT, TORCHRUN, start
+from .launch import ROOT, TORCHRUN, Ended, start
 
 WORKER = Path(__file__).parent / "distributed" / "worker.py"
 METHODS = "lora,dora,ia3,oft,vera,prompt,saved,tied,pissa"
@@ -29,13 +29,21 @@ def launch(layout: str, processes: int, methods: str, out: Path, task: str = "co
 
 
 def launch_all(todo: list[tuple[str, str]], processes: int, methods: str, out: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Several (layout, task) in one start of the processes: what they found, by layout and method."""
-    pytest.importorskip("transformers")
-    layouts, tasks = (",".join(part) for part in zip(*todo, strict=True))
-    words = ["--layout", layouts, "--methods", methods, "--out", str(out), "--task", tasks]
-    [done] = start([*TORCHRUN, f"--nproc-per-node={processes}", str(WORKER), *words], DS_ACCELERATOR="cpu")
+    """Several (layout, task) in one start of the processes by torchrun: what they found, by layout and method."""
+    [done] = start([*TORCHRUN, f"--nproc-per-node={processes}", *words(todo, methods, out)], DS_ACCELERATOR="cpu")
     assert done.code == 0, done.said[-6000:]
     return {layout: json.loads((out / f"{layout}.json").read_text()) for layout, _ in todo}
+
+
+def fork(todo: list[tuple[str, str]], processes: int, methods: str, out: Path) -> Ended:
+    """The same without torchrun: one process, which becomes several when it has imported what all need."""
+    return start([*words(todo, methods, out), f"--fork={processes}"])[0]
+
+
+def words(todo: list[tuple[str, str]], methods: str, out: Path) -> list[str]:
+    pytest.importorskip("transformers")
+    layouts, tasks = (",".join(part) for part in zip(*todo, strict=True))
+    return [str(WORKER), "--layout", layouts, "--methods", methods, "--out", str(out), "--task", tasks]
 
 
 def check(results: dict[str, dict[str, Any]], adapter: float = 1e-4) -> None:
@@ -47,8 +55,17 @@ def check(results: dict[str, dict[str, Any]], adapter: float = 1e-4) -> None:
         assert r.get("merged", 0.0) < 1e-4, (method, r)
 
 
-def test_two_processes_train_and_save_what_one_does_and_send_the_adapters_gradients_alone(tmp_path: Path) -> None:
-    found = launch_all([("ddp", "both"), ("fsdp2", "both"), ("tp_plan", "compare")], 2, "lora,dora", tmp_path)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
+    """Where two processes have left what they found, and their end: one kills itself under DDP."""
+    out = tmp_path_factory.mktemp("two")
+    return out, fork([("ddp", "both"), ("fsdp2", "both"), ("tp_plan", "compare"), ("ddp", "killed")], 2, "lora,dora", out)
+
+
+def test_two_processes_train_and_save_what_one_does_and_send_the_adapters_gradients_alone(two: tuple[Path, Ended]) -> None:
+    out, done = two
+    assert (out / "tp_plan.json").exists(), done.said[-6000:]
+    found = {layout: json.loads((out / f"{layout}.json").read_text()) for layout in ("ddp", "fsdp2", "tp_plan")}
     check(found.pop("tp_plan"))
     for layout, results in found.items():
         check(results)
@@ -179,18 +196,17 @@ def test_saved_by_two_goes_on_with_four(layout: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
-def test_a_killed_process_ends_the_other_and_leaves_the_checkpoint_and_the_state(layout: str, tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    meet = f"file://{tmp_path / 'meet'}"  # no torchrun, which would end the other by itself
-    words = ["--layout", layout, "--methods", "lora", "--out", str(tmp_path), "--task", "killed", "--meet", meet]
-    left, gone = start(*[[str(WORKER), *words]] * 2, each=[{"RANK": "0"}, {"RANK": "1"}], WORLD_SIZE="2")
-    assert gone.code == -signal.SIGKILL, gone.said[-2000:]
-    assert left.code == 1, left.said[-2000:]
-    assert "Error" in left.err.strip().splitlines()[-1] or "gloo" in left.err, left.said[-2000:]
-    saved = load_file(tmp_path / "last" / "adapter_model.safetensors")
+def test_a_killed_process_ends_the_other_and_leaves_the_checkpoint_and_the_state(
+    layout: str, two: tuple[Path, Ended], tmp_path: Path
+) -> None:
+    root, done = two if layout == "ddp" else (tmp_path, fork([(layout, "killed")], 2, "lora", tmp_path))
+    codes, error = json.loads((root / "codes.json").read_text()), done.err.strip().splitlines()[-1]
+    assert codes == [1, -signal.SIGKILL], done.said[-6000:]
+    assert "Error" in error or "gloo" in error, done.said[-6000:]
+    saved = load_file(root / "last" / "adapter_model.safetensors")
     assert all(t.abs().max() > 0 for t in saved.values())  # B left zero: it has been trained
-    assert not [f.name for f in (tmp_path / "last").iterdir() if "tmp" in f.name]
-    state = tmp_path / "state"
+    assert not [f.name for f in (root / "last").iterdir() if "tmp" in f.name]
+    state = root / "state"
     assert json.loads((state / "current.json").read_text())["state"] == "state-3"
     assert (state / "state-4").exists() == (layout == "ddp")  # under DDP it was killed in the write
     torch.manual_seed(0)

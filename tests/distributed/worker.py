@@ -37,7 +37,6 @@ CONFIGS: dict[str, Any] = {
     "pissa": lambda: veneer.LoraConfig(r=4, target_modules=QV, init_lora_weights="pissa"),
 }
 VOCAB, LENGTH, STEPS = 64, 12, 20
-KEPT: list[Any] = []  # models that outlive their task
 
 
 def bare_model(method: str) -> nn.Module:
@@ -159,6 +158,7 @@ def planned(base: nn.Module, folder: Path) -> nn.Module:
 
 
 PLANS = ("tp", "tp_plan")
+KEPT: list[Any] = []  # models that outlive their task
 
 
 def wrapped(model: Any, layout: str) -> Any:
@@ -450,6 +450,20 @@ def both(method: str, layout: str, out: Path) -> dict[str, Any]:
     return {**run(method, layout, out), "bytes": count(method, layout, out)}
 
 
+def forked(processes: int, out: Path) -> dict[str, Any]:
+    """Become so many processes; what each needs to find the others. How each ended is in codes.json."""
+    from transformers import LlamaForCausalLM  # noqa: F401  read once for all
+
+    children = []
+    for rank in range(processes):
+        if not (child := os.fork()):
+            os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(processes)})
+            return {"init_method": f"file://{out / 'meet'}", "rank": rank, "world_size": processes}
+        children.append(child)
+    (out / "codes.json").write_text(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]))
+    sys.exit()
+
+
 TASKS = {"compare": run, "bytes": count, "both": both, "first": first_half, "second": second_half, "merging": merging, "refusals": refusals}
 
 
@@ -459,23 +473,23 @@ def main() -> None:
     parser.add_argument("--methods", required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument("--task", default="compare", help="one, or one for each layout: killed, " + ", ".join(TASKS))
-    parser.add_argument("--meet", help="where the processes find each other; by default as torchrun says")
+    parser.add_argument("--fork", type=int, help="start so many processes, without torchrun, which would end all when one is gone")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    out = Path(args.out)
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     if args.layout.startswith("zero"):
         import deepspeed
 
         deepspeed.init_distributed("gloo")
     else:
-        here = {"init_method": args.meet, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])} if args.meet else {}
+        here = forked(args.fork, out) if args.fork else {}
         dist.init_process_group("gloo", timeout=timedelta(seconds=120), **here)
-    out = Path(args.out)
-    if args.task == "killed":  # its error has to end this process
-        killed(args.methods, args.layout, out)
     layouts, tasks = args.layout.split(","), args.task.split(",")
     for layout, task in zip(layouts, tasks * (len(layouts) // len(tasks)), strict=True):
         results = {}
+        if task == "killed":  # its error has to end this process
+            killed("lora", layout, out)
         for method in args.methods.split(","):
             try:
                 results[method] = TASKS[task](method, layout, out)
