@@ -59,13 +59,24 @@ def check(results: dict[str, dict[str, Any]], adapter: float = 1e-4) -> None:
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     """Where two processes have left what they found, and their end: one kills itself under DDP."""
     out = tmp_path_factory.mktemp("two")
-    return out, fork([("ddp", "both"), ("fsdp2", "both"), ("tp_plan", "compare"), ("ddp", "killed")], 2, "lora,dora", out)
+    return out, fork([*LAYOUTS, ("ddp", "killed")], 2, "lora", out)
+
+
+LAYOUTS = [("ddp", "both"), ("fsdp2", "both"), ("tp_plan", "compare")]
 
 
 def test_two_processes_train_and_save_what_one_does_and_send_the_adapters_gradients_alone(two: tuple[Path, Ended]) -> None:
     out, done = two
     assert (out / "tp_plan.json").exists(), done.said[-6000:]
-    found = {layout: json.loads((out / f"{layout}.json").read_text()) for layout in ("ddp", "fsdp2", "tp_plan")}
+    check_bytes({layout: json.loads((out / f"{layout}.json").read_text()) for layout, _ in LAYOUTS})
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_do_so_with_dora_too(tmp_path: Path) -> None:
+    check_bytes(launch_all(LAYOUTS, 2, "lora,dora", tmp_path))
+
+
+def check_bytes(found: dict[str, dict[str, Any]]) -> None:
     check(found.pop("tp_plan"))
     for layout, results in found.items():
         check(results)

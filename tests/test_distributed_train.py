@@ -16,6 +16,8 @@ from .words import save_word_llama
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
+from veneer.cli.train import run
+
 TWO = [*TORCHRUN, "--nproc-per-node=2"]
 ACCELERATE = [
     "-m",
@@ -66,7 +68,7 @@ def same(one: Path, two: Path, a: dict[str, Any], b: dict[str, Any]) -> None:
 
 
 def test_two_processes_do_what_one_does_and_speak_with_one_voice(recipe: Path, tmp_path: Path) -> None:
-    one, _ = train(recipe, tmp_path / "one", "--batch-size", "4", by=[])
+    one = run(str(recipe), {"out": str(tmp_path / "one"), "batch_size": 4})  # what the command calls
     two, said = train(recipe, tmp_path / "two", "--batch-size", "2")
     same(tmp_path / "one", tmp_path / "two", one, two)
     assert said.count(" done ") == 1 and said.count("trained parameters") == 1, said

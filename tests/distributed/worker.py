@@ -454,7 +454,8 @@ def forked(processes: int, out: Path) -> dict[str, Any]:
     """Become so many processes; what each needs to find the others. How each ended is in codes.json."""
     from transformers import LlamaForCausalLM  # noqa: F401  read once for all
 
-    children = []
+    children: list[int] = []
+    (out / "meet").unlink(missing_ok=True)
     for rank in range(processes):
         if not (child := os.fork()):
             os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(processes)})
