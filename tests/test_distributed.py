@@ -6,16 +6,17 @@ import json
 import signal
 from importlib.util import find_spec
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from veneer import LoadError, LoraConfig, SaveError, get_peft_model, get_peft_model_state_dict
+from veneer import ConfigError, LoadError, LoraConfig, SaveError, get_peft_model, get_peft_model_state_dict
 from veneer.distributed import load_state, save_state
 from veneer.method import Method, load_methods
-from veneer.testing import Case, cases, examples
+from veneer.testing import Case, cases, examples, packed_sites
 
 from .launch import ROOT, TORCHRUN, Ended, start
 
@@ -116,6 +117,44 @@ def test_what_a_plan_leaves_no_place_for_is_refused(tmp_path: Path) -> None:
     }
     assert said.keys() == words.keys(), said
     assert all(word in said[name] for name, word in words.items()), said
+
+
+@pytest.mark.slow
+def test_packed_weights_that_a_plan_has_cut_are_refused(tmp_path: Path) -> None:
+    """By transformers' plan and by torch's, which makes of a packed weight what no library reads."""
+    for library in ("bitsandbytes", "torchao", "optimum.quanto"):
+        pytest.importorskip(library)
+    found = launch_all([("tp_plan", "packed"), ("tp", "packed")], 2, "lora", tmp_path)
+    cut, unknown = "a tensor-parallel plan has cut this", "in a way that veneer does not know"
+    wanted = {
+        "tp_plan": {"nf4": unknown, "int8": unknown, "torchao": f"{cut} Linear, stored as 'torchao'", "quanto": f"{cut} QLinear, stored as 'quanto'"},
+        "tp": {"nf4": unknown, "int8": unknown, "torchao": "not cut", "quanto": "frozen before it is adapted"},
+    }  # fmt: skip
+    for layout, words in wanted.items():
+        said = found[layout]["lora"]
+        assert said.keys() == words.keys() and all(word in said[name] for name, word in words.items()), said
+
+
+@pytest.mark.parametrize(
+    "storage", ["torchao_int8", *(pytest.param(s, marks=pytest.mark.slow) for s in ("nf4", "llm_int8", "quanto_int8"))]
+)
+def test_a_packed_layer_whose_forward_a_plan_has_bound_is_refused_when_it_runs(storage: str) -> None:
+    """As transformers leaves the layers that it has cut into local pieces; those that it says may be cut, and are not, run."""
+    if storage not in packed_sites():
+        pytest.skip("its library is not installed")
+    for bound in (False, True):
+        case = Case(LoraConfig(r=2), storage)
+        base = case.base()
+        layer = next(m for m in base.modules() if hasattr(m, "in_features"))
+        layer._hf_quantized_needs_local_tp = True
+        if bound:
+            layer.forward = MethodType(type(layer).forward, layer)
+        model = get_peft_model(base, case.targeted())
+        if not bound:
+            assert case.run(model).isfinite().all()
+            continue
+        with pytest.raises(ConfigError, match=r"tensor-parallel plan has cut this \w+, stored as .* FSDP2"):
+            case.run(model)
 
 
 @pytest.mark.slow

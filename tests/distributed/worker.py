@@ -146,14 +146,15 @@ def parallel(base: nn.Module) -> nn.Module:
     return base
 
 
-def planned(base: nn.Module, folder: Path) -> nn.Module:
-    """Cut by transformers as it loads the model from a folder, by the model's own plan."""
+def planned(base: nn.Module, folder: Path, **options: Any) -> nn.Module:
+    """Cut by transformers as it loads the model from a folder, by the model's own plan. `options`: for loading."""
     from transformers import AutoModelForCausalLM
 
     if dist.get_rank() == 0:
         base.save_pretrained(folder)  # type: ignore[operator]
     dist.barrier()
-    loaded: nn.Module = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+    loaded: nn.Module = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", **options)
+    assert options or any(hasattr(p, "full_tensor") for p in loaded.parameters()), "the plan has cut nothing"
     return loaded
 
 
@@ -296,6 +297,36 @@ def refusals(method: str, layout: str, out: Path) -> dict[str, Any]:
             weight.data = weight.data[:16].clone()
         try:
             train(veneer.get_peft_model(planned(base, out / "base-refused") if name != "piece" else base, config()), layout, batches(1))
+            said[name] = "nothing"
+        except veneer.ConfigError as e:
+            said[name] = str(e)
+    return said
+
+
+def packed(method: str, layout: str, out: Path) -> dict[str, Any]:
+    """What is said of adapters on packed weights that a plan has cut, by storage; first what torch or transformers say, if they cannot cut it."""
+    import transformers
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    storages = {
+        "nf4": lambda: transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        "int8": lambda: transformers.BitsAndBytesConfig(load_in_8bit=True),
+        "torchao": lambda: transformers.TorchAoConfig(Int8WeightOnlyConfig()),
+        "quanto": lambda: transformers.QuantoConfig(weights="int8"),
+    }
+    said: dict[str, Any] = {}
+    bare_model(method).save_pretrained(folder := out / f"base-packed-{layout}-{dist.get_rank()}")  # type: ignore[operator]
+    for name, storage in storages.items():
+        try:
+            if layout == "tp_plan":
+                base = planned(bare_model(method), out / "base-packed", quantization_config=storage())
+            else:
+                base = parallel(transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=storage()))
+        except NotImplementedError as e:
+            said[name] = f"not cut: {e}"
+            continue
+        try:
+            adapted(method, base)(input_ids=batches(1)[0])
             said[name] = "nothing"
         except veneer.ConfigError as e:
             said[name] = str(e)
@@ -458,14 +489,23 @@ def forked(processes: int, out: Path) -> dict[str, Any]:
     (out / "meet").unlink(missing_ok=True)
     for rank in range(processes):
         if not (child := os.fork()):
-            os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(processes)})
+            os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)})
             return {"init_method": f"file://{out / 'meet'}", "rank": rank, "world_size": processes}
         children.append(child)
     (out / "codes.json").write_text(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]))
     sys.exit()
 
 
-TASKS = {"compare": run, "bytes": count, "both": both, "first": first_half, "second": second_half, "merging": merging, "refusals": refusals}
+TASKS = {
+    "compare": run,
+    "bytes": count,
+    "both": both,
+    "first": first_half,
+    "second": second_half,
+    "merging": merging,
+    "refusals": refusals,
+    "packed": packed,
+}
 
 
 def main() -> None:
