@@ -128,7 +128,7 @@ def test_packed_weights_that_a_plan_has_cut_are_refused(tmp_path: Path) -> None:
     cut, unknown = "a tensor-parallel plan has cut this", "in a way that veneer does not know"
     wanted = {
         "tp_plan": {"nf4": unknown, "int8": unknown, "torchao": f"{cut} Linear, stored as 'torchao'", "quanto": f"{cut} QLinear, stored as 'quanto'"},
-        "tp": {"nf4": unknown, "int8": unknown, "torchao": "not cut", "quanto": "frozen before it is adapted"},
+        "tp": {"nf4": unknown, "int8": unknown, "quanto": "frozen before it is adapted"},
     }  # fmt: skip
     for layout, words in wanted.items():
         said = found[layout]["lora"]
