@@ -315,10 +315,11 @@ def packed(method: str, layout: str, out: Path) -> dict[str, Any]:
         "quanto": lambda: transformers.QuantoConfig(weights="int8"),
     }
     said: dict[str, Any] = {}
-    bare_model(method).save_pretrained(folder := out / f"base-packed-{layout}-{dist.get_rank()}")  # type: ignore[operator]
+    folder = out / f"base-packed-{layout}"
+    planned(bare_model(method), folder)
     for name, storage in storages.items():
         if layout == "tp_plan":
-            base = planned(bare_model(method), out / "base-packed", quantization_config=storage())
+            base = planned(bare_model(method), folder, quantization_config=storage())
         elif name != "torchao":  # torch cannot cut it
             base = parallel(transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=storage()))
         else:
