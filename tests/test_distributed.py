@@ -247,9 +247,12 @@ def test_saved_by_two_goes_on_with_four(layout: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_a_killed_process_ends_the_other_and_leaves_the_checkpoint_and_the_state(
-    layout: str, two: tuple[Path, Ended], tmp_path: Path
+    layout: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    root, done = two if layout == "ddp" else (tmp_path, fork([(layout, "killed")], 2, "lora", tmp_path))
+    if layout == "ddp":
+        root, done = request.getfixturevalue("two")
+    else:
+        root, done = tmp_path, fork([(layout, "killed")], 2, "lora", tmp_path)
     codes, error = json.loads((root / "codes.json").read_text()), done.err.strip().splitlines()[-1]
     assert codes == [1, -signal.SIGKILL], done.said[-6000:]
     assert "Error" in error or "gloo" in error, done.said[-6000:]
