@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from .launch import TORCHRUN, start
 from .words import save_word_llama
 
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+from veneer.cli.train import run
+
+TWO = [*TORCHRUN, "--nproc-per-node=2"]
 ACCELERATE = [
     "-m",
     "accelerate.commands.launch",
@@ -51,20 +50,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "recipe.yaml"
 
 
-def train(recipe: Path, out: Path, *options: str, by: list[str] = TORCHRUN, code: int = 0) -> tuple[dict[str, Any], str]:
+def train(recipe: Path, out: Path, *options: str, by: list[str] = TWO, code: int = 0) -> tuple[dict[str, Any], str]:
     """The record of a run on two processes (or, `by` nothing, on one), and what it said."""
-    src = Path(__file__).resolve().parents[1] / "src"
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    command = [sys.executable, *by, "-m", "veneer", "train", str(recipe), "--out", str(out), *options]
-    for _ in range(2):  # on a machine that is all taken, processes may not find each other in time
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=300, env={**env, "PYTHONPATH": str(src), "OMP_NUM_THREADS": "1"}
-        )
-        if (done.returncode == 0) == (code == 0):
-            break
-        shutil.rmtree(out, ignore_errors=True)
-    assert (done.returncode == 0) == (code == 0), done.stderr[-4000:]
-    return (json.loads((out / "run.json").read_text()) if code == 0 else {}), done.stderr + done.stdout
+    [done] = start([*by, "-m", "veneer", "train", str(recipe), "--out", str(out), *options])
+    assert (done.code == 0) == (code == 0), done.said[-6000:]
+    return (json.loads((out / "run.json").read_text()) if code == 0 else {}), done.said
 
 
 def same(one: Path, two: Path, a: dict[str, Any], b: dict[str, Any]) -> None:
@@ -78,7 +68,7 @@ def same(one: Path, two: Path, a: dict[str, Any], b: dict[str, Any]) -> None:
 
 
 def test_two_processes_do_what_one_does_and_speak_with_one_voice(recipe: Path, tmp_path: Path) -> None:
-    one, _ = train(recipe, tmp_path / "one", "--batch-size", "4", by=[])
+    one = run(str(recipe), {"out": str(tmp_path / "one"), "batch_size": 4})  # what the command calls
     two, said = train(recipe, tmp_path / "two", "--batch-size", "2")
     same(tmp_path / "one", tmp_path / "two", one, two)
     assert said.count(" done ") == 1 and said.count("trained parameters") == 1, said

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import veneer as V
-from veneer.errors import ConfigError, SaveError
+from veneer.distributed import load_state, save_state
+from veneer.engine.route import find_switch
+from veneer.engine.steps import carried, carry_on
+from veneer.errors import ConfigError, LoadError, SaveError
 
 
 class Mlp(nn.Module):
@@ -139,6 +144,143 @@ def test_an_optimizer_that_goes_on_tells_its_step() -> None:
     model(inputs()).square().sum().backward()
     resumed.step()
     assert sum(int((p != 0).sum()) for n, p in model.named_parameters() if "lora_E" in n) == 4  # step 4 of the schedule, not 1
+
+
+def optimizer_of(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+
+
+def steps(model: Any, optimizer: torch.optim.Optimizer, which: range) -> list[float]:
+    """The losses of steps with a batch each of their own."""
+    losses = []
+    for step in which:
+        x = torch.randn(4, 12, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        loss = (model(x) - x[:, :8]).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+RESUMED: dict[str, Any] = {
+    "pissa": lambda: V.LoraConfig(r=3, target_modules=["one", "two"], init_lora_weights="pissa"),
+    "adalora": lambda: adalora(total_step=14, tfinal=4, tinit=2),
+    "adamss": lambda: V.AdamssConfig(
+        target_modules=["one", "two"],
+        r=6,
+        num_subspaces=4,
+        use_asa=True,
+        asa_target_subspaces=3,
+        init_warmup=2,
+        final_warmup=11,
+        mask_interval=3,
+    ),
+}
+
+
+@pytest.mark.parametrize("method", RESUMED)
+def test_a_state_goes_on_bit_for_bit_wherever_the_schedule_was(method: str, tmp_path: Path) -> None:
+    whole = adapted(RESUMED[method]())
+    want = steps(whole, optimizer_of(whole), range(14))
+    held = adapted(RESUMED[method]())
+    opt = optimizer_of(held)
+    for at in range(14):
+        save_state(held, opt, tmp_path)
+        again = adapted(RESUMED[method]())
+        theirs = optimizer_of(again)
+        load_state(again, theirs, tmp_path)
+        assert steps(again, theirs, range(at, 14)) == want[at:], at
+        tensors = {**dict(again.named_parameters()), **dict(again.named_buffers())}
+        assert all(torch.equal(t, tensors[n]) for n, t in (*whole.named_parameters(), *whole.named_buffers()))
+        assert again.peft_config["default"] == whole.peft_config["default"]  # AdaLoRA's ranks
+        steps(held, opt, range(at, at + 1))
+
+
+def test_the_loops_own_schedule_goes_on_from_a_state(tmp_path: Path) -> None:
+    held = adapted(adalora())
+    opt = optimizer_of(held)
+    steps(held, opt, range(1))
+    held.base_model.update_and_allocate(1)
+    save_state(held, opt, tmp_path)
+    again = adapted(adalora())
+    theirs = optimizer_of(again)
+    load_state(again, theirs, tmp_path)
+    steps(again, theirs, range(1, 7))  # until the loop calls, nothing is taken away
+    assert all(bool((p != 0).all()) for n, p in again.named_parameters() if "lora_E" in n)
+
+
+def test_a_state_takes_the_schedule_back_and_one_of_before_begins_the_averages_anew(tmp_path: Path) -> None:
+    model = adapted(RESUMED["adalora"]())
+    opt = optimizer_of(model)
+    want = steps(model, opt, range(2))
+    save_state(model, opt, tmp_path / "second")
+    want += steps(model, opt, range(2, 14))
+    load_state(model, opt, tmp_path / "second")  # in the very model that has gone on
+    model.save_pretrained(tmp_path / "adapter")
+    held = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(6 in t.shape for t in held.values())  # no rank of the end is gone here
+    assert steps(model, opt, range(2, 14)) == want[2:]
+    other = adapted(RESUMED["adalora"]())
+    theirs = optimizer_of(other)
+    with pytest.MonkeyPatch.context() as patch:  # a state of a veneer that did not keep them
+        patch.setattr("veneer.states.carried", lambda switch: {})
+        load_state(model, opt, tmp_path / "second")
+        save_state(model, opt, tmp_path / "old")
+    load_state(other, theirs, tmp_path / "old")
+    got = steps(other, theirs, range(2, 14))
+    assert got[0] == want[2] and got != want[2:]
+    assert sum(sum(v) for v in other.peft_config["default"].rank_pattern.values()) == 4  # the schedule still knows its step
+
+
+def test_a_state_of_other_layers_averages_is_refused() -> None:
+    model, other = adapted(adalora()), adapted(adalora(init_r=5))
+    steps(model, optimizer_of(model), range(3))
+    with pytest.raises(LoadError, match=r"one.lora_A.mean.*\(5, 12\).*\(6, 12\)"):
+        carry_on(find_switch(other), carried(find_switch(model)))
+    held = carried(find_switch(model))
+    del held["default/two.lora_E.spread"]
+    with pytest.raises(LoadError, match=r"two\.lora_E\.spread.* is missing"):
+        carry_on(find_switch(model), held)
+
+
+@pytest.mark.parametrize("engine", ["FSDP1", "ZeRO-2", "ZeRO-3"])
+def test_flat_pieces_are_refused_by_the_optimizer_that_has_them_alone(engine: str) -> None:
+    """A model that an engine took apart before is no concern of the next model's optimizer in the same process."""
+    model = adapted(adalora())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    mine, other = (torch.optim.SGD([nn.Parameter(torch.zeros(400))]) for _ in range(2))
+    flat = mine.param_groups[0]["params"][0]
+    at = 0
+    for p in trained:  # as each engine leaves them
+        if engine == "FSDP1":
+            p.data = p.data.flatten()
+        elif engine == "ZeRO-2":
+            p._hp_mapping = SimpleNamespace(hp_fragment=flat.narrow(0, at, p.numel())) if at + p.numel() <= 400 else None
+        else:
+            p.ds_id, p._z3_optimizer = at, SimpleNamespace(optimizer=mine)
+        at += p.numel()
+    if engine == "FSDP1":
+        mine = torch.optim.SGD(trained)
+    other.step()
+    with pytest.raises(ConfigError, match="flat pieces"):
+        mine.step()
+
+
+def test_what_is_dead_in_a_file_stays_so_when_training_goes_on_from_it_alone(tmp_path: Path) -> None:
+    """As transformers' Trainer does: adapter and optimizer, and no state of the method."""
+    model = adapted(adalora(tfinal=4))
+    opt = optimizer_of(model)
+    steps(model, opt, range(5))
+    live = {n: p != 0 for n, p in model.named_parameters() if "lora_E" in n}
+    assert sum(int(v.sum()) for v in live.values()) == 4
+    again = adapted(adalora(tfinal=4))
+    model.save_pretrained(tmp_path)
+    again.load_adapter(tmp_path, "default", is_trainable=True)
+    theirs = optimizer_of(again)
+    theirs.load_state_dict(opt.state_dict())
+    steps(again, theirs, range(5, 8))
+    assert all(torch.equal(again.get_parameter(n) != 0, v) for n, v in live.items())
 
 
 def test_schedules_without_room_are_refused() -> None:

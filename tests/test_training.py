@@ -308,20 +308,24 @@ def test_a_run_learns_and_leaves_everything_behind(model_folder: Path, data: Pat
         run(None, _given(model_folder, data, out))
 
 
-def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(model_folder: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(method: str, model_folder: Path, data: Path, tmp_path: Path) -> None:
+    """AdaLoRA is stopped after its first cut of ranks, which files lack, and before its last."""
+    import shutil
+
     from safetensors.torch import load_file
 
+    fields = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 1, "total_step": 6} if method == "adalora" else {"r": 4}
+    given = {"steps": 6, "save_every": 3, "method": method, "method_fields": fields}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    full = run(None, _given(model_folder, data, whole, steps=6, save_every=3))
-    run(None, _given(model_folder, data, cut, steps=6, save_every=3))
-    for folder in (cut / "checkpoints").glob("checkpoint-6"):
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
+    full = run(None, _given(model_folder, data, whole, **given))
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "checkpoint-6")
     for name in ("adapter_model.safetensors", "adapter_config.json", "run.json"):
         (cut / name).unlink()
-    resumed = run(None, _given(model_folder, data, cut, steps=6, save_every=3, resume=True))
+    resumed = run(None, _given(model_folder, data, cut, **given, resume=True))
     assert [x["loss"] for x in resumed["losses"]] == [x["loss"] for x in full["losses"]][3:]
+    assert (cut / "adapter_config.json").read_text() == (whole / "adapter_config.json").read_text()  # AdaLoRA's ranks
     a, b = load_file(whole / "adapter_model.safetensors"), load_file(cut / "adapter_model.safetensors")
     assert all(torch.equal(v, b[k]) for k, v in a.items())
 

@@ -261,6 +261,26 @@ class Method(PeftConfig):
         """For methods that act at steps: put into the config what the file has to say of them, or raise SaveError if what would be saved
         is not what the method promises, such as a schedule that never advanced. `step`: how many steps were made."""
 
+    def carried(self, sites: Sequence[Place]) -> Mapping[str, Tensor | float]:
+        """What a method that acts at steps remembers from one to the next besides its tensors: whole, under names that hold in any layout. It goes
+        into states of a training."""
+        return {}
+
+    def carry_on(self, sites: Sequence[Place], carried: Mapping[str, Any]) -> None:
+        """Remember what `carried` gave when the training stopped, and nothing else; an empty mapping is a beginning.
+
+        Raises:
+            LoadError: if it is not of these layers; nothing is changed.
+        """
+
+    def as_saved(self: M, saved: Mapping[str, Any]) -> M:
+        """The config that a file is read with: for fields that training changes, a copy with those of the file; else itself.
+
+        Args:
+            saved: the scaling fields of the config that the file was saved with.
+        """
+        return self
+
     def scale(self) -> float:
         """The nominal scaling of the change, by default the field `scaling`, if any; `site.scaling` is its present value."""
         return float(getattr(self, "scaling", 1.0))

@@ -15,29 +15,33 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from .checkpoint.keys import adapter_names, slots
+from .checkpoint.keys import Slot, adapter_names, slots
 from .checkpoint.load import config_of
 from .checkpoint.match import plain
 from .checkpoint.save import replacing
-from .engine.steps import paused
+from .engine.route import find_switch
+from .engine.steps import carried, carry_on, paused
 from .errors import LoadError, SaveError, hint
 from .sharding import is_partitioned
 
 CURRENT = "current.json"
+_METHODS = "methods."  # what methods remember from step to step: "methods.<adapter>/<name>"; states of before have none
 
 
 def save_state(
     model: nn.Module, optimizer: Optimizer | None, folder: str | os.PathLike[str], *, extra: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write all adapters of a model in training, and the optimizer's state, each process its pieces. All processes have to call this.
+    """Write all adapters of a model in training, the optimizer's state and what methods remember from step to step (AdaLoRA's averages), each process its
+    pieces. All processes have to call this.
 
     Args:
         model: the model as it is called: in DDP's or FSDP1's wrapper, sharded in place, cut by a plan, or plain, without any other process.
-        optimizer: None for the adapters alone.
+        optimizer: None for the adapters' tensors alone.
         folder: of the states; the state before stays until this one is complete, and is then removed.
         extra: what else belongs to the run (the step, a scheduler's state dict), as JSON has it; `load_state` returns what rank 0 gave.
 
@@ -58,6 +62,8 @@ def save_state(
     except (TypeError, ValueError) as e:
         raise SaveError(f"`extra` has to be what JSON can hold (numbers, text, lists, dicts with text for keys): {e}.") from e
     state = _state(model, optimizer, SaveError)
+    if optimizer is not None:
+        state["methods"] = carried(find_switch(model))
     place = root / "a new subfolder"
     try:
         place = root / _first_does(lambda: _begin(root))
@@ -76,7 +82,7 @@ def load_state(model: nn.Module, optimizer: Optimizer | None, folder: str | os.P
 
     Args:
         model: with the same adapters, made and wrapped as for training.
-        optimizer: over this model's trained parameters, of the kind that was saved; None to leave the optimizer's state where it is.
+        optimizer: over this model's trained parameters, of the kind that was saved; None to take the adapters' tensors alone.
 
     Returns:
         `extra`, as it was given to `save_state`.
@@ -97,17 +103,27 @@ def load_state(model: nn.Module, optimizer: Optimizer | None, folder: str | os.P
         )
     place = root / name
     state = _state(model, optimizer, LoadError)
-    _check(state, FileSystemReader(place).read_metadata().state_dict_metadata, place)
+    held = FileSystemReader(place).read_metadata().state_dict_metadata
+    _check(state, held, place)
+    if optimizer is not None:
+        of_methods: dict[str, Any] = {k.removeprefix(_METHODS): m for k, m in held.items() if k.startswith(_METHODS)}
+        state["methods"] = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in of_methods.items()}
     try:
         with _quiet():
             load(state, checkpoint_id=place)
     except (OSError, RuntimeError, CheckpointException) as e:
         raise LoadError(f"The state in {str(place)!r} could not be read: {_cause(e)}.") from e
     options = StateDictOptions(strict=False)
+    if optimizer is not None:
+        carry_on(find_switch(model), state["methods"])
     with _quiet(), paused():
         set_model_state_dict(model, state["adapters"], options=options)
         if optimizer is not None:
             set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+    with torch.no_grad():
+        for key, slot in _slots(model).items():
+            if _apart(slot):
+                slot.tensor.copy_(state["adapters"][key])
     extra: dict[str, Any] = json.loads((root / CURRENT).read_text(encoding="utf-8"))["extra"]
     return extra
 
@@ -122,11 +138,10 @@ def _state(model: nn.Module, optimizer: Optimizer | None, error: type[Exception]
     """The adapters' tensors by their names in memory, whatever wrappers there are, and the optimizer's state under the same names; pieces stay pieces."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
-    names = adapter_names(model)
-    every = [s for n in names for start in (False, True) for s in slots(model, n, config_of(model, n), start=start).values()]
-    found = {plain(s.memory_key): s for s in every if s.saved or not s.base}
+    found, names = _slots(model), adapter_names(model)
     with _quiet(), paused():
         tensors = {k: t for k, t in get_model_state_dict(model).items() if plain(k) in found}
+        tensors |= {k: s.tensor.clone() for k, s in found.items() if _apart(s)}
         here = {plain(k) for k in tensors}
         lost = [k for k, s in found.items() if s.required and s.tied_with is None and k not in here]
         if not tensors or lost:
@@ -136,8 +151,23 @@ def _state(model: nn.Module, optimizer: Optimizer | None, error: type[Exception]
             )
         state: dict[str, Any] = {"adapters": tensors}
         if optimizer is not None:
+            new = not optimizer.state
             state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+            for values in (*optimizer.state.values(), *state["optimizer"]["state"].values()) if new else ():
+                values.update({"step": 0 * values["step"]} if "step" in values else {})  # torch counts the one with which it finds out
     return state
+
+
+def _slots(model: nn.Module) -> dict[str, Slot]:
+    """All that belongs to adapters, by its name in memory without wrappers."""
+    names = adapter_names(model)
+    every = [s for n in names for start in (False, True) for s in slots(model, n, config_of(model, n), start=start).values()]
+    return {plain(s.memory_key): s for s in every if s.saved or not s.base}
+
+
+def _apart(slot: Slot) -> bool:
+    """Whether torch leaves it out of a model's state dict."""
+    return slot.attribute in slot.owner._non_persistent_buffers_set
 
 
 def _check(state: Mapping[str, Any], held: Mapping[str, Any], place: Path) -> None:

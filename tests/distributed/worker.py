@@ -146,18 +146,20 @@ def parallel(base: nn.Module) -> nn.Module:
     return base
 
 
-def planned(base: nn.Module, folder: Path) -> nn.Module:
-    """Cut by transformers as it loads the model from a folder, by the model's own plan."""
+def planned(base: nn.Module, folder: Path, **options: Any) -> nn.Module:
+    """Cut by transformers as it loads the model from a folder, by the model's own plan. `options`: for loading."""
     from transformers import AutoModelForCausalLM
 
     if dist.get_rank() == 0:
         base.save_pretrained(folder)  # type: ignore[operator]
     dist.barrier()
-    loaded: nn.Module = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+    loaded: nn.Module = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", **options)
+    assert options or any(hasattr(p, "full_tensor") for p in loaded.parameters()), "the plan has cut nothing"
     return loaded
 
 
 PLANS = ("tp", "tp_plan")
+KEPT: list[Any] = []  # models that outlive their task
 
 
 def wrapped(model: Any, layout: str) -> Any:
@@ -216,6 +218,7 @@ def run(method: str, layout: str, out: Path) -> dict[str, Any]:
     if layout == "tp_plan":
         base = planned(bare_model(method), out / f"base-{method}")
     model = adapted(method, base)
+    KEPT.extend([model] if method == "adalora" else [])
     engine = wrapped(model, layout)
     got = train(engine, layout, batches())
     folder = out / f"{method}-{layout}-{world}"
@@ -294,6 +297,35 @@ def refusals(method: str, layout: str, out: Path) -> dict[str, Any]:
             weight.data = weight.data[:16].clone()
         try:
             train(veneer.get_peft_model(planned(base, out / "base-refused") if name != "piece" else base, config()), layout, batches(1))
+            said[name] = "nothing"
+        except veneer.ConfigError as e:
+            said[name] = str(e)
+    return said
+
+
+def packed(method: str, layout: str, out: Path) -> dict[str, Any]:
+    """What is said of adapters on packed weights that a plan has cut, by storage."""
+    import transformers
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    storages = {
+        "nf4": lambda: transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        "int8": lambda: transformers.BitsAndBytesConfig(load_in_8bit=True),
+        "torchao": lambda: transformers.TorchAoConfig(Int8WeightOnlyConfig()),
+        "quanto": lambda: transformers.QuantoConfig(weights="int8"),
+    }
+    said: dict[str, Any] = {}
+    folder = out / f"base-packed-{layout}"
+    planned(bare_model(method), folder)
+    for name, storage in storages.items():
+        if layout == "tp_plan":
+            base = planned(bare_model(method), folder, quantization_config=storage())
+        elif name != "torchao":  # torch cannot cut it
+            base = parallel(transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=storage()))
+        else:
+            continue
+        try:
+            adapted(method, base)(input_ids=batches(1)[0])
             said[name] = "nothing"
         except veneer.ConfigError as e:
             said[name] = str(e)
@@ -382,6 +414,8 @@ def second_half(method: str, layouts: str, out: Path) -> dict[str, Any]:
     dist.barrier()
     reference, expected = single(method)
     result = {"losses": max(abs(a - b) for a, b in zip(losses, expected[10:], strict=True)), "learned": expected[9] - expected[-1]}
+    if method == "adalora":
+        result["ranks"], result["wanted"] = (m.peft_config["default"].rank_pattern for m in (model, reference))
     if dist.get_rank() == 0:
         reference.save_pretrained(out / f"{method}-single-whole")
         plain = veneer.PeftModel.from_pretrained(bare_model(method), out / f"{method}-{layout}-whole")
@@ -446,7 +480,31 @@ def both(method: str, layout: str, out: Path) -> dict[str, Any]:
     return {**run(method, layout, out), "bytes": count(method, layout, out)}
 
 
-TASKS = {"compare": run, "bytes": count, "both": both, "first": first_half, "second": second_half, "merging": merging, "refusals": refusals}
+def forked(processes: int, out: Path) -> dict[str, Any]:
+    """Become so many processes; what each needs to find the others. How each ended is in codes.json."""
+    from transformers import LlamaForCausalLM  # noqa: F401  read once for all
+
+    children: list[int] = []
+    (out / "meet").unlink(missing_ok=True)
+    for rank in range(processes):
+        if not (child := os.fork()):
+            os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)})
+            return {"init_method": f"file://{out / 'meet'}", "rank": rank, "world_size": processes}
+        children.append(child)
+    (out / "codes.json").write_text(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]))
+    sys.exit()
+
+
+TASKS = {
+    "compare": run,
+    "bytes": count,
+    "both": both,
+    "first": first_half,
+    "second": second_half,
+    "merging": merging,
+    "refusals": refusals,
+    "packed": packed,
+}
 
 
 def main() -> None:
@@ -455,23 +513,23 @@ def main() -> None:
     parser.add_argument("--methods", required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument("--task", default="compare", help="one, or one for each layout: killed, " + ", ".join(TASKS))
-    parser.add_argument("--meet", help="where the processes find each other; by default as torchrun says")
+    parser.add_argument("--fork", type=int, help="start so many processes, without torchrun, which would end all when one is gone")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    out = Path(args.out)
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     if args.layout.startswith("zero"):
         import deepspeed
 
         deepspeed.init_distributed("gloo")
     else:
-        here = {"init_method": args.meet, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])} if args.meet else {}
-        dist.init_process_group("gloo", timeout=timedelta(seconds=30), **here)
-    out = Path(args.out)
-    if args.task == "killed":  # its error has to end this process
-        killed(args.methods, args.layout, out)
+        here = forked(args.fork, out) if args.fork else {}
+        dist.init_process_group("gloo", timeout=timedelta(seconds=120), **here)
     layouts, tasks = args.layout.split(","), args.task.split(",")
     for layout, task in zip(layouts, tasks * (len(layouts) // len(tasks)), strict=True):
         results = {}
+        if task == "killed":  # its error has to end this process
+            killed("lora", layout, out)
         for method in args.methods.split(","):
             try:
                 results[method] = TASKS[task](method, layout, out)

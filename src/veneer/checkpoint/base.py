@@ -228,6 +228,12 @@ def scaling_text(config: Any) -> str:
     return json.dumps(values, default=str)
 
 
+def as_saved(config: Any, metadata: Mapping[str, str]) -> Any:
+    """The config with what training has made of it where the file was saved, if it has such fields and the file remembers; else itself."""
+    trained = getattr(config, "as_saved", None)
+    return config if trained is None or SCALING_KEY not in metadata else trained(json.loads(metadata[SCALING_KEY]))
+
+
 def check_identity(
     metadata: Mapping[str, str],
     model: nn.Module,

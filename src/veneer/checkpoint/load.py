@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ..engine.inject import settle
 from ..errors import LoadError, PeftWarning, RouteError, hint
-from .base import START_KEY, check_identity
+from .base import START_KEY, as_saved, check_identity
 from .fused import fuse_tensors
 from .hub import resolve_file
 from .keys import adapter_names, bare, base_root, slots
@@ -152,6 +152,7 @@ def load_into(
     if not isinstance(file, AdapterFile):
         file = AdapterFile(dict(file), Path())
     config = config if config is not None else config_of(model, adapter_name)
+    own, config = config, as_saved(config, file.metadata)
     decode = getattr(config, "from_file", None)
     tensors = decode(file.tensors) if decode is not None else file.tensors
     tensors = fuse_tensors(model, config, tensors, adapter_name)
@@ -176,7 +177,9 @@ def load_into(
     if start_plan is not None:
         start_plan.commit(device=device)
     report = plan.commit(upcast=upcast, device=device)
-    settle(base_root(model), config, adapter_name)
+    if config is not own:
+        vars(own).update(vars(config))
+    settle(base_root(model), own, adapter_name)
     return report
 
 

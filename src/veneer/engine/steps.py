@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..errors import ConfigError
@@ -37,6 +38,9 @@ class Watched:
     @property
     def places(self) -> list[Place]:
         return [a.place for a in self.attached if a.place is not None]
+
+    def leaves(self) -> dict[str, tuple[Attached, str]]:
+        return {f"{a.place.name}.{n}": (a, n) for a in self.attached if a.place is not None for n in a.leaves if n not in a.derived}
 
     def parameters(self) -> set[int]:
         return {id(a.tensor(n)) for a in self.attached for n in a.leaves if n not in a.derived and a.tensor(n).requires_grad}
@@ -73,6 +77,44 @@ def check_saving(switch: Switch | None, adapter: str) -> None:
         w.config.check_saving(w.places, w.step)
 
 
+def carried(switch: Switch | None, *, leaves: bool = False) -> dict[str, Tensor]:
+    """What the methods of a model's adapters remember from step to step, and how many steps they have made. All processes have to call this.
+
+    Args:
+        leaves: the adapters' own tensors as well, where what is saved of them is a part (AdaLoRA's live ranks).
+
+    Returns:
+        "<adapter>/<name>" -> a tensor, whole on every process; numbers have no dimension.
+    """
+    out: dict[str, Tensor] = {}
+    for adapter, w in switch.watched.items() if switch is not None else ():
+        with opened(w.attached), torch.no_grad():
+            found = {"step": w.step, **w.config.carried(w.places)} if w.step else {}
+            if found and leaves:
+                found |= {k: a.tensor(n).detach().clone() for k, (a, n) in w.leaves().items()}
+        out.update({f"{adapter}/{name}": torch.as_tensor(value) for name, value in found.items()})
+    return out
+
+
+def carry_on(switch: Switch | None, given: Mapping[str, Tensor]) -> None:
+    """Let the methods of a model's adapters remember what `carried` gave and nothing else. All processes have to call this.
+
+    Raises:
+        LoadError: if it is not of these layers.
+    """
+    for adapter, w in switch.watched.items() if switch is not None else ():
+        mine: dict[str, Any] = {
+            k.rpartition("/")[2]: v if v.ndim else v.item() for k, v in given.items() if k.rpartition("/")[0] == adapter
+        }
+        step = int(mine.pop("step", 0))
+        with opened(w.attached), torch.no_grad():
+            w.config.carry_on(w.places, mine)
+            for key, (a, n) in w.leaves().items():
+                if key in mine:
+                    a.tensor(n).copy_(mine[key])
+        w.step = step
+
+
 def enlist(switch: Switch) -> None:
     """Hook into every optimizer, once for all models."""
     global _installed
@@ -103,6 +145,7 @@ def _trained_by(optimizer: Optimizer) -> list[tuple[Switch, Watched]]:
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _check_flat(optimizer)
     for _, w in _trained_by(optimizer):
+        w.step = w.step or _made_before(optimizer, w)
         with opened(w.attached):
             _penalise(w)
             with torch.no_grad():
@@ -111,31 +154,43 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for _, w in _trained_by(optimizer):
-        w.step = (w.step or _made_before(optimizer, w)) + 1
+        w.step += 1
         with opened(w.attached), torch.no_grad():
             w.config.after_step(w.places, w.step)
 
 
 def _check_flat(optimizer: Optimizer) -> None:
-    """Raise ConfigError if DeepSpeed or FSDP1 keeps the gradients of a method that acts on each of them in flat pieces."""
-    flat = bool(_switches) and all(p.ndim == 1 for group in optimizer.param_groups for p in group["params"])
-    watched = [w for s in list(_switches) for w in s.watched.values()] if flat else []
-    for w in watched:
+    """Raise ConfigError if DeepSpeed or FSDP1 keeps the gradients of a method that acts on each of them in flat pieces, which this optimizer steps."""
+    pieces = [p for group in optimizer.param_groups for p in group["params"]] if _switches else []
+    if not pieces or any(p.ndim != 1 for p in pieces):
+        return
+    for w in (w for s in list(_switches) for w in s.watched.values()):
         for a in w.attached:
             for n, leaf in a.leaves.items():
                 t = a.tensor(n) if n not in a.derived else None
-                if t is not None and t.requires_grad and (hasattr(t, "ds_id") or hasattr(t, "_hp_mapping") or t.ndim != len(leaf.shape)):
+                if t is not None and t.requires_grad and _in_pieces(t, len(leaf.shape), optimizer, pieces):
                     raise ConfigError(
                         f"{type(w.config).__name__} acts at every optimizer step on the gradient of each tensor, which DeepSpeed's ZeRO and FSDP1 keep in "
                         "flat pieces instead. Train it with DistributedDataParallel or FSDP2 (veneer.distributed.shard)."
                     )
 
 
+def _in_pieces(t: Any, dimensions: int, optimizer: Optimizer, pieces: Sequence[Tensor]) -> bool:
+    """Whether the optimizer has a tensor of these dimensions in flat pieces. Models of before may still be there, and are others' concern."""
+    if (engine := getattr(t, "_z3_optimizer", getattr(t, "_zero_optimizer", None))) is not None:
+        return engine.optimizer is optimizer
+    if (
+        mapping := getattr(t, "_hp_mapping", None)
+    ) is not None:  # ZeRO-2: a view into the piece; None where this process has nothing of the tensor
+        return any(mapping.hp_fragment.untyped_storage().data_ptr() == p.untyped_storage().data_ptr() for p in pieces)
+    return t.ndim != dimensions and any(t is p for p in pieces)  # FSDP1
+
+
 def _made_before(optimizer: Optimizer, w: Watched) -> int:
-    """How many steps an optimizer that goes on from a checkpoint had made before this one."""
+    """How many steps an optimizer that goes on from a checkpoint has made."""
     ids = w.parameters()
     states = (optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"] if id(p) in ids)
-    return max((int(s["step"]) - 1 for s in states if "step" in s), default=0)
+    return max((int(s["step"]) for s in states if "step" in s), default=0)
 
 
 def _penalise(w: Watched) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,8 +36,8 @@ class AdaLoraConfig(Allocating, peft_type="ADALORA"):
     Zhang et al. 2023, arXiv:2303.10512.
 
     All this happens by itself when an optimizer steps. `model.base_model.update_and_allocate(step)` after a step takes the schedule over instead.
-    `rank_pattern` (layer -> which entries live) is what training leaves; files hold live entries only, and a config that has it makes layers of
-    that size.
+    `rank_pattern` (layer -> which entries live) is what training leaves; from then on files hold live entries only, and a config that has it makes
+    layers of that size. Until then a dead entry may live again, and files hold all.
     """
 
     r: int = 8
@@ -79,12 +80,14 @@ class AdaLoraConfig(Allocating, peft_type="ADALORA"):
 
     prefix: ClassVar[str] = "lora_"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
+    weighed: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_E")
     stacking: ClassVar[Any] = "sum"
     examples: ClassVar[Any] = ({"init_r": 4, "total_step": 10},)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._rows: dict[str, int] = {}  # the rank of each layer as it was made
+        self._given = self.rank_pattern
         if not self.total_step or self.total_step <= 0:
             raise ConfigError("AdaLoRA does not work when `total_step` is None, supply a value > 0: the number of optimizer steps.")
         if self.tinit >= self.total_step - self.tfinal:
@@ -123,14 +126,19 @@ class AdaLoraConfig(Allocating, peft_type="ADALORA"):
 
     def before_step(self, sites: Sequence[Any], step: int) -> None:
         """Add the gradient of the orthogonality term."""
+        if step >= self._end and not sites[0].memory:  # it goes on from an adapter's file alone: what is dead there stays so
+            e = torch.cat([e.to(sites[0].tensor("lora_E").device) for e in _flat(sites, "lora_E")])
+            sites[0].memory["keep"] = (e != 0).to(e.dtype) if bool(e.any()) else None
         pairs = [(s.tensor("lora_A"), s.tensor("lora_B")) for s in sites]
         pairs = [(a, b) for a, b in pairs if a.grad is not None and b.grad is not None]
         each = [q for a, b in pairs for q in ((a, a.grad), (b.mT, b.grad.mT))]  # type: ignore[union-attr]
         add_gradient(each, self.orth_reg_weight / (2 * len(sites)))  # type: ignore[arg-type]
 
+    def importance(self) -> Importance:
+        return Importance(self.beta1, self.beta2)
+
     def measure(self, sites: Sequence[Any], step: int) -> bool:
-        importance = sites[0].memory.setdefault("importance", Importance(self.beta1, self.beta2))
-        return step <= self._end and importance.update([s.tensor(n) for n in ("lora_A", "lora_B", "lora_E") for s in sites])
+        return step <= self._end and self.weigh(sites)
 
     def snapshot(self, sites: Sequence[Any]) -> Any:
         return torch.cat(_flat(sites, "lora_E")), sites[0].memory.get("keep")
@@ -154,13 +162,25 @@ class AdaLoraConfig(Allocating, peft_type="ADALORA"):
         if "asked" in own or step == self._end:
             self.rank_pattern = self._pattern(sites)
 
+    def carried(self, sites: Sequence[Any]) -> Mapping[str, Tensor | float]:
+        keep = sites[0].memory.get("keep")
+        parts = keep.split(_ranks(sites)) if keep is not None else ()
+        decided = {"decided": True} if parts and self.rank_pattern is not None else {}
+        return {**super().carried(sites), **decided, **{f"{s.name}.lora_E.keep": t.clone() for s, t in zip(sites, parts, strict=False)}}
+
+    def carry_on(self, sites: Sequence[Any], carried: Mapping[str, Any]) -> None:
+        super().carry_on(sites, carried)
+        keep = [carried[k].to(s.tensor("lora_E")) for s in sites if (k := f"{s.name}.lora_E.keep") in carried]
+        if len(keep) == len(sites):
+            sites[0].memory["keep"] = torch.cat([k.to(keep[0].device) for k in keep])
+        self.rank_pattern = self._pattern(sites) if "decided" in carried else self._given
+
     def check_saving(self, sites: Sequence[Any], step: int) -> None:
         moved = any(s.tensor("lora_E").grad is not None and bool(s.tensor("lora_E").any()) for s in sites)  # if by no torch optimizer
         if not getattr(sites[0].memory.get("importance"), "mean", None) and (0 < step <= self._end or (not step and moved)):
             raise self.never_advanced(
                 f"for {step or 'some'} steps, and every layer still has its first rank, since its schedule (total_step={self.total_step}) never advanced"
             )
-        self.rank_pattern = self._pattern(sites)
 
     @property
     def _end(self) -> int:
@@ -171,6 +191,15 @@ class AdaLoraConfig(Allocating, peft_type="ADALORA"):
             return self.rank_pattern
         live = keep.bool().cpu().split(_ranks(sites))
         return {f"{s.name}.lora_E": k.tolist() for s, k in zip(sites, live, strict=True)}
+
+    def as_saved(self, saved: Mapping[str, Any]) -> AdaLoraConfig:
+        """Training goes on in a model that has all its ranks: which of them the file holds is told by its own pattern."""
+        pattern = saved.get("rank_pattern")
+        if pattern and {k: len(v) for k, v in pattern.items()} != {f"{n}.lora_E": r for n, r in self._rows.items()}:
+            return self
+        out = copy.copy(self)
+        out.rank_pattern = pattern or self._given
+        return out
 
     def to_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return cut(tensors, _AXES, self.rank_pattern or {}, "lora_E")

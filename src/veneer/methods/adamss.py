@@ -61,6 +61,7 @@ class AdamssConfig(Allocating, peft_type="ADAMSS"):
     choices: ClassVar[Any] = {"init_weights": ("orthogonal", None)}
     stacking: ClassVar[Any] = "sum"
     first: ClassVar[int] = 0
+    weighed: ClassVar[tuple[str, ...]] = ("adamss_A", "adamss_B")
     examples: ClassVar[Any] = ({"r": 6, "num_subspaces": 2, "subspace_rank": 2}, {"r": 6, "num_subspaces": 3, "use_asa": True})
 
     def __post_init__(self) -> None:
@@ -169,11 +170,11 @@ class AdamssConfig(Allocating, peft_type="ADAMSS"):
         for s, live in zip(sites, before, strict=True):
             s.tensor("adamss_live").copy_(live)
 
+    def importance(self) -> Importance:
+        return Importance(self.asa_importance_beta, self.asa_uncertainty_beta)
+
     def measure(self, sites: Sequence[Any], step: int) -> bool:
-        if not self.init_warmup <= step <= self.final_warmup:
-            return False
-        importance = sites[0].memory.setdefault("importance", Importance(self.asa_importance_beta, self.asa_uncertainty_beta))
-        return bool(importance.update([s.tensor(n) for n in ("adamss_A", "adamss_B") for s in sites]))
+        return self.init_warmup <= step <= self.final_warmup and self.weigh(sites)
 
     def allocate(self, sites: Sequence[Any], step: int) -> None:
         if not self.init_warmup <= step <= self.final_warmup or (step % self.mask_interval and step != self.final_warmup):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from ..errors import SaveError
 from ..method import Targeted, of_training
+from .importance import Importance
 
 
 @dataclass
@@ -17,14 +20,28 @@ class Allocating(Targeted):
 
     Class attributes:
         first: the number of the first step, as PEFT's loop counts for the method.
+        weighed: the leaves whose importance is measured.
     """
 
     first: ClassVar[int] = 1
+    weighed: ClassVar[tuple[str, ...]]
     tuner_methods: ClassVar[Any] = {"update_and_allocate": of_training("update_and_allocate")}
 
     @abstractmethod
     def measure(self, sites: Sequence[Any], step: int) -> bool:
         """Take in the gradients of this step, if the schedule wants them; returns whether there were any."""
+
+    @abstractmethod
+    def importance(self) -> Importance:
+        """Averages of no step yet."""
+
+    def weigh(self, sites: Sequence[Any]) -> bool:
+        """Take the gradients into the averages; returns whether there were any."""
+        averages: Importance = sites[0].memory.setdefault("importance", self.importance())
+        return averages.update(list(self._weighed(sites).values()))
+
+    def _weighed(self, sites: Sequence[Any]) -> dict[str, Any]:
+        return {f"{s.name}.{n}": s.tensor(n) for n in self.weighed for s in sites}
 
     @abstractmethod
     def allocate(self, sites: Sequence[Any], step: int) -> None:
@@ -54,6 +71,20 @@ class Allocating(Targeted):
         if not own.pop("measured", False):
             self.measure(sites, global_step)
         self.allocate(sites, global_step)
+
+    def carried(self, sites: Sequence[Any]) -> Mapping[str, Tensor | float]:
+        own = sites[0].memory
+        averages = own["importance"].named(list(self._weighed(sites))) if "importance" in own else {}
+        return {**averages, **({"asked": True} if "asked" in own else {})}
+
+    def carry_on(self, sites: Sequence[Any], carried: Mapping[str, Any]) -> None:
+        own, averages = sites[0].memory, self.importance()
+        averages.take(carried, self._weighed(sites))
+        own.clear()
+        if averages.mean:
+            own["importance"] = averages
+        if "asked" in carried:
+            own["asked"] = True
 
     def never_advanced(self, what: str) -> SaveError:
         """The error for an adapter that was trained while its schedule stood still; `what` tells of both."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..errors import LoadError
+
+_AVERAGES = ("mean", "spread")
 
 
 class Importance:
@@ -37,6 +41,27 @@ class Importance:
         torch._foreach_abs_(now)
         torch._foreach_lerp_(spread, now, 1 - self.beta2)
         return True
+
+    def named(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The averages, by the names of the tensors."""
+        each = zip(names, self.mean, self.spread, strict=False)  # none before the first update
+        return {f"{n}.{what}": t for n, *pair in each for what, t in zip(_AVERAGES, pair, strict=True)}
+
+    def take(self, given: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go on with averages that `named` gave, if it gave any.
+
+        Raises:
+            LoadError: if one is missing or is not of its tensor's shape.
+        """
+        keys = [f"{n}.{what}" for n in tensors for what in _AVERAGES]
+        if not any(k in given for k in keys):
+            return
+        for key in keys:
+            held, want = given.get(key), tensors[key.rpartition(".")[0]]
+            if held is None or held.shape != want.shape:
+                what = f"has shape {tuple(held.shape)}" if held is not None else "is missing"
+                raise LoadError(f"The state's {key!r}, shape {tuple(want.shape)}, {what}: it is damaged, or of other layers. Take another.")
+        self.mean, self.spread = ([given[f"{n}.{what}"].to(t, copy=True) for n, t in tensors.items()] for what in _AVERAGES)
 
     def scores(self) -> Sequence[Tensor]:
         """The importance of every number, of each tensor; empty before the first update."""

@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..checkpoint import load_into, read_adapter
 from ..control import Control, FreezingSchedule, LayerStatistics, picture_of_schedule, picture_of_statistics, trainer_callback
+from ..engine.route import find_switch
+from ..engine.steps import carried, carry_on
 from ..errors import ConfigError
 from ..mapping import get_peft_model
 from ..model import PeftModel
@@ -30,6 +33,10 @@ from .loss import HeadlessLoss, keeps_rows_apart
 from .processes import Filled, Shuffled, filled, processes
 from .quantise import storage
 from .recipe import Recipe
+
+_REMEMBERED = (
+    "methods.safetensors"  # in a checkpoint of the Trainer: what methods remember from step to step, and the ranks that a file lacks
+)
 
 
 @dataclasses.dataclass
@@ -226,6 +233,17 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             load_into(self.model, "default", read_adapter(resume_from_checkpoint), check_config=False)
+
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            remembered = carried(find_switch(self.model), leaves=True)
+            if remembered and self.args.should_save:
+                save_file(remembered, Path(output_dir) / _REMEMBERED)
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and (file := Path(checkpoint) / _REMEMBERED).is_file():
+                carry_on(find_switch(self.model), load_file(file))
 
         def _load_best_model(self) -> None:
             load_into(self.model, "default", read_adapter(self.state.best_model_checkpoint), check_config=False)
