@@ -6,6 +6,7 @@ whose parameters are views into one flat tensor while a unit runs (`gathered` op
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -37,6 +38,12 @@ def whole(t: Tensor) -> Tensor:
         with GatheredParameters([t]):
             return t.data.clone()
     return t
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A copy of a module whose parameters are whole and known to no engine yet. Where ZeRO-3 keeps it in pieces, all processes have to take part."""
+    fresh = {id(p): nn.Parameter(whole(p).detach().clone(), p.requires_grad) for p in module.parameters() if hasattr(p, "ds_id")}
+    return copy.deepcopy(module, fresh)
 
 
 def zero_fetches(module: nn.Module, tensors: Iterable[Tensor]) -> None:
