@@ -58,6 +58,13 @@ def zero_fetches(module: nn.Module, tensors: Iterable[Tensor]) -> None:
                 t.all_gather()  # type: ignore[attr-defined]
 
 
+def held(t: Tensor | None) -> Tensor | None:
+    """A parameter with a hold on its numbers: ZeRO-3 takes them away from it as soon as its module has run. Others are returned as they are."""
+    if t is None or not hasattr(t, "ds_id"):
+        return t
+    return t.view_as(t) if t.requires_grad else t.detach()
+
+
 def shape_of(t: Tensor) -> tuple[int, ...]:
     """The shape that the tensor has when it is whole."""
     return tuple(getattr(t, "ds_shape", t.shape))

@@ -36,13 +36,46 @@ CONFIGS: dict[str, Any] = {
     "tied": lambda: veneer.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True),
     "pissa": lambda: veneer.LoraConfig(r=4, target_modules=QV, init_lora_weights="pissa"),
 }
+SITES: dict[str, Any] = {  # on the parts of `Mixed`, as "method@part"
+    "lora": lambda **at: veneer.LoraConfig(r=4, **at),
+    "dora": lambda **at: veneer.LoraConfig(r=4, use_dora=True, **at),
+    "biased": lambda **at: veneer.LoraConfig(r=4, use_dora=True, bias="lora_only", **at),
+    "ia3": lambda **at: veneer.IA3Config(feedforward_modules=[], **at),
+    "ia3in": lambda target_modules: veneer.IA3Config(target_modules=target_modules, feedforward_modules=target_modules),
+    "oft": lambda **at: veneer.OFTConfig(oft_block_size=8, **at),
+}
 VOCAB, LENGTH, STEPS = 64, 12, 20
+
+
+class Mixed(nn.Module):
+    """A table, a convolution over the positions, attention, a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.conv = nn.Embedding(VOCAB, 32), nn.Conv2d(32, 32, (1, 3), padding=(0, 1))
+        self.attention, self.head = nn.MultiheadAttention(32, 4, batch_first=True), nn.Linear(32, VOCAB)
+
+    def forward(self, input_ids: Tensor) -> Any:
+        from transformers.modeling_outputs import CausalLMOutput
+
+        x = self.embedding(input_ids)
+        x = x + torch.tanh(self.conv(x.mT[:, :, None])[:, :, 0].mT)
+        return CausalLMOutput(logits=self.head(x + self.attention(x, x, x)[0]))
+
+
+def config_of(method: str) -> Any:
+    if "@" not in method:
+        return CONFIGS[method]()
+    name, _, part = method.partition("@")
+    return SITES[name](**({"target_parameters": [part]} if "." in part else {"target_modules": [part]}))
 
 
 def bare_model(method: str) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
+    if "@" in method:
+        return Mixed()
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
         tie_word_embeddings=method == "tied", attention_bias=True,
@@ -56,7 +89,7 @@ def bare_model(method: str) -> nn.Module:
 def adapted(method: str, base: nn.Module | None = None) -> Any:
     base = bare_model(method) if base is None else base
     torch.manual_seed(1)
-    return veneer.get_peft_model(base, CONFIGS[method]())
+    return veneer.get_peft_model(base, config_of(method))
 
 
 def batches(steps: int = STEPS) -> list[Tensor]:
