@@ -17,7 +17,18 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = "lora,dora,adalora,ia3,oft,vera,prompt,saved,tied,pissa"
-RUNS = [("ddp", 2), ("fsdp2", 2), ("fsdp1", 2), ("zero2", 2), ("tp", 2), ("tp_plan", 2), ("hsdp", 4)]
+RUNS = [
+    ("ddp", 2),
+    ("fsdp2", 2),
+    ("fsdp1", 2),
+    ("zero2", 2),
+    ("zero3", 2),
+    ("zero2", 4),
+    ("zero3", 4),
+    ("tp", 2),
+    ("tp_plan", 2),
+    ("hsdp", 4),
+]
 
 
 def measured(layout: str, processes: int, methods: str) -> dict[str, dict[str, Any]]:

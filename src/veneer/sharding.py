@@ -6,6 +6,7 @@ whose parameters are views into one flat tensor while a unit runs (`gathered` op
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -39,6 +40,12 @@ def whole(t: Tensor) -> Tensor:
     return t
 
 
+def copied(module: nn.Module) -> nn.Module:
+    """A copy of a module whose parameters are whole and known to no engine yet. Where ZeRO-3 keeps it in pieces, all processes have to take part."""
+    fresh = {id(p): nn.Parameter(whole(p).detach().clone(), p.requires_grad) for p in module.parameters() if hasattr(p, "ds_id")}
+    return copy.deepcopy(module, fresh)
+
+
 def zero_fetches(module: nn.Module, tensors: Iterable[Tensor]) -> None:
     """Let ZeRO-3 fetch these parameters whenever it runs the module, forwards and backwards, and now, if it has not."""
     known = getattr(module, "_external_params", {})
@@ -49,6 +56,13 @@ def zero_fetches(module: nn.Module, tensors: Iterable[Tensor]) -> None:
             register_external_parameter(module, t)
             if is_partitioned(t):
                 t.all_gather()  # type: ignore[attr-defined]
+
+
+def held(t: Tensor | None) -> Tensor | None:
+    """A parameter with a hold on its numbers: ZeRO-3 takes them away from it as soon as its module has run. Others are returned as they are."""
+    if t is None or not hasattr(t, "ds_id"):
+        return t
+    return t.view_as(t) if t.requires_grad else t.detach()
 
 
 def shape_of(t: Tensor) -> tuple[int, ...]:

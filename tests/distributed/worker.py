@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from veneer.distributed import fsdp_auto_wrap_policy, gathered, load_state, save
 QV = ["q_proj", "v_proj", "down_proj"]
 CONFIGS: dict[str, Any] = {
     "lora": lambda: veneer.LoraConfig(r=4, target_modules=QV),
+    "dropped": lambda: veneer.LoraConfig(r=4, target_modules=QV, lora_dropout=0.3),
     "dora": lambda: veneer.LoraConfig(r=4, target_modules=QV, use_dora=True),
     "adalora": lambda: veneer.AdaLoraConfig(init_r=6, target_r=3, target_modules=QV, total_step=20, tinit=2, tfinal=6, deltaT=2),
     "ia3": lambda: veneer.IA3Config(target_modules=[*QV, "k_proj"], feedforward_modules=["down_proj"]),
@@ -36,13 +38,46 @@ CONFIGS: dict[str, Any] = {
     "tied": lambda: veneer.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True),
     "pissa": lambda: veneer.LoraConfig(r=4, target_modules=QV, init_lora_weights="pissa"),
 }
-VOCAB, LENGTH, STEPS = 64, 12, 20
+SITES: dict[str, Any] = {  # on the parts of `Mixed`, as "method@part"
+    "lora": lambda **at: veneer.LoraConfig(r=4, **at),
+    "dora": lambda **at: veneer.LoraConfig(r=4, use_dora=True, **at),
+    "biased": lambda **at: veneer.LoraConfig(r=4, use_dora=True, bias="lora_only", **at),
+    "ia3": lambda **at: veneer.IA3Config(feedforward_modules=[], **at),
+    "ia3in": lambda target_modules: veneer.IA3Config(target_modules=target_modules, feedforward_modules=target_modules),
+    "oft": lambda **at: veneer.OFTConfig(oft_block_size=8, **at),
+}
+VOCAB, LENGTH, STEPS, LINEAR = 64, 12, 20, nn.functional.linear
+
+
+class Mixed(nn.Module):
+    """A table, a convolution over the positions, attention, a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.conv = nn.Embedding(VOCAB, 32), nn.Conv2d(32, 32, (1, 3), padding=(0, 1))
+        self.attention, self.head = nn.MultiheadAttention(32, 4, batch_first=True), nn.Linear(32, VOCAB)
+
+    def forward(self, input_ids: Tensor) -> Any:
+        from transformers.modeling_outputs import CausalLMOutput
+
+        x = self.embedding(input_ids)
+        x = x + torch.tanh(self.conv(x.mT[:, :, None])[:, :, 0].mT)
+        return CausalLMOutput(logits=self.head(x + self.attention(x, x, x)[0]))
+
+
+def config_of(method: str) -> Any:
+    if "@" not in method:
+        return CONFIGS[method]()
+    name, _, part = method.partition("@")
+    return SITES[name](**({"target_parameters": [part]} if "." in part else {"target_modules": [part]}))
 
 
 def bare_model(method: str) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
+    if "@" in method:
+        return Mixed()
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
         tie_word_embeddings=method == "tied", attention_bias=True,
@@ -56,7 +91,7 @@ def bare_model(method: str) -> nn.Module:
 def adapted(method: str, base: nn.Module | None = None) -> Any:
     base = bare_model(method) if base is None else base
     torch.manual_seed(1)
-    return veneer.get_peft_model(base, CONFIGS[method]())
+    return veneer.get_peft_model(base, config_of(method))
 
 
 def batches(steps: int = STEPS) -> list[Tensor]:
@@ -87,12 +122,17 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 def single(method: str, steps: int = STEPS) -> tuple[Any, list[float]]:
     model = adapted(method)
     opt, losses = optimizer_of(model), []
-    for rows in batches(steps):
-        loss = total_loss(model, rows) / (len(rows) * (LENGTH - 1))
-        loss.backward()
+    for step, rows in enumerate(batches(steps)):
+        # with dropout each row draws by itself, as four processes do; `zero.Init` leaves a linear of its own in torch's place
+        with patch.object(nn.functional, "linear", LINEAR):
+            loss = torch.zeros(())
+            for i, part in enumerate(rows.split(1 if method == "dropped" else len(rows))):
+                torch.manual_seed(10 * step + i)
+                loss = loss + total_loss(model, part) / (len(rows) * (LENGTH - 1))
+            loss.backward()
         opt.step()
         opt.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return model, losses
 
 
@@ -129,6 +169,14 @@ def deepspeed_engine(model: nn.Module, stage: int) -> Any:
         },
     )
     return engine
+
+
+def cut(base: nn.Module) -> nn.Module:
+    """Each tensor in pieces, as ZeRO-3 makes a model."""
+    import deepspeed
+
+    deepspeed.zero.Init(module=base, config_dict_or_path={"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    return base
 
 
 def parallel(base: nn.Module) -> nn.Module:
@@ -185,7 +233,8 @@ def wrapped(model: Any, layout: str) -> Any:
 def train(model: Any, layout: str, todo: list[Tensor], opt: Any = None) -> list[float]:
     rank, world = (0, 1) if layout in PLANS else (dist.get_rank(), dist.get_world_size())
     opt, losses = opt or (None if layout.startswith("zero") else optimizer_of(model)), []
-    for rows in todo:
+    for step, rows in enumerate(todo):
+        torch.manual_seed(10 * step + rank)
         part = mine(rows, rank, world)
         loss = total_loss(model, part) * world / (len(rows) * (LENGTH - 1))
         if opt is None:
@@ -206,13 +255,7 @@ def run(method: str, layout: str, out: Path) -> dict[str, Any]:
     rank = dist.get_rank()
     reference, expected = single(method)
     world = dist.get_world_size()
-    zero3 = layout == "zero3"
-    base = None
-    if zero3:
-        import deepspeed
-
-        base = bare_model(method)
-        deepspeed.zero.Init(module=base, config_dict_or_path={"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    base = cut(bare_model(method)) if layout == "zero3" else None
     if layout == "tp":
         base = parallel(bare_model(method))
     if layout == "tp_plan":
@@ -239,7 +282,7 @@ def run(method: str, layout: str, out: Path) -> dict[str, Any]:
         merged = out / f"merged-{method}-{layout}-{world}"
         save_merged(engine if layout == "fsdp1" else model, merged)
         dist.barrier()
-        if layout in ("ddp", "fsdp2", *PLANS):
+        if layout != "fsdp1":
             result["merged"] = off_by(merged, reference)
     dist.barrier()
     return result
@@ -452,6 +495,38 @@ def goes_on(method: str, state: str) -> float:
     return max(abs(a - b) for a, b in zip(losses, single(method)[1][done:], strict=True))
 
 
+def zero_first(method: str, layout: str, out: Path) -> dict[str, Any]:
+    """Ten steps under ZeRO; then the adapter as every layout saves it, and DeepSpeed's checkpoint of adapter and optimizer."""
+    model = adapted(method, cut(bare_model(method)) if layout == "zero3" else None)
+    engine = wrapped(model, layout)
+    losses = train(engine, layout, batches()[:10])
+    model.save_pretrained(out / f"{method}-{layout}-half", is_main_process=dist.get_rank() == 0)
+    engine.save_checkpoint(out / f"{method}-{layout}-state", tag="ten", exclude_frozen_parameters=True)
+    return {"losses": max(abs(a - b) for a, b in zip(losses, single(method, 10)[1], strict=True))}
+
+
+def zero_second(method: str, layout: str, out: Path) -> dict[str, Any]:
+    """The other ten, of an adapter that was drawn anew, so that everything that trains has to come from the checkpoint; a plain model reads what is saved."""
+    base = cut(bare_model(method)) if layout == "zero3" else bare_model(method)
+    torch.manual_seed(5)
+    model = veneer.get_peft_model(base, config_of(method))
+    engine = wrapped(model, layout)
+    read, _ = engine.load_checkpoint(out / f"{method}-{layout}-state", tag="ten", load_module_strict=False)
+    assert read is not None
+    losses = train(engine, layout, batches()[10:])
+    folder = out / f"{method}-{layout}-whole"
+    model.save_pretrained(folder, is_main_process=dist.get_rank() == 0)
+    dist.barrier()
+    reference, expected = single(method)
+    result = {"losses": max(abs(a - b) for a, b in zip(losses, expected[10:], strict=True))}
+    if dist.get_rank() == 0:
+        plain = veneer.PeftModel.from_pretrained(bare_model(method), folder)
+        ids = batches(1)[0]
+        with torch.no_grad(), patch.object(nn.functional, "linear", LINEAR):
+            result["logits"] = float((plain(input_ids=ids).logits - reference(input_ids=ids).logits).abs().max())
+    return result
+
+
 def killed(method: str, layout: str, out: Path) -> dict[str, Any]:
     """Saves after each step; the last process kills itself before the fourth, or, under DDP, in the fourth save, when its own pieces are on the disk."""
     from torch.distributed.checkpoint import FileSystemWriter
@@ -504,6 +579,8 @@ TASKS = {
     "merging": merging,
     "refusals": refusals,
     "packed": packed,
+    "zero_first": zero_first,
+    "zero_second": zero_second,
 }
 
 
@@ -521,7 +598,9 @@ def main() -> None:
     if args.layout.startswith("zero"):
         import deepspeed
 
-        deepspeed.init_distributed("gloo")
+        # a reduction through shared memory that is compiled when it is first used; gloo reduces as well
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60))
     else:
         here = forked(args.fork, out) if args.fork else {}
         dist.init_process_group("gloo", timeout=timedelta(seconds=120), **here)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -14,6 +13,7 @@ from ..engine.modules import saved_tensors
 from ..engine.route import BASE, Choice, Switch
 from ..engine.wrapper import Wrapper
 from ..errors import RouteError
+from ..sharding import copied
 from ..sites.parallel import Plan, check_copied, is_cut, whole_copy
 
 
@@ -43,7 +43,7 @@ class ModulesToSaveWrapper(Wrapper):
 
     def attach(self, adapter: str, tied_to: nn.Module | None = None) -> None:
         """Make the copy that `adapter` trains; `tied_to`: a trained copy whose weight this one shares."""
-        new = whole_copy(self.original_module) if self.cut else copy.deepcopy(self.original_module)
+        new = whole_copy(self.original_module) if self.cut else copied(self.original_module)
         if tied_to is not None:
             new.weight = tied_to.weight
         keep_dtypes(new)

@@ -155,7 +155,7 @@ class Attached:
         """The tensor of a leaf as it is now."""
         if leaf in self.derived:
             other, name, transposed = self.derived[leaf]
-            return other.tensor(name).T if transposed else other.tensor(name)
+            return whole(other.tensor(name)).T if transposed else other.tensor(name)  # a view of what ZeRO-3 has emptied would have nothing
         store, key = self.source[leaf]
         t: Tensor = store[key]
         return t

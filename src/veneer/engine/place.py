@@ -27,9 +27,7 @@ class Place:
         self.channels = site.channels
         self.storage = site.codec.name  # how the weight is packed, None for a plain one
         self.index, self.count = 0, 1  # which of the adapter's layers this is, and how many there are
-        self.memory: dict[
-            str, Any
-        ] = {}  # what a method that acts at optimizer steps remembers here; what lasts goes into states by `Method.carried`
+        self.memory: dict[str, Any] = {}  # what a method that acts at optimizer steps remembers here; see `Method.carried`
         self.new_base: Tensor | None = None  # a start that is defined by another base (LoftQ) leaves it here; W (n_out, n_in)
         self.facts: Facts = {}
         self.told = False  # whether the method has been asked about the call (see `Method.facts`)

@@ -179,9 +179,8 @@ def _in_pieces(t: Any, dimensions: int, optimizer: Optimizer, pieces: Sequence[T
     """Whether the optimizer has a tensor of these dimensions in flat pieces. Models of before may still be there, and are others' concern."""
     if (engine := getattr(t, "_z3_optimizer", getattr(t, "_zero_optimizer", None))) is not None:
         return engine.optimizer is optimizer
-    if (
-        mapping := getattr(t, "_hp_mapping", None)
-    ) is not None:  # ZeRO-2: a view into the piece; None where this process has nothing of the tensor
+    mapping = getattr(t, "_hp_mapping", None)
+    if mapping is not None:  # ZeRO-2: a view into the piece; None where this process has nothing of the tensor
         return any(mapping.hp_fragment.untyped_storage().data_ptr() == p.untyped_storage().data_ptr() for p in pieces)
     return t.ndim != dimensions and any(t is p for p in pieces)  # FSDP1
 

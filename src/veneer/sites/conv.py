@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..change import bias, rows
 from ..engine.substitute import call_with
 from ..kernels.dropout import dropped
+from ..sharding import held
 from .base import Changes, Site, filled, hooked
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -105,7 +106,7 @@ class ConvSite(Site):
             return self.run_whole(module, changes, args, kwargs, frozen)
         geo = Windows(module, self.own_forward)
         x: Tensor = args[0]
-        b = frozen.get(self.bias_name, module.bias)
+        b = held(frozen.get(self.bias_name, module.bias))  # type: ignore[arg-type]
 
         inside = all(c.additive and c.shift is None for c, _ in changes)  # then the bias may come with the base's output
 

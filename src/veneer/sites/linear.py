@@ -18,6 +18,7 @@ from ..kernels.packed import packed_linear
 from ..kernels.rowwise import add_rowwise
 from ..kernels.sparse import sparse_linear
 from ..ops import LowRank, Rows
+from ..sharding import held
 from .base import Changes, Site, filled, hooked
 from .parallel import Plan, is_parallel
 
@@ -165,9 +166,7 @@ class LinearSite(Site):
             out: Tensor = call_with(module, frozen, (z, *rest), kwargs) if frozen else module(z, *rest, **kwargs)
             return out
 
-        b = frozen[self.bias_name] if self.bias_name in frozen else self.bias(module)
-        if b is not None and not b.requires_grad:
-            b = b.detach()  # DeepSpeed takes the parameter's numbers away as soon as the module has run
+        b = held(frozen[self.bias_name] if self.bias_name in frozen else self.bias(module))
         if b is not None and any(not c.additive for c, _ in changes):
             y = rows(changes, lambda z: base(z) - b.to(z.dtype), x, _GEOMETRY)
             new = bias(changes, b)

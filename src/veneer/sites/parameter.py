@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from types import BuiltinFunctionType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..change import weight
 from ..engine.substitute import call_with
 from ..errors import ConfigError
 from ..ops import LowRank
+from ..sharding import is_partitioned, whole
 from .base import Changes, Site
 
 
@@ -30,6 +33,11 @@ class ParameterSite(Site):
                 "Name the module in target_modules."
             )
         p = self._of(module)
+        if is_partitioned(p):
+            raise ConfigError(
+                f"target_parameters cannot adapt {name!r}: DeepSpeed's ZeRO-3 keeps it in pieces. Adapt the model before it is cut (without zero.Init), name "
+                "modules in target_modules, or use ZeRO-2, FSDP2 (veneer.distributed.shard) or DDP."
+            )
         if p.ndim not in (2, 3):
             raise ConfigError(f"target_parameters can adapt 2-D and 3-D parameters; {name!r} has shape {tuple(p.shape)}.")
         self.transposed = p.ndim == 3 and bool(getattr(module, "is_transposed", False))
@@ -43,7 +51,7 @@ class ParameterSite(Site):
         return p
 
     def weight(self, module: nn.Module) -> Tensor:
-        return self.canonical(self._of(module))
+        return self.canonical(whole(self._of(module)))
 
     def canonical(self, stored: Tensor) -> Tensor:
         return stored.mT if self.transposed else stored
@@ -64,6 +72,7 @@ class ParameterSite(Site):
         self, module: nn.Module, changes: Changes, args: tuple[Any, ...], kwargs: Mapping[str, Any], frozen: Mapping[str, Any]
     ) -> Any:
         lazy = all(c.additive and isinstance(c.add, LowRank) for c, _ in changes) and not torch.compiler.is_compiling()
+        lazy = lazy and isinstance(F.linear, BuiltinFunctionType)  # DeepSpeed puts one in its place that takes tensors alone
         if not lazy:
             return self.run_whole(module, changes, args, kwargs, frozen)
         stored = frozen.get(self.weight_name, self._of(module))

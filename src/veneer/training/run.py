@@ -34,9 +34,8 @@ from .processes import Filled, Shuffled, filled, processes
 from .quantise import storage
 from .recipe import Recipe
 
-_REMEMBERED = (
-    "methods.safetensors"  # in a checkpoint of the Trainer: what methods remember from step to step, and the ranks that a file lacks
-)
+# in a checkpoint of the Trainer: what methods remember from step to step, and the ranks that a file lacks
+_REMEMBERED = "methods.safetensors"
 
 
 @dataclasses.dataclass
