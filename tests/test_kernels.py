@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import veneer
 from veneer.kernels import reference, rowwise
 from veneer.kernels.derived import derived_linear
-from veneer.kernels.lowrank import _kept, lowrank_linear
+from veneer.kernels.dropout import dropped, survivors
+from veneer.kernels.lowrank import lowrank_linear
 from veneer.kernels.norms import row_norm_sq
 
 
@@ -82,13 +83,53 @@ def test_dropout_is_that_of_a_mask_and_keeps_the_mean() -> None:
 def test_a_mask_drops_entries_at_its_rate_each_by_itself(rate: float, shape: tuple[int, int]) -> None:
     x = torch.ones(shape)
     many = shape[0] * shape[1]
-    kept = torch.stack([_kept(x, rate, seed).flatten() for seed in range(max(1, 4000 // many))])
-    assert set(kept.unique().tolist()) <= {0.0, 1.0}
+    kept = torch.stack([survivors(x, rate, seed).flatten() for seed in range(max(1, 4000 // many))])
+    assert set(kept.unique().tolist()) <= {0, 1}
     off = kept - (1 - rate)
     assert abs(off.mean()) < 5 * (rate * (1 - rate) / kept.numel()) ** 0.5
     if many > 1000:
         for far in (1, 2, shape[1], many // 2 - 1, many // 2, many // 2 + 1):
             assert abs((off[0, far:] * off[0, :-far]).mean()) < 0.008 * rate * (1 - rate), far
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.25, 0.5])
+def test_tokens_share_random_numbers_and_no_one_can_tell(rate: float) -> None:
+    square, n = 32, 2048
+    off = (survivors(torch.ones(square * square, n), rate, 7) - (1 - rate)).view(square, square, n)
+    one = (rate * (1 - rate)) ** 0.5
+    bound = 5 / n**0.5  # a mean of n products of independent unit numbers, five times its deviation
+
+    def together(*corners: Tensor) -> float:
+        return float((torch.stack(corners) / one).prod(0).mean().abs())
+
+    def most(*corners: Tensor) -> float:
+        return float((torch.stack(corners) / one).prod(0).mean(-1).abs().max())
+
+    # tokens of a row, of a column and of neither, rows and columns of the square apart, and the corners of a rectangle, of which each is a function of three
+    assert most(off[:, :-1], off[:, 1:]) < bound * 1.2
+    assert most(off[:-1], off[1:]) < bound * 1.2
+    assert most(off[:-1, :-1], off[1:, 1:]) < bound * 1.2
+    assert together(off[:-1, :-1], off[:-1, 1:], off[1:, :-1]) < 0.02
+    assert together(off[:-1, :-1], off[:-1, 1:], off[1:, :-1], off[1:, 1:]) < 0.02
+    # how many tokens keep a feature varies as in as many throws
+    counts = off.sum((0, 1)) / square / one
+    assert abs(float(counts.var()) - 1) < 5 * (2 / n) ** 0.5
+    assert abs(float(counts.pow(4).mean() / counts.var() ** 2) - 3) < 5 * (24 / n) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_dropped_is_the_input_scaled_or_nothing_and_its_gradient_too(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 50, 7, dtype=dtype, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    torch.manual_seed(3)
+    y = dropped(x, 0.3)
+    (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    kept = y != 0
+    torch.testing.assert_close(y, torch.where(kept, x / 0.7, 0), rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
+    torch.testing.assert_close(grad, kept / torch.tensor(0.7, dtype=dtype), rtol=2e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
+    assert 0.6 < float(kept.double().mean()) < 0.8
+    assert not torch.equal(y, dropped(x, 0.3))
+    torch.manual_seed(3)
+    assert torch.equal(y, dropped(x, 0.3))
 
 
 def test_dropout_follows_the_global_seed() -> None:

@@ -15,6 +15,7 @@ pytest.importorskip("typer")
 
 from veneer.cli.train import method_fields, run  # noqa: E402
 from veneer.errors import ConfigError  # noqa: E402
+from veneer.training.attention import attend_as_before, attend_by_rows, rows_of  # noqa: E402
 from veneer.training.data import (  # noqa: E402
     Example,
     check_columns,
@@ -185,11 +186,13 @@ def test_the_headless_loss_is_the_models_own_or_is_not_used(model_folder: Path) 
     assert HeadlessLoss.of(trained) is None  # a head that trains has to be run
 
 
-def test_rows_end_to_end_are_each_as_if_alone(model_folder: Path) -> None:
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_rows_end_to_end_are_each_as_if_alone(model_folder: Path, by_rows: bool) -> None:
     """Losses and gradients; and laid end to end without positions they would see each other."""
     import veneer
 
     base = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    assert not by_rows or attend_by_rows(base)
     model = veneer.get_peft_model(base, veneer.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).train()
     headless = HeadlessLoss.of(model)
     assert headless is not None and keeps_rows_apart(model, headless)
@@ -214,6 +217,48 @@ def test_rows_end_to_end_are_each_as_if_alone(model_folder: Path) -> None:
         torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
     seen, _ = headless(model, {k: v for k, v in batch.items() if k != "position_ids"})
     assert abs((seen - total).item()) > 1e-4
+
+
+def test_rows_kept_apart_by_a_mask_are_attended_to_one_by_one(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    base.model.layers[0].self_attn.q_proj.weight.data.mul_(3)
+    batch = end_to_end(whole([Example([5, 6, 8, 10, 5], [True] * 5), Example([7, 9, 11], [True] * 3)], 5))
+    given = {k: v for k, v in batch.items() if k != "labels"} | {"use_cache": False}
+    plain = {"input_ids": torch.tensor([[5, 6, 8], [7, 9, 1]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
+    expected = [base(**x).logits for x in (given, plain)], base.generate(torch.tensor([[5, 6]]), max_new_tokens=4, do_sample=False)
+
+    seen: list[tuple[int, bool]] = []
+    own = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append((q.shape[2], kwargs.get("attn_mask") is None and kwargs.get("is_causal")))
+        return own(q, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    assert attend_by_rows(base) and not attend_by_rows(base)
+    torch.testing.assert_close(base(**given).logits, expected[0][0], atol=1e-5, rtol=1e-5)
+    assert seen == [(5, True), (3, True)] * len(base.model.layers)
+    torch.testing.assert_close(base(**plain).logits, expected[0][1])
+    assert torch.equal(base.generate(torch.tensor([[5, 6]]), max_new_tokens=4, do_sample=False), expected[1])
+    attend_as_before(base)
+    seen.clear()
+    base(**given)
+    assert seen == [(8, False)] * len(base.model.layers)
+
+
+def test_a_mask_that_says_more_than_rows_stays_a_mask() -> None:
+    def mask(*lengths: int) -> Tensor:
+        return torch.block_diag(*[torch.ones(n, n).tril() for n in lengths]).bool().view(1, 1, sum(lengths), -1)
+
+    assert rows_of(mask(4, 1, 3)) == [4, 1, 3]
+    assert rows_of(mask(6)) is None
+    both = mask(4, 3)
+    windowed, padded, forward = both.clone(), both.clone(), both.clone()
+    windowed[0, 0, 3, 0] = False
+    padded[0, 0, :, 6] = False
+    forward[0, 0, 0, 1] = True
+    for other in (windowed, padded, forward, both.float(), both.expand(2, 1, 7, 7), both[:, :, :, :6]):
+        assert rows_of(other) is None
 
 
 def test_methods_that_look_at_rows_are_padded(model_folder: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from .checkpoint.experts import split_source
-from .engine.select import minimal_targets, places
+from .engine.names import minimal_targets
+from .engine.tree import places
 from .errors import ConfigError
 from .methods.lora import LoraConfig
 from .model import PeftModel

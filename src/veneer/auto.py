@@ -11,6 +11,7 @@ from .config import PeftConfig
 from .errors import ConfigError
 from .model import PeftModel
 from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from .types import name_of
 
 _LIBRARIES = ("diffusers", "lerobot", "megatron-core", "transformers")  # that a folder may name as its base's home
 _FOR_ADAPTER = ("autocast_adapter_dtype", "ephemeral_gpu_offload")
@@ -92,7 +93,7 @@ class AutoPeftModel:
 
 
 def _task_of(config: PeftConfig) -> str | None:
-    return None if config.task_type is None else str(getattr(config.task_type, "value", config.task_type))
+    return None if config.task_type is None else name_of(config.task_type)
 
 
 def _import(library: str, name: str, allowed: list[str] | None) -> Any:

@@ -22,6 +22,7 @@ from .engine.select import select
 from .errors import ConfigError, MergeError, PeftError, PeftWarning, SwapError, hint
 from .methods.lora import LoraConfig
 from .sites import adaptable
+from .types import name_of
 from .variants import PLAIN, VARIANTS, variant_of
 
 _ALIKE = ("use_rslora", "lora_dropout", "use_dora")
@@ -34,7 +35,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
     Raises:
         ConfigError: if they are no LoRAs, or differ in what the layers are built with.
     """
-    one, two = (str(getattr(c.peft_type, "value", c.peft_type)) for c in (config0, config1))
+    one, two = (name_of(c.peft_type) for c in (config0, config1))
     if one != two:
         raise ConfigError(f"Incompatible PEFT types found: {one} and {two}. Only an adapter of the same method can take another's place.")
     if not isinstance(config0, LoraConfig) or not isinstance(config1, LoraConfig):

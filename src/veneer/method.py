@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .config import PeftConfig
 from .errors import ConfigError, PeftWarning, hint
-from .types import PeftType
+from .types import PeftType, name_of
 
 if TYPE_CHECKING:
     from .change import Attend, Beside, Change, Swap
@@ -386,7 +386,7 @@ def config_class(peft_type: str) -> type[PeftConfig]:
     Raises:
         ConfigError: if no method of that name exists; names the nearest ones.
     """
-    name = str(getattr(peft_type, "value", peft_type)).upper()
+    name = name_of(peft_type).upper()
     if name not in METHODS:
         load_methods()
     if name not in METHODS:

@@ -1,11 +1,13 @@
-"""`PeftModel`: a model with adapters, under PEFT's names."""
+"""`PeftModel`: a model with adapters, under PEFT's names.
+
+Long, since PEFT's class has all of it: what users call, with its arguments and what they mean. What it does stands in tuner, engine and checkpoint.
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
 import os
-import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -16,16 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import LoadReport, folder_of, load_into, read_adapter, save_adapter, update_card
+from .checkpoint.load import for_loading, hub_options, warn_unused
 from .config import PeftConfig
 from .engine import inject
-from .engine.calls import ROWS, by_name, hold, knowing, knowing_each, routing, taken
+from .engine.calls import by_name, hold, knowing, knowing_each, routing, taken
 from .engine.layer import adapted_layers
 from .engine.route import disabled, find_switch, mixed, the_switch, using
-from .errors import ConfigError, PeftError, PeftWarning, RouteError, hint
+from .engine.rows import asked, expanded, named_rows, rows_per_prompt
+from .errors import PeftError, PeftWarning, hint
 from .prompts.base import Prompt
 from .prompts.prompts import Prompts
 from .prompts.shape import embedding_table
 from .tuner import Tuner, tuner_class
+from .types import name_of
 
 if TYPE_CHECKING:
     from .status import TunerLayerStatus, TunerModelStatus
@@ -82,14 +87,14 @@ class PeftModel(nn.Module):
 
     @staticmethod
     def _tuner_class(config: PeftConfig) -> type[Tuner]:
-        return tuner_class(_type_name(config))
+        return tuner_class(name_of(config.peft_type))
 
     @classmethod
     def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
         """The class of a model with such an adapter."""
         from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
-        return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(_task_name(config), cls)
+        return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(name_of(config.task_type), cls)
 
     def _prepare(self, model: nn.Module, config: PeftConfig) -> None:
         """Put into a new adapter's config what the model and the task tell."""
@@ -223,7 +228,7 @@ class PeftModel(nn.Module):
 
     def _known_prompts(self) -> Prompts:
         if self._prompts is None:
-            raise PeftError(f"{_type_name(self)} adapters are no prompts.")
+            raise PeftError(f"{name_of(self.peft_type)} adapters are no prompts.")
         return self._prompts
 
     # ---------------------------------------------------------------- running
@@ -234,7 +239,7 @@ class PeftModel(nn.Module):
         Raises:
             RouteError: before anything runs, for an unknown name or a wrong number of names.
         """
-        rows = self._rows(args, kwargs)
+        rows = named_rows(args, kwargs)
         with nullcontext() if rows is None else mixed(self, rows):
             model = self.get_base_model()
             if self._prompts is not None:
@@ -250,7 +255,7 @@ class PeftModel(nn.Module):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The user's model's generate; `adapter_names` as in `forward`, one per prompt, whatever the number of beams."""
         model: Any = self.get_base_model()
-        rows, copies = self._rows(args, kwargs), _copies(model, kwargs)
+        rows, copies = named_rows(args, kwargs), rows_per_prompt(model, kwargs)
         if self._prompts is not None:
             with nullcontext() if rows is None else mixed(self, rows), torch.no_grad():
                 args, kwargs = self._prompts.for_generate(model, args, kwargs, copies)
@@ -258,32 +263,14 @@ class PeftModel(nn.Module):
         given = taken(self.peft_config, kwargs) if routes else {}
         with ExitStack() as stack:
             if rows is not None:
-                stack.enter_context(_expanded(self, model, rows, copies))
+                stack.enter_context(expanded(self, model, rows, copies))
             if routes:
                 switch = the_switch(model)
                 for name in routing(self.peft_config, switch.chosen()):
-                    kwargs |= self.peft_config[name].generating(functools.partial(_asked, model, kwargs))
+                    kwargs |= self.peft_config[name].generating(functools.partial(asked, model, kwargs))
                 prompt = by_name(model.generate, args, kwargs)
                 stack.enter_context(knowing_each(switch, self.base_model, given, prompt))
             return model.generate(*args, **kwargs)
-
-    @staticmethod
-    def _rows(args: Sequence[Any], kwargs: dict[str, Any]) -> list[str] | None:
-        """Take `adapter_names` out of the arguments; one name per row of the batch there must be."""
-        rows = kwargs.pop("adapter_names", None)
-        if rows is None:
-            return None
-        if isinstance(rows, str):
-            raise RouteError(f"`adapter_names` is one name per row of the batch, as a list. For all rows: model.using({rows!r}).")
-        named = next((kwargs[k] for k in ROWS if isinstance(kwargs.get(k), Tensor)), None)
-        first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.ndim), None) if named is None else named
-        # a plain model may have its batch second (nn.Transformer); the layers know
-        if first is not None and len(rows) not in first.shape[: 1 if named is not None else 2]:
-            raise RouteError(
-                "Length of `adapter_names` should be the same as the number of inputs, "
-                f"but got {len(rows)} and {first.shape[0]} respectively."
-            )
-        return list(rows)
 
     def using(self, names: str | Sequence[str]) -> AbstractContextManager[None]:
         """Let these adapters act for the code inside, in this thread only; nothing of the model changes.
@@ -349,9 +336,9 @@ class PeftModel(nn.Module):
         self._tuner.inject(peft_config, adapter_name, low_cpu_mem_usage, None, autocast_adapter_dtype, empty)
 
     def _check_new_adapter_config(self, peft_config: PeftConfig, is_trainable: bool = True) -> None:
-        if _type_name(peft_config) != _type_name(self):
+        if name_of(peft_config.peft_type) != name_of(self.peft_type):
             raise ValueError(
-                f"Cannot combine adapters with different peft types. Found {_type_name(self)} and {_type_name(peft_config)}. "
+                f"Cannot combine adapters with different peft types. Found {name_of(self.peft_type)} and {name_of(peft_config.peft_type)}. "
                 "A mixed model takes both: get_peft_model(model, config, mixed=True)."
             )
         self._one_with_bias(peft_config)
@@ -411,14 +398,14 @@ class PeftModel(nn.Module):
             PeftError: if the model has adapters already.
         """
         experts = kwargs.pop("adapters", None)
-        hub = _hub_options(kwargs, "from_pretrained")
+        hub = hub_options(kwargs, "from_pretrained")
         if isinstance(model, (PeftModel, Tuner)):
             raise PeftError(f"The model is a {type(model).__name__} already. Call model.load_adapter(folder, name) for a further adapter.")
         if config is None:
             config = PeftConfig.from_pretrained(model_id, **hub)
         elif not isinstance(config, PeftConfig):
             raise ValueError(f"The input config must be a PeftConfig, got {type(config)}")
-        _for_loading(config, model_id, hub, is_trainable, ephemeral_gpu_offload)
+        for_loading(config, model_id, hub, is_trainable, ephemeral_gpu_offload)
         if experts is not None:
             if not hasattr(config, "adapters"):
                 raise ValueError(f"`adapters` are the experts of X-LoRA; {type(config).__name__} has none.")
@@ -453,11 +440,11 @@ class PeftModel(nn.Module):
         Further adapters act once `set_adapter` says so. Unless `is_trainable`, the model is put into eval mode. The other arguments and the
         errors are those of `from_pretrained`.
         """
-        hub = _hub_options(kwargs, "load_adapter")
+        hub = hub_options(kwargs, "load_adapter")
         new, before = adapter_name not in self.peft_config, set(self.peft_config)
         if new:
             config = PeftConfig.from_pretrained(model_id, **hub)
-            _for_loading(config, model_id, hub, is_trainable, ephemeral_gpu_offload)
+            for_loading(config, model_id, hub, is_trainable, ephemeral_gpu_offload)
         mapping = key_mapping or getattr(self.get_base_model(), "_checkpoint_conversion_mapping", None)
         file = read_adapter(model_id, device=torch_device or "cpu", key_mapping=mapping, **hub)
         if new:
@@ -506,7 +493,7 @@ class PeftModel(nn.Module):
             ConfigError: if an adapter cannot be converted to a plain LoRA.
             SaveError: rather than writing anything empty, partial or not finite.
         """
-        _warn_unused(set(kwargs) - {"save_function", "max_shard_size"}, "save_pretrained", "The adapter is saved all the same.")
+        warn_unused(set(kwargs) - {"save_function", "max_shard_size"}, "save_pretrained", "The adapter is saved all the same.")
         if os.path.isfile(save_directory):
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
@@ -523,7 +510,9 @@ class PeftModel(nn.Module):
                 cls = type(self.get_base_model())
                 config.auto_mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
             if path_initial_model_for_weight_conversion:
-                self._save_expanded(config, name, folder, is_main_process)
+                from .checkpoint.expand import save_expanded
+
+                save_expanded(self, config, name, folder, is_main_process)
                 continue
             save_adapter(
                 self, config, name, folder,
@@ -532,14 +521,6 @@ class PeftModel(nn.Module):
             )  # fmt: skip
         if is_main_process:
             self.create_or_update_model_card(os.fspath(save_directory))
-
-    def _save_expanded(self, config: Any, name: str, folder: Path, is_main_process: bool) -> None:
-        from .checkpoint.expand import save_expanded
-
-        if _type_name(config) != "LORA":
-            raise ConfigError(f"path_initial_model_for_weight_conversion converts LoRA adapters only; {name!r} is a {_type_name(config)}.")
-        if is_main_process:
-            save_expanded(self, config, name, folder)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """Write the README.md beside the adapter, keeping what a user has written in it."""
@@ -550,10 +531,10 @@ class PeftModel(nn.Module):
             output_dir,
             base_model=config.base_model_name_or_path,
             tags=[
-                *dict.fromkeys(_type_name(c).lower() for c in self.peft_config.values()),
+                *dict.fromkeys(name_of(c.peft_type).lower() for c in self.peft_config.values()),
                 *(["transformers"] if from_transformers else []),
             ],
-            pipeline_tag="text-generation" if _task_name(config) == "CAUSAL_LM" else None,
+            pipeline_tag="text-generation" if name_of(config.task_type) == "CAUSAL_LM" else None,
         )
 
     def push_to_hub(
@@ -619,52 +600,11 @@ def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
         output.requires_grad_(True)
 
 
-def _type_name(holder: Any) -> str:
-    return str(getattr(holder.peft_type, "value", holder.peft_type))
-
-
-def _task_name(config: Any) -> str:
-    return str(getattr(config.task_type, "value", config.task_type))
-
-
 def _name_of(model: nn.Module) -> str | None:
     """What the base model was loaded as, if it knows."""
     config: Any = getattr(model, "config", None)
     noted = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(config, "_name_or_path", None)
     return getattr(model, "name_or_path", None) or noted or None
-
-
-def _copies(model: Any, kwargs: Mapping[str, Any]) -> int:
-    """How many rows of the batch each prompt becomes in `generate`."""
-    return max(int(_asked(model, kwargs, n) or 1) for n in ("num_beams", "num_return_sequences"))
-
-
-def _asked(model: Any, kwargs: Mapping[str, Any], name: str) -> Any:
-    """An argument of `generate`, as given or configured."""
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    return kwargs[name] if kwargs.get(name) is not None else getattr(config, name, None)
-
-
-@contextmanager
-def _expanded(root: nn.Module, model: Any, rows: list[str], copies: int) -> Iterator[None]:
-    """Each prompt stands in `copies` rows one after another; in an encoder, in one."""
-    with ExitStack() as stack:
-        if copies > 1 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            thread, inside = threading.get_ident(), ExitStack()
-
-            def enter(*_: Any) -> None:
-                if threading.get_ident() == thread:
-                    inside.enter_context(mixed(root, rows))
-
-            def leave(*_: Any) -> None:
-                if threading.get_ident() == thread:
-                    inside.close()
-
-            encoder = model.get_encoder()
-            stack.callback(encoder.register_forward_pre_hook(enter).remove)
-            stack.callback(encoder.register_forward_hook(leave, always_call=True).remove)
-        stack.enter_context(mixed(root, [r for r in rows for _ in range(copies)]))
-        yield
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
@@ -677,32 +617,6 @@ def _refuse_wrapped(model: nn.Module) -> None:
             "The model holds adapters already (from get_peft_model or inject_adapter_in_model). Use add_adapter on the PeftModel that was "
             "returned then, or take them off first with its unload()."
         )
-
-
-def _for_loading(
-    config: Any, model_id: str | os.PathLike[str], hub: Mapping[str, Any], is_trainable: bool, ephemeral_gpu_offload: bool
-) -> None:
-    """Set in a config how its adapter is to be loaded, and where it comes from: what it needs beside its own tensors may be there."""
-    if isinstance(config, Prompt) and is_trainable and not config.resumable:
-        raise ValueError(
-            "Cannot set a prompt learning adapter to trainable when loading pretrained adapter: the file holds what its network gave, "
-            "not the network."
-        )
-    config.inference_mode, config.origin = not is_trainable, (os.fspath(model_id), dict(hub))
-    if ephemeral_gpu_offload and hasattr(config, "runtime_config"):
-        config.runtime_config.ephemeral_gpu_offload = True
-
-
-def _hub_options(kwargs: Mapping[str, Any], caller: str) -> dict[str, Any]:
-    """Those arguments that say where to find a file."""
-    hub = PeftConfig._split_kwargs(kwargs)[0]
-    _warn_unused(set(kwargs) - set(hub), caller, "The base model keeps its dtype and devices, and the adapter goes where it is.")
-    return hub
-
-
-def _warn_unused(names: set[str], caller: str, so: str) -> None:
-    if names:
-        warnings.warn(f"{caller} makes no use of {', '.join(sorted(names))}. {so}", PeftWarning, stacklevel=4)
 
 
 __all__ = ["PeftModel"]

@@ -11,6 +11,7 @@ from torch import nn
 from .engine.layer import AdaptedLayer
 from .engine.wrapper import adapter_modules
 from .tuner import Tuner
+from .types import name_of
 
 Irregular = Literal["irregular"]
 
@@ -119,7 +120,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     return TunerModelStatus(
         base_model_type=type(model if tuner is None else tuner.model).__name__,
         adapter_model_type="None" if tuner is None else type(tuner).__name__,
-        peft_types={n: str(getattr(c.peft_type, "value", c.peft_type)) for n, c in configs.items()},
+        peft_types={n: name_of(c.peft_type) for n, c in configs.items()},
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),

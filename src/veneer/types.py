@@ -64,3 +64,8 @@ class TaskType(str, enum.Enum):
     TOKEN_CLS = "TOKEN_CLS"
     QUESTION_ANS = "QUESTION_ANS"
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+def name_of(kind: object) -> str:
+    """The name of a method, a task or another member of an enum, which configs hold as the member or as its name."""
+    return str(getattr(kind, "value", kind))

@@ -12,15 +12,21 @@ from torch import Tensor
 
 from ..engine.layer import adapted_layers
 from ..errors import ConfigError
+from ..types import name_of
 from .save import get_peft_model_state_dict, write_adapter
 
 
-def save_expanded(model: Any, config: Any, adapter: str, folder: Path) -> None:
+def save_expanded(model: Any, config: Any, adapter: str, folder: Path, is_main_process: bool = True) -> None:
     """Write s (B A - B0 A0) as s' (B | -B0) (A over A0): rank, alpha and their patterns double, so that the scaling stays.
 
     Raises:
-        ConfigError: if the adapter has no such start, or rsLoRA with patterns makes the scaling of a layer inexpressible.
+        ConfigError: if it is no LoRA or has no such start, or rsLoRA with patterns makes the scaling of a layer inexpressible.
     """
+    kind = name_of(config.peft_type)
+    if kind != "LORA":
+        raise ConfigError(f"path_initial_model_for_weight_conversion converts LoRA adapters only; {adapter!r} is a {kind}.")
+    if not is_main_process:
+        return
     tensors = dict(get_peft_model_state_dict(model, adapter_name=adapter))
     patterns = dict(config.rank_pattern or {}) or dict(config.alpha_pattern or {})
     if config.use_rslora and patterns:

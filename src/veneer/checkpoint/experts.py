@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from ..config import PeftConfig
 from ..engine.defaults import CONFIG_NAME
 from ..errors import ConfigError, LoadError
+from ..types import name_of
 from .hub import resolve_file
 from .load import BIN_NAME, SAFETENSORS_NAME, load_into, read_adapter
 
@@ -36,7 +37,7 @@ def load_experts(tuner: Any, config: Any, adapter: str, low_cpu_mem_usage: bool,
                 continue
             model_id, hub = _find(name, experts[name], getattr(config, "origin", None), name in config.along())
             lora = PeftConfig.from_pretrained(model_id, **hub)
-            if getattr(lora.peft_type, "value", lora.peft_type) != "LORA":
+            if name_of(lora.peft_type) != "LORA":
                 raise ConfigError(f"The expert {name!r} ({model_id}) is a {lora.peft_type} adapter; experts are LoRA adapters.")
             trains = name in config.along() and not config.inference_mode
             lora.inference_mode = not trains

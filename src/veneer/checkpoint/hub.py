@@ -1,4 +1,4 @@
-"""The one place that may talk to the Hugging Face Hub, and only to load what is not a local folder."""
+"""Loading from the Hugging Face Hub what is not a local folder: nothing else loads from there, and only `push_to_hub` writes."""
 
 from __future__ import annotations
 

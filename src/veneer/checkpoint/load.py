@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..config import PeftConfig
 from ..engine.inject import settle
-from ..errors import LoadError, RouteError, hint
+from ..errors import LoadError, PeftWarning, RouteError, hint
 from .base import START_KEY, as_saved, check_identity
 from .fused import fuse_tensors
 from .hub import resolve_file
@@ -205,6 +207,33 @@ def set_peft_model_state_dict(
         LoadError: see `strict`; nothing has been changed then.
     """
     return load_into(model, adapter_name, peft_model_state_dict, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
+
+
+def for_loading(
+    config: Any, model_id: str | os.PathLike[str], hub: Mapping[str, Any], is_trainable: bool, ephemeral_gpu_offload: bool
+) -> None:
+    """Set in a config how its adapter is to be loaded, and where it comes from: what it needs beside its own tensors may be there."""
+    if is_trainable and not getattr(config, "resumable", True):
+        raise ValueError(
+            "Cannot set a prompt learning adapter to trainable when loading pretrained adapter: the file holds what its network gave, "
+            "not the network."
+        )
+    config.inference_mode, config.origin = not is_trainable, (os.fspath(model_id), dict(hub))
+    if ephemeral_gpu_offload and hasattr(config, "runtime_config"):
+        config.runtime_config.ephemeral_gpu_offload = True
+
+
+def hub_options(kwargs: Mapping[str, Any], caller: str) -> dict[str, Any]:
+    """Those arguments that say where to find a file."""
+    hub = PeftConfig._split_kwargs(kwargs)[0]
+    warn_unused(set(kwargs) - set(hub), caller, "The base model keeps its dtype and devices, and the adapter goes where it is.")
+    return hub
+
+
+def warn_unused(names: set[str], caller: str, so: str) -> None:
+    """Say that a caller got arguments which it does not use, and what happens all the same."""
+    if names:
+        warnings.warn(f"{caller} makes no use of {', '.join(sorted(names))}. {so}", PeftWarning, stacklevel=4)
 
 
 def config_of(model: nn.Module, adapter_name: str) -> Any:

@@ -10,6 +10,7 @@ from torch import nn
 from ..blocks.saved import ModulesToSaveWrapper
 from ..blocks.tokens import TrainableTokensWrapper
 from ..engine.layer import AdaptedLayer
+from ..types import name_of
 from .names import METHODS, layer_name
 
 Test = Callable[[Any], bool]
@@ -52,9 +53,7 @@ def _holds(*kinds: str) -> Test:
     """Whether a layer holds an adapter of one of these methods."""
 
     def test(m: object) -> bool:
-        return isinstance(m, AdaptedLayer) and any(
-            str(getattr(a.config.peft_type, "value", a.config.peft_type)) in kinds for a in m.attached.values()
-        )
+        return isinstance(m, AdaptedLayer) and any(name_of(a.config.peft_type) in kinds for a in m.attached.values())
 
     return test
 

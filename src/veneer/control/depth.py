@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..engine.select import places
+from ..engine.tree import places
 from ..errors import ConfigError, hint
 from ..method import ending
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..errors import ConfigError, PeftWarning
 from ..method import by_pattern, ending
+from ..types import name_of
 from .holders import visited
 
 FIELDS = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern")  # what `take_fused` may change
@@ -80,7 +81,7 @@ def take_fused(model: nn.Module, config: Any) -> None:
         ConfigError: if modules that are one parameter now have different ranks or scalings.
     """
     targets = getattr(config, "target_modules", None)
-    if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA" or not targets or isinstance(targets, str):
+    if name_of(config.peft_type) != "LORA" or not targets or isinstance(targets, str):
         return
     meant = [(f, hit) for f in fusions(model) if (hit := [(s, e) for s in f.sources if (e := _entries(s, targets))])]
     if not meant:

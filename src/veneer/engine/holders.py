@@ -186,9 +186,11 @@ class Kept:
         if isinstance(scaling, Tensor):
             return None
         used = list(change.tensors.values()) if isinstance(change, Swap) else _made_of(change)
+        if used is None:
+            return None
         places = [attached.place_of(name) for name in (*attached.leaves, *attached.derived)]
         tensors = tuple((*place, place[0][place[1]]) for place in places if place is not None)
-        if used is None or len(tensors) < len(places):
+        if len(tensors) < len(places):
             return None
         mine = {id(t) for _, _, t in tensors}
         return Kept(change, scaling, tensors) if {id(t) for t in used} <= mine else None

@@ -146,7 +146,7 @@ def _formed(path: str, layer: AdaptedLayer, names: list[str]) -> tuple[dict[str,
     rounded = {k: t.to(frozen[k].dtype).contiguous() for k, t in exact.items() if t is not wide[k]}
     check_finite(path, names, *rounded.values())
     floating = [k for k, t in rounded.items() if t.is_floating_point()]
-    return rounded, loss([(exact[k] - wide[k], rounded[k].to(wide[k].dtype) - wide[k], wide[k]) for k in floating])
+    return rounded, loss([(exact[k], rounded[k], frozen[k]) for k in floating])
 
 
 def _check_held(path: str, frozen: Mapping[str, Tensor], new: Iterable[str]) -> None:

@@ -101,7 +101,7 @@ def merged_packed(
         check_finite(path, names, w, None)
         new = site.dense(old, nn.Parameter(w, False), None if new_b is None else nn.Parameter(new_b.to(dtype), False))
         got = site.canonical(w).float()
-    report = loss([(wanted - target, got - target, target)])
+    report = loss([(wanted, got, target)])
     size = float((exact - frozen).norm())
     return new, replace(report, quantisation=float((got - exact).norm()) / size if size else 0.0)
 

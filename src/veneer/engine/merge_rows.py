@@ -10,9 +10,7 @@ from torch import Tensor
 
 from ..change import Change, low_rank
 from .layer import AdaptedLayer
-from .loss import LayerReport, Tally
-
-_NUMBERS = 1 << 17  # of a weight, at a time: what a cache holds
+from .loss import LayerReport, Tally, at_a_time
 
 
 def by_rows(layer: AdaptedLayer, changes: Sequence[tuple[Any, Any]]) -> bool:
@@ -37,16 +35,16 @@ def merge_rows(layer: AdaptedLayer, changes: Sequence[tuple[Change, Any]], store
     lows = [low for c, _ in changes if (low := low_rank(c)) is not None]
     up = [low.up.to(wide) * low.scale for low in lows]
     down = [low.down.to(wide) for low in lows]
-    tally = Tally()
-    numbers = _NUMBERS if w.device.type == "cpu" else 64 * _NUMBERS
-    step = min(max(numbers // max(w.shape[1], 1), 1), max(w.shape[0], 1))
-    scratch = torch.empty(3, step, w.shape[1], dtype=wide, device=w.device)
+    tally, rounds = Tally(), wide != stored.dtype
+    step = min(max(at_a_time(w.device) // max(w.shape[1], 1), 1), max(w.shape[0], 1))
+    scratch = torch.empty(step if rounds else 0, w.shape[1], dtype=wide, device=w.device)
     for i in range(0, w.shape[0], step):
-        rows, delta, exact = scratch[:, : min(step, w.shape[0] - i)]
-        rows.copy_(w[i : i + step])
+        rows, part = w[i : i + step], new[i : i + step]
+        exact = scratch[: len(rows)] if rounds else part
         exact.copy_(rows)
         for u, d in zip(up, down, strict=True):
             exact.addmm_(u[i : i + step], d)
-        new[i : i + step] = exact
-        tally.add(exact.sub_(rows), delta.copy_(new[i : i + step]).sub_(rows), rows)
+        if rounds:
+            part.copy_(exact)
+        tally.add(exact, part, rows)
     return out, tally.report()

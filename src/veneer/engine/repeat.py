@@ -37,7 +37,10 @@ class Repeat:
     @staticmethod
     def of(layer: AdaptedLayer, choice: Choice) -> Repeat | None:
         """After a call of the layer; None if the next one has to ask everything anew."""
-        site = layer.site
+        acting = [a for n in choice.names or () if (a := layer.attached.get(n)) is not None]
+        if len(acting) != 1 or (kept := acting[0].kept) is None or not isinstance(kept.change, Change):
+            return None
+        (a,), site = acting, layer.site
         if (
             type(site) is not LinearSite
             or site.own_forward
@@ -45,18 +48,14 @@ class Repeat:
             or choice.rows is not None
             or choice.facts
             or not choice.enabled
+            or not site.codec.plain
         ):
             return None
-        acting = [a for n in choice.names or () if (a := layer.attached.get(n)) is not None]
         base: Any = layer._modules["base_layer"]
-        if len(acting) != 1 or acting[0].kept is None or type(acting[0].kept.change) is not Change or not site.codec.plain:
-            return None
         weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
         if type(weight) is not nn.Parameter or type(bias) not in (nn.Parameter, type(None)) or "bias" in base.__dict__:
             return None
-        (a,) = acting
-        assert a.kept is not None and isinstance(a.kept.change, Change)
-        return Repeat(choice, a, a.kept, (a.kept.change, a.config.stacking), base, weight, bias)
+        return Repeat(choice, a, kept, (kept.change, a.config.stacking), base, weight, bias)
 
     def run(self, layer: AdaptedLayer, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         """The layer's output, or None if anything is not as it was."""

@@ -7,7 +7,6 @@ leave no trace in them.
 from __future__ import annotations
 
 import itertools
-import re
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -16,9 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import ConfigError, NoMatchingPeftModuleError, PeftError, PeftWarning, hint
-from ..method import ending
+from ..errors import ConfigError, NoMatchingPeftModuleError, PeftError, PeftWarning
 from ..sites import supported
+from ..types import name_of
 from .defaults import (
     DUMMY_TARGET_MODULES,
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
@@ -29,13 +28,15 @@ from .defaults import (
     TASK_HEADS,
     table_targets,
 )
+from .names import check_pattern, did_you_mean, layer_filter, layer_of, listed, match, minimal_targets, spelled, suffixes
+from .tree import Place, join, owner, places, through
+
+__all__ = ["Coverage", "Place", "Selection", "check_pattern", "match", "minimal_targets", "places", "select", "suffixes"]
 
 Supports = Callable[[nn.Module], object]
 
-_TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _EXCLUDED = "excluded by exclude_modules"
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-_NUMBER = re.compile(r"(?:^|(?P<stack>.*?)\.)(?P<index>\d+)(?:\.|$)")
 
 
 @dataclass
@@ -79,125 +80,6 @@ class Selection:
     coverage: dict[str, Coverage] = field(default_factory=dict)
 
 
-# ---------------------------------------------------------------- names
-
-
-def suffixes(name: str) -> Iterator[str]:
-    """`a.b.c` -> `a.b.c`, `b.c`, `c`."""
-    yield name
-    while "." in name:
-        name = name.partition(".")[2]
-        yield name
-
-
-def match(names: Iterable[str], spec: str | Collection[str]) -> list[str]:
-    """The names that a spec hits, in order.
-
-    Args:
-        names: module names.
-        spec: a list: hits every name that is one of its entries or ends in `.` + entry. A str: a regular expression
-            for the whole name.
-    """
-    if isinstance(spec, str):
-        return [n for n in names if re.fullmatch(spec, n)]
-    entries = set(spec)
-    return [n for n in names if not entries.isdisjoint(suffixes(n))]
-
-
-def check_pattern(field_name: str, pattern: Mapping[str, Any] | None, names: Collection[str]) -> None:
-    """Raise ConfigError for the keys of a `rank_pattern` and the like that fit none of the adapted `names`."""
-    dead = [k for k in pattern or {} if not any(ending(k).match(n) for n in names)]
-    if dead:
-        raise ConfigError(
-            f"{field_name}: {_listed(dead)} fits none of the {len(names)} adapted modules, so it would do nothing."
-            f"{_did_you_mean(dead[0], names)} Keys are names, ends of names or regular expressions for them."
-        )
-
-
-def minimal_targets(hit_names: Iterable[str], other_names: Iterable[str]) -> list[str]:
-    """The shortest ends of names that hit every name in `hit_names` and none in `other_names`, sorted.
-
-    A name that is itself the end of another one stays whole, although it hits the other one too.
-    """
-    taken = {s for name in other_names for s in suffixes(name)}
-    return sorted({next((s for s in reversed(list(suffixes(name))) if s not in taken), name) for name in hit_names})
-
-
-# ---------------------------------------------------------------- the model
-
-
-@dataclass(eq=False)
-class Place:
-    """A module and where it hangs."""
-
-    path: str
-    name: str
-    module: nn.Module  # what hangs there: the module itself, or the adapted layer or saving wrapper around it
-    base: nn.Module  # the module itself
-    attention: Place | None = None  # the MultiheadAttention whose out_proj this is
-    other: dict[str, str] = field(default_factory=dict)  # path -> name of the other places it hangs in
-
-    @property
-    def all_names(self) -> list[str]:
-        return [self.name, *self.other.values()]
-
-    @property
-    def last(self) -> str:
-        return self.name.rpartition(".")[2]
-
-    @property
-    def saved(self) -> bool:
-        """Whether another adapter has a trained copy of it (modules_to_save)."""
-        return "original_module" in self.module._modules and "modules_to_save" in self.module._modules
-
-    @property
-    def adapted(self) -> bool:
-        return self.module is not self.base and not self.saved
-
-
-def places(model: nn.Module) -> list[Place]:
-    """Every module below the root once, in the order of named_modules, without what adapters and wrappers added."""
-    found: list[Place] = []
-    seen: dict[int, Place] = {}
-
-    def visit(module: nn.Module, path: str, name: str, parent: Place | None) -> None:
-        path, module = _through(module, path)
-        if id(module) in seen:
-            seen[id(module)].other[path] = name
-            return
-        place = Place(path, name, module, module)
-        seen[id(module)] = place
-        if parent is not None:
-            found.append(place)
-            place.attention = parent if isinstance(parent.base, nn.MultiheadAttention) else None
-        if place.saved:
-            place.base = module.get_submodule("original_module")
-            return
-        while "base_layer" in module._modules and hasattr(module, "adapter_slots"):
-            path, module = _through(module.get_submodule("base_layer"), _join(path, "base_layer"))
-        place.base = module
-        for key, child in module._modules.items():
-            if child is not None:
-                visit(child, _join(path, key), _join(name, key), place)
-
-    visit(model, "", "", None)
-    return found
-
-
-def _through(module: nn.Module, path: str) -> tuple[str, nn.Module]:
-    """Past the wrappers that stand for the one module inside them."""
-    while True:
-        keys = (*_TRANSPARENT, "token_adapter") if hasattr(module, "adapter_slots") else _TRANSPARENT
-        key = next((k for k in keys if k in module._modules), None)
-        if key is None:
-            return path, module
-        path, module = _join(path, key), module.get_submodule(key)
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
-
-
 def _model_type(model: nn.Module) -> str | None:
     config = getattr(model, "config", None)
     found = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
@@ -208,9 +90,6 @@ def _from_transformers(module: nn.Module, file: str, name: str) -> bool:
     """Whether a module is of a class of transformers, without importing it."""
     cls = getattr(sys.modules.get(f"transformers.{file}"), name, None)
     return isinstance(cls, type) and isinstance(module, cls)
-
-
-# ---------------------------------------------------------------- selecting
 
 
 def select(
@@ -259,7 +138,7 @@ class _Search:
     """One run of `select`."""
 
     def __init__(self, model: nn.Module, config: Any, supports: Supports, strict: bool) -> None:
-        self.model, self.config, self.supports, self.strict = _through(model, "")[1], config, supports, strict
+        self.model, self.config, self.supports, self.strict = through(model, "")[1], config, supports, strict
         self.places = places(model)
         self.adapted = [p for p in self.places if p.adapted]
         self.names = [n for p in self.places for n in p.all_names]
@@ -284,7 +163,7 @@ class _Search:
 
     def take_to_save(self) -> None:
         entries = list(self.field("modules_to_save") or ())
-        automatic = TASK_HEADS.get(str(getattr(self.config.task_type, "value", self.config.task_type)), ())
+        automatic = TASK_HEADS.get(name_of(self.config.task_type), ())
         found: set[str] = set()
         for place in self.places:
             # as in PEFT, no dot has to stand before the entry: `classifier` also means `pre_classifier` (DistilBERT)
@@ -297,8 +176,8 @@ class _Search:
         missing = [e for e in entries if e not in found and e not in automatic]
         if missing and self.strict:
             raise NoMatchingPeftModuleError(
-                f"modules_to_save: {_listed(missing)} matches no module of the model, so nothing is trained there."
-                f"{_did_you_mean(missing[0], self.names)}"
+                f"modules_to_save: {listed(missing)} matches no module of the model, so nothing is trained there."
+                f"{did_you_mean(missing[0], self.names)}"
             )
         self.result.unmatched += missing
         if set(automatic) & set(entries) and not found and self.strict:
@@ -318,7 +197,7 @@ class _Search:
 
     def is_saved(self, names: Iterable[str]) -> bool:
         """Whether these names are of, or inside, a module of `to_save`."""
-        return any(part in self.saved for n in names for part in itertools.accumulate(n.split("."), _join))
+        return any(part in self.saved for n in names for part in itertools.accumulate(n.split("."), join))
 
     def exclusions(self) -> Callable[[Place], str | None]:
         """A function that tells why a place is left out, or None."""
@@ -328,7 +207,7 @@ class _Search:
         dead = sorted({spec} - reached if isinstance(spec, str) else set(spec) - reached)
         if dead and self.strict:
             _warn(
-                f"exclude_modules: {_listed(dead)} matches no module of the model: it excludes nothing.{_did_you_mean(dead[0], self.names)}"
+                f"exclude_modules: {listed(dead)} matches no module of the model: it excludes nothing.{did_you_mean(dead[0], self.names)}"
             )
 
         def why(place: Place) -> str | None:
@@ -372,7 +251,7 @@ class _Search:
         default, model_type = self.field("default_targets"), _model_type(self.model)
         found = default(self.model) if default is not None else None
         if found is None and model_type is not None:
-            found = table_targets(str(getattr(self.config.peft_type, "value", self.config.peft_type)), model_type)
+            found = table_targets(name_of(self.config.peft_type), model_type)
         if found is not None:
             return found, False
         if self.field("target_parameters"):
@@ -388,7 +267,7 @@ class _Search:
         if isinstance(spec, str):
             yield from ((p, [p.last]) for p in self.places if match(p.all_names, spec))
             return
-        entries, in_layers = set(spec), self.layer_filter()
+        entries, in_layers = set(spec), layer_filter(self.config, self.names, self.strict)
         for place in self.places:
             # an entry that is a whole name counts whatever its layer
             hit = {s for n in place.all_names for s in suffixes(n) if s in entries and (s == n or in_layers(n))}
@@ -401,7 +280,7 @@ class _Search:
         if _from_transformers(self.model, "modeling_utils", "PreTrainedModel"):
             output = self.model.get_output_embeddings()  # type: ignore[operator]
             if output is not None:
-                output = _through(output, "")[1]
+                output = through(output, "")[1]
                 heads = [p for p in self.places if output in (p.module, p.base)]
             elif self.config.task_type == "SEQ_CLS":
                 heads = [p for p in self.places if p.last in SEQ_CLS_HEAD_NAMES]
@@ -413,30 +292,6 @@ class _Search:
                     self.result.skipped[place.name] = "it is the output layer"
                 else:
                     yield place, [place.last]
-
-    def layer_filter(self) -> Callable[[str], bool]:
-        wanted, patterns = self.field("layers_to_transform"), self.field("layers_pattern")
-        if wanted is None or wanted == []:
-            return lambda name: True
-        numbers = {wanted} if isinstance(wanted, int) else set(wanted)
-        stacks = [patterns] if isinstance(patterns, str) else list(patterns or ())
-        blocks = "block" in (self.field("kinds") or ())  # then the number may be the end of a name
-        rules = [re.compile(rf"(?:^|.*?\.){p}\.(\d+){'(?:[.]|$)' if blocks else '[.]'}") for p in stacks if p]
-
-        def layer(name: str) -> int | None:
-            if not rules:  # as in PEFT, two names have to stand before the number
-                parts = name.split(".")[2 : None if blocks else -1]
-                return next((int(part) for part in parts if part.isdecimal()), None)
-            found = next((m for m in (r.match(name) for r in rules) if m), None)
-            return int(found[1]) if found else None
-
-        there = {n for n in map(layer, self.names) if n is not None}
-        if self.strict and numbers & there and numbers - there:
-            raise ConfigError(
-                f"layers_to_transform: the model has no layers {sorted(numbers - there)}, so nothing there would be "
-                f"trained. It has the layers {min(there)} to {max(there)}."
-            )
-        return lambda name: layer(name) in numbers
 
     def unfit(self, place: Place, explicit: bool) -> str | None:
         """Why a target cannot be adapted, or None. For targets that the user has named, an error."""
@@ -453,7 +308,7 @@ class _Search:
             cause = (
                 f"{type(self.config).__name__} cannot adapt a {type(place.base).__name__}"
                 + (f", only modules of the kinds {kinds}" if kinds else "")
-                + (f"; in it there are {_listed(inside)}" if inside else "")
+                + (f"; in it there are {listed(inside)}" if inside else "")
             )
         if cause is None or not explicit:
             return cause
@@ -483,14 +338,8 @@ class _Search:
         # feedforward_modules (IA3) refers to the targets by the same names once more
         short = len(names) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION and not hasattr(self.config, "feedforward_modules")
         if all_linear or (short and self.strict and self.field("layers_to_transform") is None):
-            return self.spelled(set(matched), short)
+            return spelled(set(matched), self.names, short)
         return names
-
-    def spelled(self, names: set[str], short: bool) -> set[str] | str:
-        """Targets for just these names: names or their ends, or a regular expression where a name is another's end."""
-        others = [n for n in self.names if n not in names]
-        spec = set(minimal_targets(names, others)) if short else names
-        return "|".join(map(re.escape, sorted(names))) if match(others, spec) else spec
 
     # ------------------------------------------------ the keys of an adapter, instead of targets
 
@@ -499,7 +348,7 @@ class _Search:
         prefix = self.field("prefix") or ""
         found: set[Place] = set()
         for key in state_dict:
-            name, rest = _owner(key, by_name)
+            name, rest = owner(key, by_name)
             if name and rest and rest[0].startswith(prefix) and not _has_tensor(by_name[name].base, rest[0]):
                 found.add(by_name[name])
         for place in self.places:
@@ -511,8 +360,8 @@ class _Search:
         if not self.result.modules and not self.field("target_parameters"):
             raise NoMatchingPeftModuleError(
                 f"No key of the state_dict belongs to a module of the model. It has {len(state_dict)} keys, such as "
-                f"{_listed(list(state_dict)[:3])}; the model's modules have names such as "
-                f"{_listed(self.adaptable()[:3])}."
+                f"{listed(list(state_dict)[:3])}; the model's modules have names such as "
+                f"{listed(self.adaptable()[:3])}."
             )
         try:
             planned = select(self.model, self.config, supports=self.supports, strict=False)
@@ -522,13 +371,13 @@ class _Search:
             self.result.resolved_targets = planned.resolved_targets
             return
         got = {self.result.names[p] for p in self.result.modules}
-        self.result.resolved_targets = self.spelled(got, len(got) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION)
+        self.result.resolved_targets = spelled(got, self.names, len(got) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION)
         if planned is not None or self.field("target_modules") is not None:
             wanted = {planned.names[p] for p in planned.modules} if planned is not None else set()
             _warn(
                 "The config and the state_dict differ; the modules are those of the state_dict."
-                + (f" Only the config has {_listed(wanted - got)}." if wanted - got else "")
-                + (f" Only the state_dict has {_listed(got - wanted)}." if got - wanted else "")
+                + (f" Only the config has {listed(wanted - got)}." if wanted - got else "")
+                + (f" Only the state_dict has {listed(got - wanted)}." if got - wanted else "")
             )
 
     # ------------------------------------------------ target_parameters
@@ -538,7 +387,7 @@ class _Search:
         reached: set[str] = set()
         taken: dict[str, Place] = {}
         for place in self.places if entries else ():
-            for key in _parameters(place):
+            for key in place.parameters:
                 hit = {s for n in place.all_names for s in suffixes(f"{n}.{key}") if s in entries}
                 reached |= hit
                 if hit and (place.saved or self.is_saved(place.all_names)):
@@ -554,7 +403,7 @@ class _Search:
         missing = sorted(entries - reached)
         if missing and self.strict and (taken or self.result.modules):
             raise NoMatchingPeftModuleError(
-                f"target_parameters: {_listed(missing)} matches no parameter of the model, so nothing there would be "
+                f"target_parameters: {listed(missing)} matches no parameter of the model, so nothing there would be "
                 f"trained.{self.parameter_hint(missing[0])}"
             )
         self.result.unmatched += missing
@@ -568,10 +417,10 @@ class _Search:
         if self.strict and self.result.unmatched:
             missing, layers = self.result.unmatched, self.field("layers_to_transform")
             elsewhere = [e for e in missing if layers is not None and match(self.names, [e])]
-            why = f" {_listed(elsewhere)} is in none of the layers {layers} (layers_to_transform): give its whole name."
+            why = f" {listed(elsewhere)} is in none of the layers {layers} (layers_to_transform): give its whole name."
             raise NoMatchingPeftModuleError(
-                f"target_modules: {_listed(missing)} matches no module of the model, so nothing there would be trained."
-                f"{why if elsewhere else ''}{_did_you_mean(missing[0], self.names)} Correct or remove it. "
+                f"target_modules: {listed(missing)} matches no module of the model, so nothing there would be trained."
+                f"{why if elsewhere else ''}{did_you_mean(missing[0], self.names)} Correct or remove it. "
                 f"{self.could_be()}"
             )
         if self.strict:
@@ -581,10 +430,10 @@ class _Search:
                 wishes = {k: v for k, v in (self.field(name) or {}).items() if isinstance(v, (int, float))}
                 check_pattern(name, wishes, names)
         stacks: dict[str, set[str]] = {}
-        for stack, index in filter(None, map(_layer, self.names)):
+        for stack, index in filter(None, map(layer_of, self.names)):
             stacks.setdefault(stack, set()).add(index)
         for entry, hits in self.hits.items():
-            layers_hit = {x for x in (_layer(p.name) for p in hits) if x}
+            layers_hit = {x for x in (layer_of(p.name) for p in hits) if x}
             there = sum(len(stacks[s]) for s in {s for s, _ in layers_hit})
             self.result.coverage[entry] = Coverage(len(hits), len(layers_hit), there)
 
@@ -592,8 +441,8 @@ class _Search:
         """Why nothing at all is hit."""
         spec, layers = self.field("target_modules"), self.field("layers_to_transform")
         if self.result.skipped and set(self.result.unmatched) != ({spec} if isinstance(spec, str) else set(spec or ())):
-            left_out = _listed([f"{n}: {why}" for n, why in self.result.skipped.items()], quoted=False)
-            also = f" {_listed(self.result.unmatched)} matches nothing." if self.result.unmatched else ""
+            left_out = listed([f"{n}: {why}" for n, why in self.result.skipped.items()], quoted=False)
+            also = f" {listed(self.result.unmatched)} matches nothing." if self.result.unmatched else ""
             return (
                 f"No modules were targeted for adaptation: all that the targets hit is left out ({left_out}).{also} "
                 "Change target_modules, exclude_modules or modules_to_save."
@@ -601,7 +450,7 @@ class _Search:
         if not spec:
             guess = self.parameter_hint(self.result.unmatched[0]) if self.result.unmatched else ""
             return f"No `target_modules` passed but also no `target_parameters` found.{guess} {self.could_be()}"
-        text = f"Target modules {spec if isinstance(spec, str) else _listed(set(spec))} not found in the base model."
+        text = f"Target modules {spec if isinstance(spec, str) else listed(set(spec))} not found in the base model."
         if layers is not None:
             text += f" Only the layers {layers} count (layers_to_transform)"
             rule = "; without `layers_pattern`, two names have to stand before a layer's number."
@@ -609,7 +458,7 @@ class _Search:
         if self.result.unmatched and isinstance(spec, str):
             text += " A str is a regular expression for the whole name; for the ends of names, give a list"
             text += f": {[spec]}." if match(self.names, [spec]) else "."
-        return f"{text}{_did_you_mean(spec if isinstance(spec, str) else min(spec), self.names)} {self.could_be()}"
+        return f"{text}{did_you_mean(spec if isinstance(spec, str) else min(spec), self.names)} {self.could_be()}"
 
     def adaptable(self) -> list[str]:
         return [p.name for p in self.places if not p.saved and self.bypassed(p) is None and self.supports(p.base)]
@@ -620,58 +469,16 @@ class _Search:
             return "The model itself could be adapted, but not as the top module: put it into an nn.Sequential."
         if not ends:
             return "No module of the model can be adapted by this method."
-        return f"Modules that can be adapted are called {_listed(ends)}."
+        return f"Modules that can be adapted are called {listed(ends)}."
 
     def parameter_hint(self, entry: str) -> str:
-        guess = _did_you_mean(entry, [f"{p.name}.{k}" for p in self.places for k in _parameters(p)])
+        guess = did_you_mean(entry, [f"{p.name}.{k}" for p in self.places for k in p.parameters])
         return f"{guess} Entries are names of parameters or their ends, such as 'experts.down_proj'."
-
-
-# ---------------------------------------------------------------- small things
-
-
-def _owner(key: str, names: Collection[str]) -> tuple[str, list[str]]:
-    """The module that a key of an adapter's file belongs to, and the rest of the key."""
-    parts = key.split(".")
-    if parts[:2] == ["base_model", "model"] and "base_model" not in names:
-        parts = parts[2:]
-    name = ""
-    for i, part in enumerate(parts):
-        longer = _join(name, part)
-        if longer in names:
-            name = longer
-        elif part not in (*_TRANSPARENT, "module", "base_layer"):
-            return name, parts[i:]
-    return name, []
-
-
-def _parameters(place: Place) -> list[str]:
-    return [k for k, p in place.base._parameters.items() if p is not None]
 
 
 def _has_tensor(module: nn.Module, name: str) -> bool:
     return name in module._parameters or name in module._buffers
 
 
-def _layer(name: str) -> tuple[str, str] | None:
-    """`model.layers.3.mlp` -> (`model.layers`, `3`)."""
-    m = _NUMBER.match(name)
-    return (m["stack"] or "", m["index"]) if m else None
-
-
 def _warn(text: str) -> None:
     warnings.warn(text, PeftWarning, stacklevel=2)
-
-
-def _listed(items: Iterable[str], quoted: bool = True, most: int = 12) -> str:
-    """`'a', 'b' and 3 more`; sets in sorted order."""
-    every = sorted(items) if isinstance(items, (set, frozenset)) else list(items)
-    shown = ", ".join(repr(i) if quoted else i for i in every[:most])
-    return f"{shown} and {len(every) - most} more" if len(every) > most else shown
-
-
-def _did_you_mean(name: str, names: Iterable[str]) -> str:
-    """A hint with the nearest end of a name that has as many parts as `name`."""
-    parts = name.count(".") + 1
-    ends = dict.fromkeys(".".join(n.split(".")[-parts:]) for n in names)
-    return "" if name in ends else hint(name, ends)

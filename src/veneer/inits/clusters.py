@@ -40,3 +40,16 @@ def main_directions(rows: Tensor, rank: int, threshold: float = 0.0) -> Tensor:
         rank = max(1, min(rank, int((s.square() > threshold * s[0].square()).sum())))
     directions: Tensor = v[:rank]
     return directions
+
+
+def starting_directions(u: Tensor, rows: Tensor, counts: list[int], rank: int, threshold: float) -> tuple[Tensor, list[int]]:
+    """(the main directions of each cluster (clusters, rank, r), zero beyond its own rank; these ranks)."""
+    a, ranks = u.new_zeros(len(counts), rank, u.shape[1]), []
+    for part, main in zip(rows.split(counts), a, strict=True):
+        own = min(len(part), rank) or 1
+        if len(part):
+            directions = main_directions(u[part.to(u.device)], own, threshold)
+            own = len(directions)
+            main[:own] = directions
+        ranks.append(own)
+    return a, ranks

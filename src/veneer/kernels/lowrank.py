@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import reference
+from .dropout import masked, new_seed, survivors
 from .packed import Packed, product
 
 _FEW = 8  # rows
@@ -69,7 +70,7 @@ def _run(
     seed: int | None,
 ) -> Tensor:
     if dropout > 0 and seed is None:
-        seed = 0 if isinstance(x, FakeTensor) else int(torch.randint(0, 2**62, ()))  # shapes alone hold no number to draw
+        seed = new_seed(x)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b, a, up, gain)):
         out: Tensor = _LowRankLinear.apply(x, w, b, a, up, scale, dropout, gain, seed or 0)  # type: ignore[no-untyped-call]
         return out
@@ -88,20 +89,6 @@ def _few(x: Tensor, w: Tensor | Packed, b: Tensor | None, a: Tensor, up: Tensor,
     return y
 
 
-def _kept(x: Tensor, rate: float, seed: int) -> Tensor:
-    """Which entries of x survive, as 0 and 1 in its dtype, each by a 16-bit number of its own. Drawing is what dropout costs, so of the numbers there are
-    half as many, at the even bytes of what is drawn and at the odd ones: an entry's low byte is the high byte of one half a tensor away, and
-    matters to it in one case of 256."""
-    half = (x.numel() + 1) // 2
-    generator = torch.Generator(x.device).manual_seed(seed)
-    numbers = torch.empty(half // 4 + 1, dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=generator)
-    drawn, least = numbers.view(torch.uint8), round(rate * 65536) - 32768
-    out = torch.empty(2, half, dtype=x.dtype, device=x.device)
-    torch.ge(drawn.view(torch.int16)[:half], least, out=out[0])
-    torch.ge(drawn[1 : 2 * half + 1].clone().view(torch.int16), least, out=out[1])
-    return out.view(-1)[: x.numel()].view(x.shape)
-
-
 def _forward(
     x: Tensor, w: Tensor | Packed, b: Tensor | None, a: Tensor, up: Tensor, scale: float, rate: float, gain: Tensor | None, seed: int,
     trains: bool = False,
@@ -110,7 +97,7 @@ def _forward(
     a, up = a.to(x.dtype), up.to(x.dtype)
     if isinstance(w, Tensor) and rate == 0 and gain is None and _wide(len(rows), a, up, trains):
         return _times(rows, w, b, (up @ a).mul_(scale)).view(*x.shape[:-1], up.shape[0]), None, None
-    h = (rows if rate == 0 else rows * _kept(rows, rate, seed)) @ a.mT
+    h = (rows if rate == 0 else masked(rows, survivors(rows, rate, seed))) @ a.mT
     u = product(rows, w, b if gain is None else None).addmm_(h, up.mT, alpha=scale / (1 - rate))
     if gain is None:
         return u.view(*x.shape[:-1], u.shape[-1]), h, None
@@ -178,14 +165,16 @@ class _LowRankLinear(torch.autograd.Function):
         da = dx = None
         if need_a or need_x:
             dh = (dy @ up.to(dy.dtype)).mul_(scale)
-            kept = _kept(rows, ctx.rate, ctx.seed) if ctx.rate > 0 else None
-            if need_a:
-                da = (dh.mT @ (rows if kept is None else rows * kept)).to(a.dtype)
+            kept = survivors(rows, ctx.rate, ctx.seed) if ctx.rate > 0 else None
             if need_x:
                 dx = dy @ (w if ctx.packed is None else ctx.packed.whole(dy.dtype))
                 if kept is None:
                     dx.addmm_(dh, a.to(dy.dtype))
                 else:
-                    dx.addcmul_(dh @ a.to(dy.dtype), kept)
+                    through = dh @ a.to(dy.dtype)
+                    through.view(kept.dtype).mul_(kept)
+                    dx.add_(through)
                 dx = dx.view(x.shape)
+            if need_a:
+                da = (dh.mT @ (rows if kept is None else masked(rows, kept))).to(a.dtype)
         return dx, None, db, da, dup, None, None, dgain, None

@@ -85,7 +85,7 @@ class _SparseLeft(torch.autograd.Function):
     def forward(ctx: Any, index: Tensor, values: Tensor, shape: Shape, z: Tensor) -> Tensor:
         ctx.save_for_backward(index, values, z)
         ctx.shape = shape
-        return _left(z, index // shape[1], index % shape[1], values, shape)
+        return _left(z, *_rows_and_columns(index, shape), values, shape)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -93,7 +93,8 @@ class _SparseLeft(torch.autograd.Function):
         index, values, z = ctx.saved_tensors
         n, m = ctx.shape
         dvalues = _at(grad.T, z.T, index, ctx.shape).to(values.dtype) if ctx.needs_input_grad[1] else None
-        dz = _left(grad, index % m, index // m, values, (m, n)) if ctx.needs_input_grad[3] else None
+        i, j = _rows_and_columns(index, ctx.shape)
+        dz = _left(grad, j, i, values, (m, n)) if ctx.needs_input_grad[3] else None
         return None, dvalues, None, dz
 
 
@@ -135,8 +136,16 @@ def _no_word_of_beta() -> None:
         _rows_of(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(1), (1, 1))
 
 
+def _rows_and_columns(index: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+    return index // shape[1], index % shape[1]
+
+
+def _at_least_32(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in _LOW else dtype
+
+
 def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in _LOW else x
+    return x.to(_at_least_32(x.dtype))
 
 
 def _columns(x: Tensor) -> Tensor:
@@ -151,7 +160,7 @@ def _order(at: Tensor) -> Tensor | None:
 
 def _times(x: Tensor, index: Tensor, values: Tensor, shape: Shape, transposed: bool = False) -> Tensor:
     """x Dᵀ (or x D), in the dtype of x."""
-    i, j = index // shape[1], index % shape[1]
+    i, j = _rows_and_columns(index, shape)
     (n, m), (i, j) = (shape[::-1], (j, i)) if transposed else (shape, (i, j))
     if not _thin(x, index, shape):
         return _left(x.T, i, j, values, (n, m)).T
@@ -176,18 +185,18 @@ def _compressed(i: Tensor, j: Tensor, values: Tensor, shape: Shape, dtype: torch
     """D as torch's matrix of compressed rows, to be multiplied with numbers of this dtype made at least 32 bits wide."""
     if (order := _order(i * shape[1] + j)) is not None:
         i, j, values = i[order], j[order], values[order]
-    return _rows_of(i, j, values.to(torch.float32 if dtype in _LOW else dtype), shape)
+    return _rows_of(i, j, values.to(_at_least_32(dtype)), shape)
 
 
 def _at(dy: Tensor, x: Tensor, index: Tensor, shape: Shape) -> Tensor:
     """The entries of dyᵀ x at these positions, (k,)."""
-    i, j = index // shape[1], index % shape[1]
+    i, j = _rows_and_columns(index, shape)
     if _few(x):
         return (_wide(dy)[:, i] * _wide(x)[:, j]).sum(0)
     if _thin(x, index, shape):
         if (order := _order(index)) is not None:
             i, j = i[order], j[order]
-        sums = _rows_of(i, j, _wide(x).new_zeros(len(index)), shape)
+        sums = _rows_of(i, j, x.new_zeros(len(index), dtype=_at_least_32(x.dtype)), shape)
         for left, right in zip(dy.split(_PART), x.split(_PART), strict=True):
             sums = torch.sparse.sampled_addmm(sums, _columns(left), _columns(right).T)
         some = sums.values()

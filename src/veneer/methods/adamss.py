@@ -1,4 +1,4 @@
-"""AdaMSS: the rows of the weight in clusters, each with a small change of its own. Long, since it finds the clusters and lets them compete."""
+"""AdaMSS: the rows of the weight in clusters, each with a small change of its own. Long, since clusters compete, and files may not tell them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..change import Change
 from ..errors import ConfigError, LoadError
 from ..inits.base import wide
-from ..inits.clusters import clusters, main_directions, principal
+from ..inits.clusters import clusters, principal, starting_directions
 from ..method import Leaf
 from ..ops import LowRank
 from ..schedules import Allocating, Importance
@@ -94,20 +94,13 @@ class AdamssConfig(Allocating, peft_type="ADAMSS"):
         }
 
     def start(self, site: Any, *, only_frozen: bool = False) -> Mapping[str, Tensor]:
-        k, q, r, _ = self._sizes(site)
+        k, q, _, _ = self._sizes(site)
         live = torch.ones(k, dtype=torch.bool)
         if only_frozen:
             return {"adamss_rows": torch.full((site.n_out,), -1), "adamss_live": live}  # to be found again, unless the file knows
         u, v = self._principal(site)
         rows, counts = clusters(u, k)
-        a, ranks = u.new_zeros(k, q, r), []
-        for c, part in enumerate(rows.split(counts)):
-            rank, main = min(len(part), q) or 1, a[c]
-            if len(part):
-                directions = main_directions(u[part.to(u.device)], rank, self.svd_threshold if self.use_dynamic_rank else 0.0)
-                rank = len(directions)
-                main[:rank] = directions
-            ranks.append(rank)
+        a, ranks = starting_directions(u, rows, counts, q, self.svd_threshold if self.use_dynamic_rank else 0.0)
         b = torch.randn_like(u[:, :q]) * 0.01 if self.init_weights is None else torch.zeros_like(u[:, :q])
         sizes = torch.tensor([counts, ranks]).T
         return {"adamss_A": a, "adamss_B": b, "adamss_newB": v, "adamss_sizes": sizes, "adamss_rows": rows, "adamss_live": live}

@@ -65,8 +65,8 @@ class PveraConfig(Targeted, peft_type="PVERA"):
             drawn: Tensor = mean + (0.5 * log_variance).exp() * self._noise(mean, site)
             return drawn
 
-        up = b.unsqueeze(1) * p.pvera_B[: site.n_out].to(b.dtype)
-        return Change(add=Between(up, p.pvera_A[:, : site.n_in], draw, site.scaling, site.dropout, whole=mean_of))
+        up, _ = mean_of.factors()
+        return Change(add=Between(b.unsqueeze(1) * up, p.pvera_A[:, : site.n_in], draw, site.scaling, site.dropout, whole=mean_of))
 
     def _noise(self, like: Tensor, site: Any) -> Tensor:
         if self.generator_seed is None:

@@ -13,6 +13,7 @@ from ..change import Change
 from ..errors import ConfigError
 from ..method import Leaf, Targeted
 from ..ops import Pairs
+from ..types import name_of
 
 _SHARE = {"road_1": 0.5, "road_2": 1.0, "road_4": 2.0}  # parameters per output
 
@@ -32,7 +33,7 @@ class RoadConfig(Targeted, peft_type="ROAD"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.variant = str(getattr(self.variant, "value", self.variant))
+        self.variant = name_of(self.variant)
         if self.variant not in _SHARE:
             raise ConfigError(f"`variant` is one of {sorted(_SHARE)}, got {self.variant!r}.")
         if self.group_size <= 0 or self.group_size % 2:

@@ -1,6 +1,6 @@
 """X-LoRA: a small classifier reads the base's last hidden state and says, token by token, how much of each LoRA adapter acts.
 
-Longer than other methods: it loads adapters, runs the model twice, and reads files that are not whole.
+Longer than other methods: it loads adapters, runs the model twice, gates each token, and offers what PEFT's model does.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ..change import Change
-from ..errors import ConfigError, LoadError, PeftWarning, RouteError, SaveError
+from ..errors import ConfigError, PeftWarning, RouteError
 from ..method import Leaf, Method, of_acting
 from ..ops import LowRank, Sum, gated, per_token
 from ..routes.classifier import Classifier
 from ..routes.experts import Kept, kept, plain, stacked
 from ..routes.passes import last_hidden_state
 from ..routes.scalings import Scalings
+from ..routes.unfilled import Unfilled
 
 CLASSIFIER = "internal_xlora_classifier"
 _PLAIN = (None, "dynamic", "dynamic_full")
@@ -84,7 +85,7 @@ class XLoraConfig(Method, peft_type="XLORA"):
         if self.adapters and all(n.isdecimal() for n in self.adapters):  # PEFT's; its files put 10 before 2
             self.adapters = dict(sorted(self.adapters.items(), key=lambda item: int(item[0])))
         self.scalings = Scalings()
-        self._unfilled: list[str] = []
+        self._unfilled = Unfilled()
         self._layers = 0
         if self.xlora_depth < 1 or self.xlora_size < 1 or self.softmax_temperature <= 0 or not 0 <= self.xlora_dropout_p < 1:
             raise ConfigError(
@@ -164,7 +165,7 @@ class XLoraConfig(Method, peft_type="XLORA"):
             raise RouteError(
                 f"The adapter {call.adapter!r} mixes {gone}, which the model has no more. Load them: load_adapter(folder, name)."
             )
-        self._check_filled(places[0])
+        self._unfilled.check_running(places[0])
         for each in call.unseen:
             self._known(each)
         hidden, training = self._hidden(call), places[0].training
@@ -236,34 +237,12 @@ class XLoraConfig(Method, peft_type="XLORA"):
     # ---------------------------------------------------------------- files
 
     def from_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """PEFT leaves out layers whose number is an expert's name; nobody knows their values, so that NaN stands there until somebody says."""
-        start = next((k.partition(CLASSIFIER)[0] for k in tensors if CLASSIFIER in k), None)
         shapes = {n: s for n, s in self._classifier.shapes().items() if n.split(".")[2] in (self.adapters or ())}
-        self._unfilled = [n for n in shapes if start is not None and start + n not in tensors]
-        if self._unfilled:
-            warnings.warn(
-                f"The file lacks a part of X-LoRA's classifier, which PEFT does not save: {', '.join(self._unfilled)}. Fill these parameters in before "
-                "the model runs, or save the adapter again with veneer from where it was trained.",
-                PeftWarning,
-                stacklevel=5,
-            )
-        return {**tensors, **{f"{start}{n}": torch.full(shapes[n], torch.nan) for n in self._unfilled}}
+        return self._unfilled.found(tensors, shapes, CLASSIFIER)
 
     def to_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        if gone := [n for n in self._unfilled for k, t in tensors.items() if k.endswith(n) and bool(t.isnan().any())]:
-            raise SaveError(
-                f"The classifier was loaded from a file of PEFT's that lacks {', '.join(gone)}, and they have not been filled in."
-            )
+        self._unfilled.check_saving(tensors)
         return tensors
-
-    def _check_filled(self, place: Any) -> None:
-        gone = [n for n in self._unfilled if bool(place.tensor(n).isnan().any())]
-        if gone:
-            raise LoadError(
-                f"The adapter {place.adapter!r} was loaded from a file of PEFT's that lacks a part of its classifier: {', '.join(gone)}. Fill these "
-                "parameters in (they are NaN), or load an adapter that was saved whole."
-            )
-        self._unfilled = []
 
     # ---------------------------------------------------------------- what the model offers
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..kernels.dropout import dropped
+
 
 class Geometry(Protocol):
     """How a site turns its input into features: plain rows, sliding windows (convolution) or looked-up rows (embedding).
@@ -52,7 +54,7 @@ class Rows:
         return y
 
     def drop(self, x: Tensor, p: float) -> Tensor:
-        return F.dropout(x, p)
+        return dropped(x, p)
 
 
 def mixed_onto(y: Tensor, h: Tensor, n: Tensor, geo: Geometry) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -50,10 +51,7 @@ class Sum(Op):
         return all(t.lean for t in self.terms)
 
     def dense(self) -> Tensor:
-        first, *rest = [t.dense() for t in self.terms]
-        for m in rest:
-            first = first + m
-        return first
+        return functools.reduce(torch.add, [t.dense() for t in self.terms])
 
     def thin(self) -> tuple[Tensor, Tensor, float] | None:
         parts = [t.thin() for t in self.terms]
@@ -75,7 +73,4 @@ class Sum(Op):
         return y
 
     def left(self, w: Tensor) -> Tensor:
-        first, *rest = [t.left(w) for t in self.terms]
-        for m in rest:
-            first = first + m
-        return first
+        return functools.reduce(torch.add, [t.left(w) for t in self.terms])

@@ -20,17 +20,21 @@ class Diag(Op):
     d: Tensor
     groups: int = 1
 
+    @property
+    def vector(self) -> Tensor:
+        return self.d.flatten()
+
     def dense(self) -> Tensor:
-        return torch.diag(self.d.flatten())
+        return torch.diag(self.vector)
 
     def rows(self, x: Tensor, geo: Geometry) -> Tensor:
-        return geo.unlast(geo.last(x) * self.d.flatten().to(x.dtype))
+        return geo.unlast(geo.last(x) * self.vector.to(x.dtype))
 
     def left(self, w: Tensor) -> Tensor:
-        return self.d.flatten().to(w.dtype).unsqueeze(-1) * w
+        return self.vector.to(w.dtype).unsqueeze(-1) * w
 
     def right(self, w: Tensor) -> Tensor:
         if self.groups > 1:
             parts: Tensor = w.unflatten(0, (self.groups, -1))
             return (parts * self.d.to(w.dtype).view(self.groups, 1, -1)).flatten(0, 1)
-        return w * self.d.flatten().to(w.dtype)
+        return w * self.vector.to(w.dtype)

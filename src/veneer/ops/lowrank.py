@@ -66,7 +66,7 @@ class Vectored(Op):
     scale: float | Tensor = 1.0
     dropout: float = 0.0
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> tuple[Tensor, Tensor]:
         """(U, V), in the dtype of the vectors."""
         n, dtype, up, down = self.outer.shape[0], self.outer.dtype, self.up, self.down
         up = up if up.shape[0] == n else up[:n]
@@ -75,7 +75,7 @@ class Vectored(Op):
 
     def low(self) -> LowRank:
         """M as two factors. Both vectors go into the first: the second stays what it is, and its gradient, a product with all tokens, is not asked for."""
-        up, down = self._factors()
+        up, down = self.factors()
         return LowRank(self.outer.unsqueeze(1) * (up * self.inner), down, self.scale, self.dropout)
 
     def few(self, x: Tensor) -> bool:
@@ -92,7 +92,7 @@ class Vectored(Op):
 
     @property
     def lean(self) -> bool:
-        return self.low().lean
+        return self.inner.shape[0] < min(self.outer.shape[0], self.n_in)
 
     def left(self, w: Tensor) -> Tensor:
         return self.low().left(w)
@@ -103,7 +103,7 @@ class Vectored(Op):
     def rows(self, x: Tensor, geo: Geometry) -> Tensor:
         if not (geo.plain and self.few(x)):
             return self.low().rows(x, geo)
-        up, down = self._factors()  # in the vectors' dtype small products are faster, and no factor is cast
+        up, down = self.factors()  # in the vectors' dtype small products are faster, and no factor is cast
         h = F.linear(x.to(down.dtype), down).mul_(self.inner)
         return F.linear(h if self.scale == 1 else h.mul_(self.scale), up).mul_(self.outer)
 

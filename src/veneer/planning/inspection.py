@@ -21,7 +21,7 @@ from ..checkpoint.load import AdapterFile, load_start, read_adapter, read_safete
 from ..control.spectra import effective_rank, singular_values
 from ..deltas.thin import of_product
 from ..engine.layer import adapted_layers
-from ..engine.select import match
+from ..engine.names import match
 from ..errors import ConfigError, LoadError, PeftError, hint
 from ..method import Method, config_class
 from .problems import Problem, build

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from ..bases import codec_for, stored_bytes
 from ..engine.layer import adapted_layers
-from ..engine.select import places, select
+from ..engine.select import select
+from ..engine.tree import places
 from ..errors import ConfigError, PeftError, PeftWarning
 from ..method import Method
 from ..model import PeftModel
 from ..sites import adaptable
 from ..status import count_parameters
+from ..types import name_of
 from .footprint import Footprint, footprint, held, hollow, without_numbers
 from .problems import Problem, against
 
@@ -178,7 +180,7 @@ def plan(
 
 def _method(config: Any) -> str:
     kind = getattr(config, "peft_type", None)
-    return str(getattr(kind, "value", kind) or "NONE")
+    return name_of(kind or "NONE")
 
 
 def _root(model: Any) -> nn.Module:

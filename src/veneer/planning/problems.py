@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from ..config import PeftConfig
-from ..engine.select import check_pattern, select
+from ..engine.names import check_pattern
+from ..engine.select import select
 from ..errors import ConfigError, PeftError, PeftWarning, hint
 from ..sites import adaptable
 

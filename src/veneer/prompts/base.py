@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..config import PromptLearningConfig
 from ..errors import ConfigError
 from ..method import METHODS
-from ..types import PeftType
+from ..types import PeftType, name_of
 from .shape import read_shape
 
 
@@ -146,7 +146,7 @@ class Prompt(PromptLearningConfig):
         Raises:
             ConfigError: if something stays unknown.
         """
-        found = read_shape(model, self.into, str(getattr(self.task_type, "value", self.task_type)))
+        found = read_shape(model, self.into, name_of(self.task_type))
         for name, value in found.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -175,6 +175,6 @@ def as_enum(kind: Any, value: Any, field: str) -> Any:
         ConfigError: if there is none.
     """
     try:
-        return kind(getattr(value, "value", value).upper())
+        return kind(name_of(value).upper())
     except (ValueError, AttributeError) as e:
         raise ConfigError(f"`{field}` must be one of {', '.join(m.value for m in kind)}, got {value!r}.") from e

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, RouteError, hint
+from ..types import name_of
 from .base import Prompt, PromptModule
 from .prefix import PrefixEncoder, fill_cache_prompt
 
@@ -140,7 +141,7 @@ def initialize_kv_prefix_from_past_key_values(
     if name not in model.peft_config:
         raise RouteError(f"There is no adapter {name!r}; the model has {sorted(model.peft_config)}.{hint(str(name), model.peft_config)}")
     config = model.peft_config[name]
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    kind = name_of(config.peft_type)
     if not isinstance(config, Prompt) or config.into != "cache":
         raise ValueError(f"Adapter {name!r} must be a CARTRIDGE or PREFIX_TUNING adapter (got {kind}).")
     module: CartridgeEncoder | PrefixEncoder = model.prompt_encoder[name]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..types import name_of
 from .base import Prompt, PromptModule
 
 __all__ = ["CPTConfig", "CPTEmbedding"]
@@ -49,7 +50,7 @@ class CPTConfig(Prompt, peft_type="CPT"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if getattr(self.task_type, "value", self.task_type) != "CAUSAL_LM":
+        if name_of(self.task_type) != "CAUSAL_LM":
             raise ConfigError("CPTConfig only supports task_type = CAUSAL_LM.")
         if self.opt_weighted_loss_type not in (None, "none", "decay"):
             raise ConfigError(f"opt_weighted_loss_type must be 'none' or 'decay', got {self.opt_weighted_loss_type!r}.")

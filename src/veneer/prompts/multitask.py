@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, LoadError
+from ..types import name_of
 from .base import Prompt, PromptModule, as_enum
 from .prompt_tuning import check_text, fill, text_ids
 
@@ -135,7 +136,7 @@ def _source(config: MultitaskPromptTuningConfig) -> dict[str, Tensor]:
 
     path = config.prompt_tuning_init_state_dict_path
     if path is None:
-        init = getattr(config.prompt_tuning_init, "value", config.prompt_tuning_init)
+        init = name_of(config.prompt_tuning_init)
         raise ConfigError(f"prompt_tuning_init_state_dict_path needs to be specified with {init} init method")
     if Path(path).is_dir():
         return read_adapter(path).tensors

@@ -14,6 +14,7 @@ from ..engine.holders import Keyed
 from ..engine.route import BASE, Choice, Switch, check_known
 from ..engine.wrapper import adapter_modules
 from ..errors import ConfigError, PeftWarning, RouteError
+from ..types import name_of
 from .base import Prompt, PromptModule
 from .cpt import CPTConfig
 from .feed import Drawn, as_cache, as_tokens, continued, in_decoder, key_values, named, seen
@@ -260,7 +261,7 @@ def _batch(kw: Mapping[str, Any]) -> int:
 def check_checkpointing(model: Any, config: Any, training: bool) -> None:
     """Refuse a prompt in the cache where checkpointed layers would drop it."""
     if config.into == "cache" and training and getattr(model, "is_gradient_checkpointing", False):
-        kind = getattr(config.peft_type, "value", config.peft_type)
+        kind = name_of(config.peft_type)
         raise ConfigError(
             f"{kind} does not work with gradient checkpointing: checkpointed layers take no cache, and the prompt is one. "
             "Switch it off (model.gradient_checkpointing_disable()), or use prompt tuning."

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..change import bias, rows
 from ..engine.substitute import call_with
+from ..kernels.dropout import dropped
 from .base import Changes, Site, filled, hooked
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -49,7 +50,7 @@ class Windows:
         return y.movedim(-1, -1 - len(self.module.kernel_size))
 
     def drop(self, x: Tensor, p: float) -> Tensor:
-        return F.dropout(x, p)
+        return dropped(x, p)
 
 
 def convolve(conv: Any, x: Tensor, kernel: Tensor, b: Tensor | None, groups: int) -> Tensor:

@@ -12,6 +12,7 @@ from ..bases import Stored, codec_for
 from ..change import bias, derived, fused, placed, rows
 from ..engine.substitute import call_with
 from ..kernels.derived import derived_linear
+from ..kernels.dropout import dropped
 from ..kernels.lowrank import lowrank_linear
 from ..kernels.packed import packed_linear
 from ..kernels.rowwise import add_rowwise
@@ -23,7 +24,7 @@ from .parallel import Plan, is_parallel
 
 class LinearGeometry(Rows):
     def drop(self, x: Tensor, p: float) -> Tensor:
-        return F.dropout(x, p)
+        return dropped(x, p)
 
 
 _GEOMETRY = LinearGeometry()

@@ -1,6 +1,7 @@
 """The conformance kit: the laws that every method keeps on every site it claims. `check_method(MyConfig(...))` runs them all."""
 
-from .laws import LAWS, Case, Exempt, cases, check_method, examples, hold, sites_of
+from .case import Case, Exempt, cases, examples, sites_of
+from .laws import LAWS, check_method, hold
 from .packed import packed_sites
 from .sites import SITES
 

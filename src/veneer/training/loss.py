@@ -22,11 +22,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for i in range(0, h.shape[0], _ROWS):
             part, at = h[i : i + _ROWS], labels[i : i + _ROWS].unsqueeze(1)
             logits = nn.functional.linear(part, w, b).float()
-            norm = logits.logsumexp(1, keepdim=True)
-            total += (norm - logits.gather(1, at)).sum()
+            right, most = logits.gather(1, at), logits.amax(1, keepdim=True)
+            p = logits.sub_(most).exp_()  # in place, and once for the loss and its gradient
+            sums = p.sum(1, keepdim=True)
+            total += (sums.log() + most - right).sum()
             if dh is not None:
-                p = logits.sub_(norm).exp_()
-                p.scatter_add_(1, at, torch.full_like(at, -1, dtype=p.dtype))
+                p.div_(sums).scatter_add_(1, at, torch.full_like(at, -1, dtype=p.dtype))
                 torch.mm(p.to(h.dtype), w, out=dh[i : i + _ROWS])
         ctx.save_for_backward(dh)
         return total

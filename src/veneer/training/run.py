@@ -26,6 +26,7 @@ from ..errors import ConfigError
 from ..mapping import get_peft_model
 from ..model import PeftModel
 from ..planning import plan
+from .attention import attend_as_before, attend_by_rows
 from .controls import controls_of, optimizer_of, rate_groups
 from .data import Example, classification_examples, collate, end_to_end, language_examples, pack, read_rows, whole
 from .loss import HeadlessLoss, keeps_rows_apart
@@ -206,6 +207,8 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
     headless = HeadlessLoss.of(prepared.model) if recipe.task == "causal-lm" else None
     pad = _pad(prepared.tokenizer)
     apart = recipe.packing == "rows" and headless is not None and keeps_rows_apart(prepared.model, headless)
+    if apart and headless is not None and attend_by_rows(headless.inner) and not keeps_rows_apart(prepared.model, headless):
+        attend_as_before(headless.inner)
 
     class AdapterTrainer(transformers.Trainer):  # type: ignore[misc]
         tokens = 0  # trained on in this run, without padding; other processes are taken to have as many
