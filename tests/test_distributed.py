@@ -311,6 +311,12 @@ def test_a_state_that_does_not_fit_says_what_is_missing_and_changes_nothing(tmp_
     assert all(torch.equal(t, before[k]) for k, t in get_peft_model_state_dict(other).items())
     with pytest.raises(SaveError, match="no tensors of an adapter"):
         save_state(torch.nn.Linear(2, 2), None, tmp_path / "bare")
+    next(p for p in model.parameters() if p.requires_grad)._hp_mapping = None  # what ZeRO-1 and ZeRO-2 leave on every parameter they step
+    with pytest.raises(SaveError, match=r"save_checkpoint.*save_pretrained"):
+        save_state(model, opt, tmp_path)
+    with pytest.raises(LoadError, match="load_checkpoint"):
+        load_state(model, opt, tmp_path)
+    save_state(model, None, tmp_path)  # the adapter's numbers are whole there
 
 
 @pytest.mark.slow

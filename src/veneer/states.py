@@ -27,7 +27,6 @@ from .checkpoint.save import replacing
 from .engine.route import find_switch
 from .engine.steps import carried, carry_on, paused
 from .errors import LoadError, SaveError, hint
-from .sharding import is_partitioned
 
 CURRENT = "current.json"
 _METHODS = "methods."  # what methods remember from step to step: "methods.<adapter>/<name>"; states of before have none
@@ -49,14 +48,14 @@ def save_state(
         The subfolder that is current now.
 
     Raises:
-        SaveError: if the model has no adapter, DeepSpeed's ZeRO-3 keeps it, or a process could not write; the state before is then as it was.
+        SaveError: if the model has no adapter, DeepSpeed keeps its tensors (ZeRO-3) or the optimizer's (all stages), or a process could not write; the
+            state before is then as it was.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save
 
     root = Path(folder)
-    if any(is_partitioned(p) for p in model.parameters()):
-        raise SaveError("DeepSpeed's ZeRO-3 keeps these tensors: save its own state with engine.save_checkpoint(folder).")
+    _check_engine(model, optimizer, SaveError, "save_checkpoint")
     try:
         note = json.dumps({"extra": dict(extra or {})})
     except (TypeError, ValueError) as e:
@@ -88,7 +87,8 @@ def load_state(model: nn.Module, optimizer: Optimizer | None, folder: str | os.P
         `extra`, as it was given to `save_state`.
 
     Raises:
-        LoadError: if there is no complete state, or the model or optimizer needs what the state lacks or has in another shape; nothing is changed.
+        LoadError: if there is no complete state, the model or optimizer needs what the state lacks or has in another shape, or DeepSpeed keeps their
+            tensors; nothing is changed.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -96,6 +96,7 @@ def load_state(model: nn.Module, optimizer: Optimizer | None, folder: str | os.P
     from torch.distributed.checkpoint.state_dict_loader import load
 
     root = Path(folder)
+    _check_engine(model, optimizer, LoadError, "load_checkpoint")
     name = name_of_current(root)
     if name is None or not (root / name / ".metadata").is_file():
         raise LoadError(
@@ -156,6 +157,15 @@ def _state(model: nn.Module, optimizer: Optimizer | None, error: type[Exception]
             for values in (*optimizer.state.values(), *state["optimizer"]["state"].values()) if new else ():
                 values.update({"step": 0 * values["step"]} if "step" in values else {})  # torch counts the one with which it finds out
     return state
+
+
+def _check_engine(model: nn.Module, optimizer: Optimizer | None, error: type[LoadError | SaveError], instead: str) -> None:
+    """Raise the error if DeepSpeed keeps what is asked for: the numbers under ZeRO-3, the optimizer's state under ZeRO-1 and ZeRO-2 as well."""
+    if any(hasattr(p, "ds_id") or (optimizer is not None and hasattr(p, "_hp_mapping")) for p in model.parameters()):
+        what = (
+            f"DeepSpeed's ZeRO keeps these tensors in pieces of its own. Use the engine's {instead}(folder, ...); see docs/distributed.md."
+        )
+        raise error(what if optimizer is None else f"{what} `save_pretrained` writes the adapter alone, on every layout.")
 
 
 def _slots(model: nn.Module) -> dict[str, Slot]:

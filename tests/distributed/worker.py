@@ -501,6 +501,11 @@ def zero_first(method: str, layout: str, out: Path) -> dict[str, Any]:
     engine = wrapped(model, layout)
     losses = train(engine, layout, batches()[:10])
     model.save_pretrained(out / f"{method}-{layout}-half", is_main_process=dist.get_rank() == 0)
+    try:
+        save_state(model, engine.optimizer, out / "no-state")
+        raise AssertionError("save_state wrote pieces of ZeRO's")
+    except veneer.SaveError as e:
+        assert "save_checkpoint" in str(e)
     engine.save_checkpoint(out / f"{method}-{layout}-state", tag="ten", exclude_frozen_parameters=True)
     return {"losses": max(abs(a - b) for a, b in zip(losses, single(method, 10)[1], strict=True))}
 
