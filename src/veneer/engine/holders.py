@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from ..ops import Diag, LowRank, Vectored
 from ..sharding import fill, is_dtensor, is_partitioned, whole
 
 if TYPE_CHECKING:
-    from .place import Place
+    from .place import Place, Traced
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -38,8 +39,47 @@ def made(kind: type[M]) -> M:
     return new
 
 
+NO_BOXES: Mapping[str, Box] = MappingProxyType({})
+
+
+class Box:
+    """Holds one entry of a `Followed` table, whatever its key."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def put(self, value: Any) -> None:
+        """Take what has been written to the table."""
+        if isinstance(self.value, Tensor) and isinstance(value, (int, float)):
+            self.value.fill_(value)  # a scaling, which compiled code reads as a tensor
+        else:
+            self.value = value
+
+
+class Followed(dict[str, Any]):
+    """A table by adapter. Compiled code, for which another key is another program, finds an entry in a box, which follows what is written here."""
+
+    boxes: Mapping[str, Box] = NO_BOXES
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        if key in self.boxes:
+            self.boxes[key].put(value)
+
+    def box(self, key: str, value: Any = None) -> Box:
+        """The box that follows the entry; it begins with `value`, or the entry itself."""
+        if key not in self.boxes:
+            self.boxes = {**self.boxes, key: Box(None)}
+        self.boxes[key].value = self[key] if value is None else value
+        return self.boxes[key]
+
+
 class Keyed(nn.ModuleDict):
     """What a layer has by adapter: modules, or tensors themselves. Takes any string as an adapter's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__.update(_modules=Followed(), _parameters=Followed(), _buffers=Followed())
 
     def __setitem__(self, key: str, value: Any) -> None:
         (self._modules if isinstance(value, nn.Module) else self._parameters)[key] = value
@@ -144,12 +184,20 @@ class Attached:
     cached: tuple[Any, Change] | None = None
     recalled: Recalled | None = None
     trains: tuple[tuple[dict[str, Any], str], ...] = ()  # those of `source` that get gradients while the adapter trains
+    traced: Traced | None = None  # the place as compiled code sees it, once there is any
     lean: bool | None = (
         None  # on a quantised layer: whether the change is applied without anything of the weight's size; None: not known yet
     )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "kept": None, "cached": None, "recalled": None}
+
+    def trace(self) -> None:
+        """Lay out what compiled code reads."""
+        from .place import Traced
+
+        if self.place is not None:
+            self.traced = Traced(self, self.place)
 
     def tensor(self, leaf: str) -> Tensor:
         """The tensor of a leaf as it is now."""
@@ -245,9 +293,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
 class Tensors:
     """The tensors of one adapter in one place, by leaf name."""
 
-    def __init__(self, attached: Attached, detached: bool = False) -> None:
+    def __init__(self, attached: Attached, detached: bool = False, boxes: Mapping[str, Box] = NO_BOXES) -> None:
         for name in (*attached.leaves, *attached.derived):
-            t = attached.tensor(name)
+            t = boxes[name].value if name in boxes else attached.tensor(name)
             setattr(self, name, t.detach() if detached else t)
 
     def __getattr__(self, name: str) -> Tensor:  # for the type checker; leaves are plain attributes

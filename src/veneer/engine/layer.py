@@ -21,7 +21,7 @@ from ..sites.linear import LinearSite
 from ..sites.parallel import check_cut
 from ..sites.whole import WholeSite
 from .caching import keeping, stamp
-from .holders import Attached, Kept, Recalled, Tensors, container_of, drop, get_slot, hold, made, set_slot, slots, visited
+from .holders import Attached, Followed, Kept, Recalled, Tensors, container_of, drop, get_slot, hold, made, set_slot, slots, visited
 from .offload import brought_in
 from .place import Place
 from .repeat import Repeat
@@ -49,7 +49,8 @@ class AdaptedLayer(Wrapper):
     base_layer: nn.Module
     site: Adaptable
     attached: dict[str, Attached]
-    scaling: dict[str, Any]
+    scaling: Followed
+    number: int  # among the layers of the model
     merged_adapters: list[str]
     originals: dict[str, tuple[nn.Parameter | None, Tensor]]  # while merged: parameter (none for a buffer) and frozen values, by name
     let_train: set[str]  # the adapters whose tensors were last told to get gradients
@@ -68,7 +69,8 @@ class AdaptedLayer(Wrapper):
             switch=switch,
             name=name,
             attached={},
-            scaling={},
+            scaling=Followed(),
+            number=switch.number(),
             merged_adapters=[],
             originals={},
             own=None,
@@ -89,6 +91,7 @@ class AdaptedLayer(Wrapper):
         dropouts[adapter] = nn.Dropout(rate).train(self.training) if rate > 0 else made(nn.Identity)
         self.scaling.setdefault(adapter, attached.config.scale())
         self.attached[adapter] = attached
+        self.switch.line(adapter).at[self.number] = attached
         self.site.codec.settle(self.get_base_layer())
         place = attached.place
         base = place.new_base if place is not None else None
@@ -97,6 +100,8 @@ class AdaptedLayer(Wrapper):
             site = self.weight_site
             p = site.codec.weight(self.get_base_layer(), site.weight_name)
             p.data = site.stored(base).to(p).contiguous()
+        if self.switch.compiled:
+            attached.trace()
 
     def change(self, adapter: str, facts: Mapping[str, Facts] = NO_FACTS, *, at_rest: bool = False) -> Any:
         """What the adapter does here, from its present tensors and, for methods that route, what is known of the call: a `Change`, or
@@ -105,12 +110,18 @@ class AdaptedLayer(Wrapper):
         Args:
             at_rest: without what acts in training alone, dropout above all.
         """
-        a = self.attached[adapter]
+        return self._change(self.attached[adapter], facts, at_rest)
+
+    def _change(self, a: Attached, facts: Mapping[str, Facts], at_rest: bool = False) -> Any:
         assert a.place is not None
         if self.training and at_rest:
             return a.config.change(Tensors(a), a.place.at_rest())
-        if self.training or adapter in facts or torch.compiler.is_compiling():
-            change = a.config.change(Tensors(a), a.place.during(facts[adapter]) if adapter in facts else a.place)
+        told = facts.get(a.place.adapter) if facts else None
+        if self.training or told is not None or torch.compiler.is_compiling():
+            tensors, place = Tensors(a), a.place
+            if a.traced is not None and torch.compiler.is_compiling():
+                tensors, place = Tensors(a, boxes=a.traced.boxes), a.traced
+            change = a.config.change(tensors, place if told is None else place.during(told))
             return self._skipped(change, a) if self.training else change
         if keeping() and not torch.is_grad_enabled() and isinstance(self.site, Site):
             return self._cached(a)
@@ -162,10 +173,12 @@ class AdaptedLayer(Wrapper):
         return a.cached[1]
 
     def changes(self, names: Sequence[str], facts: Mapping[str, Facts] = NO_FACTS, *, at_rest: bool = False) -> list[tuple[Any, Stacking]]:
-        configs = [self.attached[n].config for n in names]
-        for i, config in enumerate(configs[:-1]):
-            config.check_together(configs[i + 1 :])
-        return [(self.change(n, facts, at_rest=at_rest), c.stacking) for n, c in zip(names, configs, strict=True)]
+        return self._changes([self.attached[n] for n in names], facts, at_rest)
+
+    def _changes(self, acting: Sequence[Attached], facts: Mapping[str, Facts], at_rest: bool = False) -> list[tuple[Any, Stacking]]:
+        for i, a in enumerate(acting[:-1]):
+            a.config.check_together([b.config for b in acting[i + 1 :]])
+        return [(self._change(a, facts, at_rest), a.config.stacking) for a in acting]
 
     def leaf(self, adapter: str, name: str) -> Tensor:
         """One of the adapter's tensors."""
@@ -264,14 +277,17 @@ class AdaptedLayer(Wrapper):
         for a in self.attached.values():
             yield from (a.tensor(n) if not transposed else other.tensor(leaf) for n, (other, leaf, transposed) in a.derived.items())
 
-    def _acting(self, choice: Choice) -> list[str]:
+    def _acting(self, choice: Choice) -> list[Attached]:
+        lines = self.switch.traced(self.own) if torch.compiler.is_compiling() else None
+        if lines is not None:
+            return [line.at[self.number] for line in lines if self.number in line.at]
         if not choice.enabled or not choice.names:
             return []
-        return [n for n in choice.names if n in self.attached]
+        return [self.attached[n] for n in choice.names if n in self.attached]
 
-    def _run(self, names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any], facts: Mapping[str, Facts] = NO_FACTS) -> Any:
+    def _run(self, acting: list[Attached], args: tuple[Any, ...], kwargs: Mapping[str, Any], facts: Mapping[str, Facts] = NO_FACTS) -> Any:
         base: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]
-        if names == self.merged_adapters and not (self.site.mutates and not names):  # with nothing merged: no adapter acts
+        if self._is_merged(acting) and not (self.site.mutates and not acting):  # with nothing merged: no adapter acts
             return base(*args, **kwargs)
         frozen: dict[str, Any] = self._originals() if self.originals else {}
         if not torch.compiler.is_compiling() and self.cut is None:
@@ -281,35 +297,41 @@ class AdaptedLayer(Wrapper):
                 f"{self.name}: a tensor-parallel {self.site.kind} whose adapters are merged runs with these or not at all. Unmerge first."
             )
         if self.quantised:
-            return self._run_packed(names, args, kwargs, facts)
+            return self._run_packed(acting, args, kwargs, facts)
         inner = getattr(base, "out_proj", None) if self.site.kind == "attention" else None
         if isinstance(inner, AdaptedLayer):
+            names = [a.place.adapter for a in acting if a.place is not None]
             frozen |= {f"out_proj.base_layer.{k}": v for k, v in inner.effective(names).items()}
-        if not names and not self.site.mutates and not (frozen and self.cut):  # a cut module's forward is bound to the merged one
+        if not acting and not self.site.mutates and not (frozen and self.cut):  # a cut module's forward is bound to the merged one
             return call_with(base, frozen, args, kwargs)
-        return self.site.apply(base, self.changes(names, facts), args, kwargs, frozen)
+        return self.site.apply(base, self._changes(acting, facts), args, kwargs, frozen)
 
-    def _run_packed(self, names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any], facts: Mapping[str, Facts]) -> Any:
+    def _is_merged(self, acting: list[Attached]) -> bool:
+        """Whether these are the adapters that are merged."""
+        merged = self.merged_adapters
+        return len(acting) == len(merged) and all(self.attached.get(n) is a for n, a in zip(merged, acting, strict=True))
+
+    def _run_packed(self, acting: list[Attached], args: tuple[Any, ...], kwargs: Mapping[str, Any], facts: Mapping[str, Facts]) -> Any:
         """With W packed: what needs W whole, or forms a change of its size, is computed again in the backward, so that no layer keeps any."""
         base = self.frozen
-        if not names:
+        if not acting:
             return base(*args, **kwargs)
 
         def run(*args: Any) -> Any:
-            return self.site.apply(base, self.changes(names, facts), args, kwargs, {})
+            return self.site.apply(base, self._changes(acting, facts), args, kwargs, {})
 
         if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
             self.input_dtype = args[0].dtype
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or all(self._lean(n, facts) for n in names):
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or all(self._lean(a, facts) for a in acting):
             return run(*args)
         return checkpoint(run, *args, use_reentrant=False)
 
-    def _lean(self, adapter: str, facts: Mapping[str, Facts]) -> bool:
+    @staticmethod
+    def _lean(a: Attached, facts: Mapping[str, Facts]) -> bool:
         """Whether the adapter's change is applied without W and without anything of its size; found out once, by making it."""
-        a = self.attached[adapter]
         if a.lean is None:
             assert a.place is not None
-            here = a.place.during(facts.get(adapter, {}))
+            here = a.place.during(facts.get(a.place.adapter, {}))
             here.read = False
             with torch.random.fork_rng(devices=[]):
                 change: Any = a.config.change(Tensors(a, detached=True), here)
@@ -329,7 +351,7 @@ class AdaptedLayer(Wrapper):
             groups.setdefault(name if name in self.attached else BASE, []).append(i)
         if len(groups) == 1:
             (name,) = groups
-            return self._run([] if name == BASE else [name], args, kwargs, choice.facts)
+            return self._run([] if name == BASE else [self.attached[name]], args, kwargs, choice.facts)
 
         if isinstance(self.site, WholeSite):
             _told_apart(choice.rows, self.site.batch_dim, args, kwargs, self.name)
@@ -350,7 +372,7 @@ class AdaptedLayer(Wrapper):
             if lows and not names:
                 return self._run_lows(lows, [owner[i] for i in at.tolist()], args[0])
             mine = {n: {k: t.index_select(0, at) for k, t in choice.facts[n].items()} for n in names if n in choice.facts}
-            return self._run(names, args, kwargs, mine)
+            return self._run([self.attached[n] for n in names], args, kwargs, mine)
 
         return split_rows(groups, choice.rows, self.site.batch_dim, args, kwargs, run, self.name)
 
@@ -448,6 +470,7 @@ class AdaptedLayer(Wrapper):
         if adapter_name in self.merged_adapters:
             self.unmerge()
         a = self.attached.pop(adapter_name)
+        self.switch.line(adapter_name).at.pop(self.number, None)
         drop(self, adapter_name, a)
         del container_of(self, f"{a.config.prefix}dropout")[adapter_name]
         self.scaling.pop(adapter_name, None)
@@ -541,6 +564,9 @@ class AdaptedLayer(Wrapper):
         for name, s in self.scaling.items():
             if isinstance(s, Tensor):
                 self.scaling[name] = fn(s).to(s.dtype)
+            elif name in self.scaling.boxes:
+                box = self.scaling.boxes[name]
+                box.value = fn(box.value).to(box.value.dtype).fill_(s)
         return self
 
     def __getattr__(self, name: str) -> Any:

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from ..change import Change
 from ..errors import RouteError
+from .holders import Box, Followed
 from .route import Facts, apart
 
 if TYPE_CHECKING:
+    from .holders import Attached
     from .layer import AdaptedLayer
 
 
@@ -73,7 +75,8 @@ class Place:
 
     def weight(self) -> Tensor:
         """The frozen W (n_out, n_in), also while adapters are merged into the layer; of a packed one, dequantised for this use."""
-        self.read, self.asked = self.read or torch.is_grad_enabled(), True
+        if not torch.compiler.is_compiling():  # which would be compiled anew for what was noted
+            self.read, self.asked = self.read or torch.is_grad_enabled(), True
         return self.layer.frozen_weight()
 
     def bias(self) -> Tensor | None:
@@ -107,3 +110,32 @@ class Place:
     def apart(self) -> bool:
         """Whether the layer is being recomputed with a graph of its own: what was computed outside of it must be computed again inside."""
         return apart()
+
+
+class Traced(Place):
+    """The same place as compiled code sees it: scaling, dropout and tensors are found without the adapter's name, so that one program serves all adapters of
+    a shape."""
+
+    def __init__(self, attached: Attached, place: Place) -> None:
+        self.__dict__.update(place.__dict__)
+        layer, adapter = place.layer, place.adapter
+        found = {n: at for n in (*attached.leaves, *attached.derived) if (at := attached.place_of(n)) is not None}
+        self.boxes: dict[str, Box] = {n: store.box(key) for n, (store, key) in found.items() if isinstance(store, Followed)}
+        some = next((store[key] for store, key in found.values()), torch.zeros(()))
+        dtype = torch.float64 if some.dtype == torch.float64 else torch.float32
+        scaling: Any = layer.scaling[adapter]
+        self.scale = layer.scaling.box(
+            adapter, scaling if isinstance(scaling, Tensor) else torch.tensor(float(scaling), dtype=dtype, device=some.device)
+        )
+        dropouts: Any = layer._modules[f"{attached.config.prefix}dropout"]
+        self.drop: Box = dropouts._modules.box(adapter)
+
+    @property
+    def scaling(self) -> Any:
+        scale = self.scale.value
+        return scale if self.layer.factor == 1 else scale * self.layer.factor
+
+    @property
+    def dropout(self) -> float:
+        drop = self.drop.value
+        return float(drop.p) if isinstance(drop, nn.Dropout) and drop.training and not self.resting else 0.0
