@@ -118,10 +118,8 @@ class AdaptedLayer(Wrapper):
             return a.config.change(Tensors(a), a.place.at_rest())
         told = facts.get(a.place.adapter) if facts else None
         if self.training or told is not None or torch.compiler.is_compiling():
-            tensors, place = Tensors(a), a.place
-            if a.traced is not None and torch.compiler.is_compiling():
-                tensors, place = Tensors(a, boxes=a.traced.boxes), a.traced
-            change = a.config.change(tensors, place if told is None else place.during(told))
+            place = a.traced if a.traced is not None and torch.compiler.is_compiling() else a.place
+            change = a.config.change(Tensors(a, boxes=place.boxes), place if told is None else place.during(told))
             return self._skipped(change, a) if self.training else change
         if keeping() and not torch.is_grad_enabled() and isinstance(self.site, Site):
             return self._cached(a)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..change import Change
 from ..errors import RouteError
-from .holders import Box, Followed
+from .holders import NO_BOXES, Box, Followed
 from .route import Facts, apart
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 class Place:
     """What a method may know of where it acts: one adapter on one layer."""
+
+    boxes: Mapping[str, Box] = NO_BOXES
 
     def __init__(self, layer: AdaptedLayer, adapter: str, name: str) -> None:
         self.layer, self.adapter, self.name = layer, adapter, name
@@ -120,7 +123,7 @@ class Traced(Place):
         self.__dict__.update(place.__dict__)
         layer, adapter = place.layer, place.adapter
         found = {n: at for n in (*attached.leaves, *attached.derived) if (at := attached.place_of(n)) is not None}
-        self.boxes: dict[str, Box] = {n: store.box(key) for n, (store, key) in found.items() if isinstance(store, Followed)}
+        self.boxes = {n: store.box(key) for n, (store, key) in found.items() if isinstance(store, Followed)}
         some = next((store[key] for store, key in found.values()), torch.zeros(()))
         dtype = torch.float64 if some.dtype == torch.float64 else torch.float32
         scaling: Any = layer.scaling[adapter]
