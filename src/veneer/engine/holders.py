@@ -18,7 +18,8 @@ from ..ops import Diag, LowRank, Vectored
 from ..sharding import fill, is_dtensor, is_partitioned, whole
 
 if TYPE_CHECKING:
-    from .place import Place, Traced
+    from .place import Place
+    from .traced import Traced
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -39,39 +40,28 @@ def made(kind: type[M]) -> M:
     return new
 
 
-NO_BOXES: Mapping[str, Box] = MappingProxyType({})
-
-
-class Box:
-    """Holds one entry of a `Followed` table, whatever its key."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def put(self, value: Any) -> None:
-        """Take what has been written to the table."""
-        if isinstance(self.value, Tensor) and isinstance(value, (int, float)):
-            self.value.fill_(value)  # a scaling, which compiled code reads as a tensor
-        else:
-            self.value = value
-
-
 class Followed(dict[str, Any]):
-    """A table by adapter. Compiled code, for which another key is another program, finds an entry in a box, which follows what is written here."""
+    """A table whose entries compiled code reads elsewhere, as attributes without an adapter's name: these follow what is written here."""
 
-    boxes: Mapping[str, Box] = NO_BOXES
+    followers: Mapping[str, dict[tuple[Any, str], None]] = MappingProxyType({})
 
     def __setitem__(self, key: str, value: Any) -> None:
         super().__setitem__(key, value)
-        if key in self.boxes:
-            self.boxes[key].put(value)
+        for target, name in self.followers.get(key, ()):
+            now = getattr(target, name)
+            if isinstance(now, Tensor) and isinstance(value, (int, float)):
+                now.fill_(value)  # a scaling, which compiled code reads as a tensor
+            else:
+                setattr(target, name, value)
 
-    def box(self, key: str, value: Any = None) -> Box:
-        """The box that follows the entry; it begins with `value`, or the entry itself."""
-        if key not in self.boxes:
-            self.boxes = {**self.boxes, key: Box(None)}
-        self.boxes[key].value = self[key] if value is None else value
-        return self.boxes[key]
+    def follow(self, key: str, target: Any, name: str) -> None:
+        """Keep `target.name` at the entry, from its next change on."""
+        if not self.followers:
+            self.followers = {}
+        self.followers.setdefault(key, {})[target, name] = None  # type: ignore[attr-defined]
+
+    def __getstate__(self) -> None:
+        """A copy has no followers: what runs it is compiled anew."""
 
 
 class Keyed(nn.ModuleDict):
@@ -124,6 +114,10 @@ class Holder(nn.Module):
 
     weight: Tensor
     own_dtype: frozenset[str] = frozenset()  # tensors whose dtype is the module's own, whatever a file has
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__.update(_parameters=Followed(), _buffers=Followed())
 
     @property
     def in_features(self) -> int:
@@ -184,20 +178,13 @@ class Attached:
     cached: tuple[Any, Change] | None = None
     recalled: Recalled | None = None
     trains: tuple[tuple[dict[str, Any], str], ...] = ()  # those of `source` that get gradients while the adapter trains
-    traced: Traced | None = None  # the place as compiled code sees it, once there is any
+    traced: Traced | None = None  # what compiled code reads instead, once there is any
     lean: bool | None = (
         None  # on a quantised layer: whether the change is applied without anything of the weight's size; None: not known yet
     )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "kept": None, "cached": None, "recalled": None}
-
-    def trace(self) -> None:
-        """Lay out what compiled code reads."""
-        from .place import Traced
-
-        if self.place is not None:
-            self.traced = Traced(self, self.place)
+        return {**self.__dict__, "kept": None, "cached": None, "recalled": None, "traced": None}
 
     def tensor(self, leaf: str) -> Tensor:
         """The tensor of a leaf as it is now."""
@@ -293,9 +280,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
 class Tensors:
     """The tensors of one adapter in one place, by leaf name."""
 
-    def __init__(self, attached: Attached, detached: bool = False, boxes: Mapping[str, Box] = NO_BOXES) -> None:
+    def __init__(self, attached: Attached, detached: bool = False) -> None:
         for name in (*attached.leaves, *attached.derived):
-            t = boxes[name].value if name in boxes else attached.tensor(name)
+            t = attached.tensor(name)
             setattr(self, name, t.detach() if detached else t)
 
     def __getattr__(self, name: str) -> Tensor:  # for the type checker; leaves are plain attributes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,8 +26,9 @@ from .holders import Attached, Followed, Kept, Recalled, Tensors, container_of, 
 from .offload import brought_in
 from .place import Place
 from .repeat import Repeat
-from .route import BASE, Choice, Facts, Switch
+from .route import BASE, Choice, Facts, Switch, ready
 from .substitute import call_with
+from .traced import Acting, Seat, Traced, acting
 from .wrapper import Wrapper
 
 NO_FACTS: Mapping[str, Facts] = {}
@@ -50,7 +52,6 @@ class AdaptedLayer(Wrapper):
     site: Adaptable
     attached: dict[str, Attached]
     scaling: Followed
-    number: int  # among the layers of the model
     merged_adapters: list[str]
     originals: dict[str, tuple[nn.Parameter | None, Tensor]]  # while merged: parameter (none for a buffer) and frozen values, by name
     let_train: set[str]  # the adapters whose tensors were last told to get gradients
@@ -60,6 +61,8 @@ class AdaptedLayer(Wrapper):
     packed: nn.Module | None = None
     assumed: Tensor | None = None
     cut: bool | None = None
+    seat: Seat | None = None
+    shown: Acting | None = None
 
     def __init__(self, base_layer: nn.Module, site: Adaptable, switch: Switch, name: str = "") -> None:
         self.__dict__ = made(nn.Module).__dict__  # and no attribute through torch's checks of each: there may be thousands of layers
@@ -70,7 +73,6 @@ class AdaptedLayer(Wrapper):
             name=name,
             attached={},
             scaling=Followed(),
-            number=switch.number(),
             merged_adapters=[],
             originals={},
             own=None,
@@ -80,6 +82,7 @@ class AdaptedLayer(Wrapper):
             input_dtype=None,
             training=base_layer.training,
         )
+        switch.layers.append(weakref.ref(self))
 
     # ---------------------------------------------------------------- adapters
 
@@ -91,7 +94,6 @@ class AdaptedLayer(Wrapper):
         dropouts[adapter] = nn.Dropout(rate).train(self.training) if rate > 0 else made(nn.Identity)
         self.scaling.setdefault(adapter, attached.config.scale())
         self.attached[adapter] = attached
-        self.switch.line(adapter).at[self.number] = attached
         self.site.codec.settle(self.get_base_layer())
         place = attached.place
         base = place.new_base if place is not None else None
@@ -101,7 +103,7 @@ class AdaptedLayer(Wrapper):
             p = site.codec.weight(self.get_base_layer(), site.weight_name)
             p.data = site.stored(base).to(p).contiguous()
         if self.switch.compiled:
-            attached.trace()
+            self.lay_out()
 
     def change(self, adapter: str, facts: Mapping[str, Facts] = NO_FACTS, *, at_rest: bool = False) -> Any:
         """What the adapter does here, from its present tensors and, for methods that route, what is known of the call: a `Change`, or
@@ -118,9 +120,13 @@ class AdaptedLayer(Wrapper):
             return a.config.change(Tensors(a), a.place.at_rest())
         told = facts.get(a.place.adapter) if facts else None
         if self.training or told is not None or torch.compiler.is_compiling():
-            place = a.traced if a.traced is not None and torch.compiler.is_compiling() else a.place
-            change = a.config.change(Tensors(a, boxes=place.boxes), place if told is None else place.during(told))
-            return self._skipped(change, a) if self.training else change
+            place: Place = a.place
+            if a.traced is not None and torch.compiler.is_compiling():
+                place, config, tensors = a.traced, a.traced.config, a.traced.tensors or Tensors(a)
+            else:
+                config, tensors = a.config, Tensors(a)
+            change: Any = config.change(tensors, place if told is None else place.during(told))
+            return self._skipped(change, config.skip(), tensors) if self.training else change
         if keeping() and not torch.is_grad_enabled() and isinstance(self.site, Site):
             return self._cached(a)
         scaling = a.place.scaling
@@ -151,11 +157,10 @@ class AdaptedLayer(Wrapper):
         return change
 
     @staticmethod
-    def _skipped(change: Any, a: Attached) -> Any:
+    def _skipped(change: Any, rate: float, tensors: Tensors) -> Any:
         """The change, or none of it with the probability that the method asks for."""
-        rate = a.config.skip()
         if rate > 0 and change.add is not None:
-            some = a.tensor(next(iter(a.leaves)))
+            some = next(iter(vars(tensors).values()))
             change.add = Switched(change.add, torch.rand((), device=some.device) >= rate)
         return change
 
@@ -174,9 +179,10 @@ class AdaptedLayer(Wrapper):
         return self._changes([self.attached[n] for n in names], facts, at_rest)
 
     def _changes(self, acting: Sequence[Attached], facts: Mapping[str, Facts], at_rest: bool = False) -> list[tuple[Any, Stacking]]:
-        for i, a in enumerate(acting[:-1]):
-            a.config.check_together([b.config for b in acting[i + 1 :]])
-        return [(self._change(a, facts, at_rest), a.config.stacking) for a in acting]
+        configs = [a.config if a.traced is None else a.traced.config for a in acting]
+        for i, config in enumerate(configs[:-1]):
+            config.check_together(configs[i + 1 :])
+        return [(self._change(a, facts, at_rest), c.stacking) for a, c in zip(acting, configs, strict=True)]
 
     def leaf(self, adapter: str, name: str) -> Tensor:
         """One of the adapter's tensors."""
@@ -242,9 +248,40 @@ class AdaptedLayer(Wrapper):
     def _originals(self) -> dict[str, Tensor]:
         return {name: whole(values) for name, (_, values) in self.originals.items()}
 
+    # ---------------------------------------------------------------- compiled
+
+    def lay_out(self) -> None:
+        """Lay out what compiled code reads here; see `veneer.engine.traced`."""
+        for a in self.attached.values():
+            if a.traced is None and a.place is not None:
+                a.traced = Traced(a, a.place)
+        self.seat = Seat(self)
+        self.show(self.switch.default)
+
+    def show(self, choice: Choice) -> None:
+        """Let compiled code know who acts by default."""
+        self.__dict__["shown"] = acting(self, choice)
+
+    def show_here(self, choice: Choice) -> None:
+        """Let compiled code know who acts in this thread."""
+        if self.seat is not None:
+            self.seat.acting = acting(self, choice)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__.update(seat=None, shown=None)
+        self.switch.__dict__.setdefault("layers", []).append(weakref.ref(self))
+
     # ---------------------------------------------------------------- running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and ready():
+            seen = self.seat.acting if self.seat is not None else None
+            if seen is None:
+                seen = self.shown
+            found = None if seen is None or self.own is not None else [ref() for ref in seen]
+            if found is not None and None not in found:
+                return self._run(found, args, kwargs)
         choice = self.switch.current(self.own)
         if not torch.compiler.is_compiling() and self.last is not None:
             out = self.last.run(self, choice, args, kwargs)
@@ -276,9 +313,6 @@ class AdaptedLayer(Wrapper):
             yield from (a.tensor(n) if not transposed else other.tensor(leaf) for n, (other, leaf, transposed) in a.derived.items())
 
     def _acting(self, choice: Choice) -> list[Attached]:
-        lines = self.switch.traced(self.own) if torch.compiler.is_compiling() else None
-        if lines is not None:
-            return [line.at[self.number] for line in lines if self.number in line.at]
         if not choice.enabled or not choice.names:
             return []
         return [self.attached[n] for n in choice.names if n in self.attached]
@@ -468,7 +502,6 @@ class AdaptedLayer(Wrapper):
         if adapter_name in self.merged_adapters:
             self.unmerge()
         a = self.attached.pop(adapter_name)
-        self.switch.line(adapter_name).at.pop(self.number, None)
         drop(self, adapter_name, a)
         del container_of(self, f"{a.config.prefix}dropout")[adapter_name]
         self.scaling.pop(adapter_name, None)
@@ -562,9 +595,8 @@ class AdaptedLayer(Wrapper):
         for name, s in self.scaling.items():
             if isinstance(s, Tensor):
                 self.scaling[name] = fn(s).to(s.dtype)
-            elif name in self.scaling.boxes:
-                box = self.scaling.boxes[name]
-                box.value = fn(box.value).to(box.value.dtype).fill_(s)
+            elif (a := self.attached.get(name)) is not None and a.traced is not None:
+                a.traced.scale = fn(a.traced.scale).to(a.traced.scale.dtype).fill_(s)
         return self
 
     def __getattr__(self, name: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,18 +10,14 @@ from torch import Tensor, nn
 
 from ..change import Change
 from ..errors import RouteError
-from .holders import NO_BOXES, Box, Followed
 from .route import Facts, apart
 
 if TYPE_CHECKING:
-    from .holders import Attached
     from .layer import AdaptedLayer
 
 
 class Place:
     """What a method may know of where it acts: one adapter on one layer."""
-
-    boxes: Mapping[str, Box] = NO_BOXES
 
     def __init__(self, layer: AdaptedLayer, adapter: str, name: str) -> None:
         self.layer, self.adapter, self.name = layer, adapter, name
@@ -113,32 +108,3 @@ class Place:
     def apart(self) -> bool:
         """Whether the layer is being recomputed with a graph of its own: what was computed outside of it must be computed again inside."""
         return apart()
-
-
-class Traced(Place):
-    """The same place as compiled code sees it: scaling, dropout and tensors are found without the adapter's name, so that one program serves all adapters of
-    a shape."""
-
-    def __init__(self, attached: Attached, place: Place) -> None:
-        self.__dict__.update(place.__dict__)
-        layer, adapter = place.layer, place.adapter
-        found = {n: at for n in (*attached.leaves, *attached.derived) if (at := attached.place_of(n)) is not None}
-        self.boxes = {n: store.box(key) for n, (store, key) in found.items() if isinstance(store, Followed)}
-        some = next((store[key] for store, key in found.values()), torch.zeros(()))
-        dtype = torch.float64 if some.dtype == torch.float64 else torch.float32
-        scaling: Any = layer.scaling[adapter]
-        self.scale = layer.scaling.box(
-            adapter, scaling if isinstance(scaling, Tensor) else torch.tensor(float(scaling), dtype=dtype, device=some.device)
-        )
-        dropouts: Any = layer._modules[f"{attached.config.prefix}dropout"]
-        self.drop: Box = dropouts._modules.box(adapter)
-
-    @property
-    def scaling(self) -> Any:
-        scale = self.scale.value
-        return scale if self.layer.factor == 1 else scale * self.layer.factor
-
-    @property
-    def dropout(self) -> float:
-        drop = self.drop.value
-        return float(drop.p) if isinstance(drop, nn.Dropout) and drop.training and not self.resting else 0.0

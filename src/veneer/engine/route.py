@@ -49,14 +49,6 @@ class Choice:
         return self.names or () if self.rows is None else tuple(n for n in dict.fromkeys(self.rows) if n != BASE)
 
 
-class Line:
-    """Where one adapter is attached, by the numbers of the layers: compiled code finds it here without the adapter's name."""
-
-    def __init__(self) -> None:
-        self.at: dict[int, Any] = {}
-
-
-Lines = tuple["weakref.ref[Line]", ...]  # of the adapters that act: a thread's notes are not to keep a model alive
 History = deque[tuple[int, Callable[[], Choice | None], bool]]  # (autograd's clock, from then on this choice, whether a block's)
 
 
@@ -71,37 +63,50 @@ class Switch:
         self.watched: dict[str, Watched] = {}  # adapters whose methods act when an optimizer steps
         self.untied: list[Any] = []  # configs whose tie_word_embeddings a merge has set False
         self.off: dict[nn.Module, None] = {}  # what was switched off by itself, in order
-        self.lines: dict[str, Line] = {}
-        self.layers = 0  # how many numbers have been given to layers
-        self.compiled = False  # whether compiled code runs the model: what it needs is then kept ready
-        self.shown: Lines | None = None  # for compiled code: the lines of `default`
+        self.layers: list[weakref.ref[Any]] = []  # the adapted layers
+        self.compiled = False  # whether compiled code may run them: who acts is then shown to each
+        _switches.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("token", "trained", "shown")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("token", "trained", "layers", "compiled")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.trained = None
         self.token = next(_tokens)  # a copy of a model has choices of its own
-        self.shown = self.lines_of(self.default)
+        self.compiled = False
+        self.__dict__.setdefault("layers", [])  # its layers may have come before it
+        _switches.add(self)
         if self.watched:
             enlist(self)
 
     def set(self, names: Sequence[str]) -> None:
         """Make `names` act from now on in this thread, and in threads that have made no choice."""
         self.default = replace(self.default, names=tuple(names))
-        self.shown = self.lines_of(self.default)
         _thread.set({**_thread.get(), self.token: self.default})
+        self.show()
         _mirror(self)
 
     def enable(self, enabled: bool) -> None:
         """Switch all adapters on or off from now on in this thread, and in threads that have made no choice."""
         self.default = replace(self.default, enabled=enabled)
-        self.shown = self.lines_of(self.default)
         mine = _thread.get().get(self.token)
         if mine is not None:
             _thread.set({**_thread.get(), self.token: replace(mine, enabled=enabled)})
+        self.show()
         _mirror(self)
+
+    def show(self) -> None:
+        """Let compiled code know who acts by default."""
+        for layer in self.alive() if self.compiled else ():
+            layer.show(self.default)
+
+    def alive(self) -> list[Any]:
+        """The adapted layers that there are."""
+        found = [layer for ref in self.layers if (layer := ref()) is not None]
+        if len(found) < len(self.layers):
+            self.layers[:] = map(weakref.ref, found)
+        return found
 
     def chosen(self) -> Choice:
         """The choice that holds here and now, single layers' own aside."""
@@ -110,8 +115,7 @@ class Switch:
     def current(self, own: Choice | None) -> Choice:
         """The choice for a layer that is being run; `own`: what was set on that layer alone."""
         if torch.compiler.is_compiling():
-            ready(self)
-            choice, block, _ = _local.mirror.get(self.token, (self.default, False, None))
+            choice, block = _local.mirror.get(self.token, (self.default, False))
             return choice if own is None or block else own
         made, task = _call.get().get(self.token), torch._C._current_graph_task_id()
         if task != -1 and (made is None or made.within != task):
@@ -124,31 +128,6 @@ class Switch:
         elif torch.is_grad_enabled():
             self.trained = history
         return choice if own is None or made is not None else own
-
-    def number(self) -> int:
-        """A new layer's number."""
-        self.layers += 1
-        return self.layers
-
-    def line(self, adapter: str) -> Line:
-        """That of an adapter, whether it is there already or not."""
-        if adapter not in self.lines:
-            self.lines[adapter] = Line()
-        return self.lines[adapter]
-
-    def lines_of(self, choice: Choice) -> Lines | None:
-        """Those of the adapters that act; None in a mixed batch, and where nothing is compiled."""
-        if not self.compiled or choice.rows is not None:
-            return None
-        return tuple(weakref.ref(self.line(n)) for n in choice.acting)
-
-    def traced(self, own: Choice | None) -> list[Line] | None:
-        """For compiled code: the lines of the adapters that act on a layer; None where it has to ask for their names."""
-        _, block, lines = _local.mirror.get(self.token, (self.default, False, self.shown))
-        if lines is None or (own is not None and not block):
-            return None
-        found = [ref() for ref in lines]
-        return [line for line in found if line is not None]
 
     def recalls(self) -> bool:
         """Whether what holds here is what held in a forward that a backward is recomputing; a block inside of what is recomputed holds as any other."""
@@ -204,33 +183,36 @@ def apart() -> bool:
 class _Local(threading.local):
     def __init__(self) -> None:
         self.history: dict[int, History] = {}
-        self.mirror: dict[int, tuple[Choice, bool, Lines | None]] = {}  # compiled code cannot read context variables
+        self.mirror: dict[int, tuple[Choice, bool]] = {}  # compiled code cannot read context variables
 
 
 _empty: Mapping[int, Choice] = {}
 _call: ContextVar[Mapping[int, Choice]] = ContextVar("veneer_call", default=_empty)
 _thread: ContextVar[Mapping[int, Choice]] = ContextVar("veneer_thread", default=_empty)
 _local = _Local()
+_switches: weakref.WeakSet[Switch] = weakref.WeakSet()
 
 
 def _mirror(switch: Switch) -> None:
-    choice, block = switch.holds()
-    _local.mirror[switch.token] = choice, block, switch.lines_of(choice)
-    switch.note(choice, block)
+    _local.mirror[switch.token] = holds = switch.holds()
+    switch.note(*holds)
+    for layer in switch.alive() if switch.compiled else ():
+        layer.show_here(holds[0])
+
+
+def chosen_here(switch: Switch) -> Choice | None:
+    """What holds in this thread for compiled code; None if the thread has made no choice."""
+    held = _local.mirror.get(switch.token)
+    return None if held is None else held[0]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def ready(switch: Switch) -> bool:
-    """Runs while a model is being compiled, and is no part of what is compiled: lay out what compiled code reads, from now on."""
-    if not switch.compiled:
+def ready() -> bool:
+    """Runs while something is being compiled, and is no part of what is compiled: lay out what compiled code reads, from now on."""
+    for switch in [s for s in _switches if not s.compiled]:
         switch.compiled = True
-        switch.shown = switch.lines_of(switch.default)
-        for line in switch.lines.values():
-            for attached in line.at.values():
-                attached.trace()
-    held = _local.mirror.get(switch.token)
-    if held is not None and held[2] is None:
-        _local.mirror[switch.token] = *held[:2], switch.lines_of(held[0])
+        for layer in switch.alive():
+            layer.lay_out()
     return True
 
 
@@ -247,6 +229,8 @@ def choosing(switch: Switch, choice: Choice) -> Iterator[None]:
         _mirror(switch)
         if task != -1 and before is not None:
             _local.mirror[switch.token] = before
+            for layer in switch.alive() if switch.compiled else ():
+                layer.show_here(before[0])
 
 
 def find_switch(model: nn.Module) -> Switch | None:

@@ -1,0 +1,84 @@
+"""What compiled code reads of an adapter on a layer.
+
+A program that torch.compile makes holds for the very names, numbers and shared objects that were met on the way to a tensor. So that one program serves all
+adapters of a shape, and all layers of a shape, compiled code comes to an adapter without any: a layer's seat has who acts there in this thread (its
+`shown`, who acts by default), and the adapter's tensors are attributes that follow the tables which checkpoints know.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .holders import Attached, Followed, Tensors
+from .place import Place
+from .route import Choice, chosen_here
+
+if TYPE_CHECKING:
+    from .layer import AdaptedLayer
+
+Acting = tuple["weakref.ref[Attached]", ...]  # a thread is not to keep a model alive
+
+
+class Seat(threading.local):
+    """Which adapters act on one layer in this thread; None: it has made no choice."""
+
+    def __init__(self, layer: AdaptedLayer) -> None:  # in every thread anew, when it first looks
+        choice = chosen_here(layer.switch)
+        self.acting = None if choice is None else acting(layer, choice)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a copy of the layer is seated when it is compiled
+
+
+def acting(layer: AdaptedLayer, choice: Choice) -> Acting | None:
+    """The adapters that act on a layer; None where more has to be known than these."""
+    if choice.rows is not None or choice.facts:
+        return None
+    return tuple(weakref.ref(a) for n in choice.acting if (a := layer.attached.get(n)) is not None)
+
+
+class Traced(Place):
+    """A place as compiled code sees it. `config`: a face of its own for each layer, with the one config's attributes; `tensors`: None where a leaf is
+    another place's, transposed."""
+
+    def __init__(self, attached: Attached, place: Place) -> None:
+        self.__dict__.update(place.__dict__)
+        self.factor = place.layer.factor
+        self.tensors: Tensors | None = object.__new__(Tensors)
+        self.scale = torch.zeros(())
+        self.read_from(attached)
+
+    def read_from(self, a: Attached) -> None:
+        """Take everything as it is now, and follow it."""
+        layer, name = self.layer, self.adapter
+        self.config = object.__new__(type(a.config))
+        object.__setattr__(self.config, "__dict__", a.config.__dict__)
+        found = {leaf: a.place_of(leaf) for leaf in (*a.leaves, *a.derived)}
+        some = torch.zeros(())
+        for leaf, at in found.items():
+            if at is None or not isinstance(at[0], Followed):
+                self.tensors = None
+                break
+            some = at[0][at[1]]
+            setattr(self.tensors, leaf, some)
+            at[0].follow(at[1], self.tensors, leaf)
+        s = layer.scaling[name]
+        dtype = torch.float64 if some.dtype == torch.float64 else torch.float32
+        self.scale = s if isinstance(s, Tensor) else torch.tensor(float(s), dtype=dtype, device=some.device)
+        layer.scaling.follow(name, self, "scale")
+        dropouts: Any = layer._modules[f"{a.config.prefix}dropout"]
+        self.drop = dropouts._modules[name]
+        dropouts._modules.follow(name, self, "drop")
+
+    @property
+    def scaling(self) -> Tensor:
+        return self.scale if self.factor == 1 else self.scale * self.factor
+
+    @property
+    def dropout(self) -> float:
+        return float(self.drop.p) if isinstance(self.drop, nn.Dropout) and self.drop.training and not self.resting else 0.0
