@@ -115,18 +115,16 @@ class AdaptedLayer(Wrapper):
         return self._change(self.attached[adapter], facts, at_rest)
 
     def _change(self, a: Attached, facts: Mapping[str, Facts], at_rest: bool = False) -> Any:
+        if a.traced is not None and torch.compiler.is_compiling() and not facts and not at_rest:
+            made = a.traced.config.change(a.traced.tensors or Tensors(a), a.traced)
+            return self._skipped(made, a.traced.config, a) if self.training else made
         assert a.place is not None
         if self.training and at_rest:
             return a.config.change(Tensors(a), a.place.at_rest())
         told = facts.get(a.place.adapter) if facts else None
         if self.training or told is not None or torch.compiler.is_compiling():
-            place: Place = a.place
-            if a.traced is not None and torch.compiler.is_compiling():
-                place, config, tensors = a.traced, a.traced.config, a.traced.tensors or Tensors(a)
-            else:
-                config, tensors = a.config, Tensors(a)
-            change: Any = config.change(tensors, place if told is None else place.during(told))
-            return self._skipped(change, config.skip(), tensors) if self.training else change
+            change = a.config.change(Tensors(a), a.place if told is None else a.place.during(told))
+            return self._skipped(change, a.config, a) if self.training else change
         if keeping() and not torch.is_grad_enabled() and isinstance(self.site, Site):
             return self._cached(a)
         scaling = a.place.scaling
@@ -157,10 +155,11 @@ class AdaptedLayer(Wrapper):
         return change
 
     @staticmethod
-    def _skipped(change: Any, rate: float, tensors: Tensors) -> Any:
+    def _skipped(change: Any, config: Method, a: Attached) -> Any:
         """The change, or none of it with the probability that the method asks for."""
+        rate = config.skip()
         if rate > 0 and change.add is not None:
-            some = next(iter(vars(tensors).values()))
+            some = a.tensor(next(iter(a.leaves)))
             change.add = Switched(change.add, torch.rand((), device=some.device) >= rate)
         return change
 
@@ -255,6 +254,8 @@ class AdaptedLayer(Wrapper):
         for a in self.attached.values():
             if a.traced is None and a.place is not None:
                 a.traced = Traced(a, a.place)
+            elif a.traced is not None:
+                a.traced.read_from(a)
         self.seat = Seat(self)
         self.show(self.switch.default)
 
@@ -267,6 +268,15 @@ class AdaptedLayer(Wrapper):
         if self.seat is not None:
             self.seat.acting = acting(self, choice)
 
+    def _seen(self) -> list[Attached] | None:
+        """Who acts, for compiled code; None if it has to ask by name."""
+        if self.seat is None or self.own is not None or "_original_parameters" in self.__dict__:
+            return None
+        refs = self.seat.acting
+        if refs is None:
+            refs = self.shown
+        return None if refs is None else [a for a in [ref() for ref in refs] if a is not None]
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.__dict__.update(seat=None, shown=None)
@@ -275,15 +285,11 @@ class AdaptedLayer(Wrapper):
     # ---------------------------------------------------------------- running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() and ready():
-            seen = self.seat.acting if self.seat is not None else None
-            if seen is None:
-                seen = self.shown
-            found = None if seen is None or self.own is not None else [ref() for ref in seen]
-            if found is not None and None not in found:
-                return self._run(found, args, kwargs)
+        compiling = torch.compiler.is_compiling()
+        if compiling and ready() and (seen := self._seen()) is not None:
+            return self._run(seen, args, kwargs)
         choice = self.switch.current(self.own)
-        if not torch.compiler.is_compiling() and self.last is not None:
+        if not compiling and self.last is not None:
             out = self.last.run(self, choice, args, kwargs)
             if out is not None:
                 return out
@@ -293,7 +299,7 @@ class AdaptedLayer(Wrapper):
         if choice.rows is not None and choice.enabled:
             return self._run_rows(choice, args, kwargs)
         out = self._run(self._acting(choice), args, kwargs, choice.facts)
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not torch.is_grad_enabled() and not compiling:
             self.last = Repeat.of(self, choice)
         return out
 
@@ -595,7 +601,7 @@ class AdaptedLayer(Wrapper):
         for name, s in self.scaling.items():
             if isinstance(s, Tensor):
                 self.scaling[name] = fn(s).to(s.dtype)
-            elif (a := self.attached.get(name)) is not None and a.traced is not None:
+            elif (a := self.attached.get(name)) is not None and a.traced is not None and isinstance(a.traced.scale, Tensor):
                 a.traced.scale = fn(a.traced.scale).to(a.traced.scale.dtype).fill_(s)
         return self
 

@@ -49,8 +49,8 @@ class Traced(Place):
     def __init__(self, attached: Attached, place: Place) -> None:
         self.__dict__.update(place.__dict__)
         self.factor = place.layer.factor
-        self.tensors: Tensors | None = object.__new__(Tensors)
-        self.scale = torch.zeros(())
+        self.leaves = object.__new__(Tensors)
+        self.scale: Any = None
         self.read_from(attached)
 
     def read_from(self, a: Attached) -> None:
@@ -58,25 +58,25 @@ class Traced(Place):
         layer, name = self.layer, self.adapter
         self.config = object.__new__(type(a.config))
         object.__setattr__(self.config, "__dict__", a.config.__dict__)
-        found = {leaf: a.place_of(leaf) for leaf in (*a.leaves, *a.derived)}
-        some = torch.zeros(())
-        for leaf, at in found.items():
-            if at is None or not isinstance(at[0], Followed):
-                self.tensors = None
-                break
-            some = at[0][at[1]]
-            setattr(self.tensors, leaf, some)
-            at[0].follow(at[1], self.tensors, leaf)
-        s = layer.scaling[name]
-        dtype = torch.float64 if some.dtype == torch.float64 else torch.float32
-        self.scale = s if isinstance(s, Tensor) else torch.tensor(float(s), dtype=dtype, device=some.device)
+        at = {leaf: a.place_of(leaf) for leaf in (*a.leaves, *a.derived)}
+        stores = {leaf: here for leaf, here in at.items() if here is not None and isinstance(here[0], Followed)}
+        for leaf, (store, key) in stores.items():
+            setattr(self.leaves, leaf, store[key])
+            store.follow(key, self.leaves, leaf)
+        self.tensors = self.leaves if len(stores) == len(at) else None
+        scaling = layer.scaling[name]
+        if len(layer.attached) > 1 and not isinstance(scaling, Tensor) and stores:  # of one alone, the number is part of the program
+            some = next(iter(vars(self.leaves).values()))
+            dtype = torch.float64 if some.dtype == torch.float64 else torch.float32
+            scaling = torch.tensor(float(scaling), dtype=dtype, device=some.device)
+        self.scale = scaling
         layer.scaling.follow(name, self, "scale")
         dropouts: Any = layer._modules[f"{a.config.prefix}dropout"]
         self.drop = dropouts._modules[name]
         dropouts._modules.follow(name, self, "drop")
 
     @property
-    def scaling(self) -> Tensor:
+    def scaling(self) -> Any:
         return self.scale if self.factor == 1 else self.scale * self.factor
 
     @property

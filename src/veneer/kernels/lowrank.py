@@ -82,10 +82,11 @@ def _few(x: Tensor, w: Tensor | Packed, b: Tensor | None, a: Tensor, up: Tensor,
     """A few rows on the CPU, no gradients: there the casts and the set-up of a half-precision product cost more than the arithmetic, so the
     thin products run in the factors' own dtype."""
     y = product(x, w, b if gain is None else None)
-    h = F.linear(x.to(a.dtype), a)
+    thin = F.linear(F.linear(x.to(a.dtype), a), up)
     if isinstance(scale, Tensor):
-        h, scale = h * scale, 1.0
-    y.add_(F.linear(h, up), alpha=scale)
+        y.add_(thin * scale)  # which a compiler makes one pass of
+    else:
+        y.add_(thin, alpha=scale)
     if gain is not None:
         y = y.mul_(gain) if b is None else y.mul_(gain).add_(b)
     return y
