@@ -102,8 +102,7 @@ class AdaptedLayer(Wrapper):
             site = self.weight_site
             p = site.codec.weight(self.get_base_layer(), site.weight_name)
             p.data = site.stored(base).to(p).contiguous()
-        if self.switch.compiled:
-            self.lay_out()
+        self.tell_compiled()
 
     def change(self, adapter: str, facts: Mapping[str, Facts] = NO_FACTS, *, at_rest: bool = False) -> Any:
         """What the adapter does here, from its present tensors and, for methods that route, what is known of the call: a `Change`, or
@@ -200,6 +199,7 @@ class AdaptedLayer(Wrapper):
             old: Tensor = store[key]
             new = t.detach().to(device=old.device, dtype=old.dtype).clone()
             store[key] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+        self.tell_compiled()
 
     def start_factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
         """(A0, B0), the frozen start that the change is counted from, where the method has one."""
@@ -249,6 +249,11 @@ class AdaptedLayer(Wrapper):
 
     # ---------------------------------------------------------------- compiled
 
+    def tell_compiled(self) -> None:
+        """After a change of what adapters there are here, or of their configs."""
+        if self.switch.compiled:
+            self.lay_out()
+
     def lay_out(self) -> None:
         """Lay out what compiled code reads here; see `veneer.engine.traced`."""
         for a in self.attached.values():
@@ -277,9 +282,11 @@ class AdaptedLayer(Wrapper):
             refs = self.shown
         return None if refs is None else [a for a in [ref() for ref in refs] if a is not None]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("seat", "shown")}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__dict__.update(seat=None, shown=None)
         self.switch.__dict__.setdefault("layers", []).append(weakref.ref(self))
 
     # ---------------------------------------------------------------- running
@@ -512,6 +519,7 @@ class AdaptedLayer(Wrapper):
         del container_of(self, f"{a.config.prefix}dropout")[adapter_name]
         self.scaling.pop(adapter_name, None)
         self.let_train.discard(adapter_name)
+        self.tell_compiled()
         inner = getattr(self.base_layer, "out_proj", None) if self.site.kind == "attention" else None
         if isinstance(inner, AdaptedLayer):
             inner.delete_adapter(adapter_name)
