@@ -64,7 +64,7 @@ def several(make: Any = None, count: int = 8) -> Any:
 def counter() -> Iterator[Any]:
     torch._dynamo.reset()
     counters.clear()
-    yield CompileCounterWithBackend("aot_eager")
+    yield CompileCounterWithBackend("eager")
     torch._dynamo.reset()
 
 
@@ -114,6 +114,7 @@ def test_so_it_is_with_other_methods(method: str, counter: Any) -> None:
 
 
 def test_training_too(counter: Any) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
     model = several(count=4).train()
     run = torch.compile(model, backend=counter, fullgraph=True)
 
