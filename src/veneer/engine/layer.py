@@ -280,7 +280,7 @@ class AdaptedLayer(Wrapper):
         refs = self.seat.acting
         if refs is None:
             refs = self.shown
-        return None if refs is None else [a for a in [ref() for ref in refs] if a is not None]
+        return None if refs is None or refs is False else [a for a in [ref() for ref in refs] if a is not None]
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("seat", "shown")}

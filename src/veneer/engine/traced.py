@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from .route import Choice, chosen_here
 if TYPE_CHECKING:
     from .layer import AdaptedLayer
 
-Acting = tuple["weakref.ref[Attached]", ...]  # a thread is not to keep a model alive
+Acting = tuple["weakref.ref[Attached]", ...] | Literal[False]  # (a thread is not to keep a model alive); False: names have to be asked
 
 
 class Seat(threading.local):
@@ -29,16 +29,16 @@ class Seat(threading.local):
 
     def __init__(self, layer: AdaptedLayer) -> None:  # in every thread anew, when it first looks
         choice = chosen_here(layer.switch)
-        self.acting = None if choice is None else acting(layer, choice)
+        self.acting: Acting | None = None if choice is None else acting(layer, choice)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copy of the layer is seated when it is compiled
 
 
-def acting(layer: AdaptedLayer, choice: Choice) -> Acting | None:
-    """The adapters that act on a layer; None where more has to be known than these."""
+def acting(layer: AdaptedLayer, choice: Choice) -> Acting:
+    """The adapters that act on a layer; False where more has to be known than these."""
     if choice.rows is not None or choice.facts:
-        return None
+        return False
     return tuple(weakref.ref(a) for n in choice.acting if (a := layer.attached.get(n)) is not None)
 
 
