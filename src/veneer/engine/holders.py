@@ -60,6 +60,12 @@ class Followed(dict[str, Any]):
             self.followers = {}
         self.followers.setdefault(key, {})[target, name] = None  # type: ignore[attr-defined]
 
+    def pop(self, key: str, *default: Any) -> Any:
+        """The entry of an adapter that is taken off, with its followers. (`del` keeps them: wrappers put something else in the place.)"""
+        if self.followers:
+            self.followers.pop(key, None)  # type: ignore[attr-defined]
+        return super().pop(key, *default)
+
     def __getstate__(self) -> None:
         """A copy has no followers: what runs it is compiled anew."""
 

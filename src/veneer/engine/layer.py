@@ -115,7 +115,7 @@ class AdaptedLayer(Wrapper):
 
     def _change(self, a: Attached, facts: Mapping[str, Facts], at_rest: bool = False) -> Any:
         if a.traced is not None and torch.compiler.is_compiling() and not facts and not at_rest:
-            made = a.traced.config.change(a.traced.tensors or Tensors(a), a.traced)
+            made = a.traced.config.change(a.traced.held or Tensors(a), a.traced)
             return self._skipped(made, a.traced.config, a) if self.training else made
         assert a.place is not None
         if self.training and at_rest:

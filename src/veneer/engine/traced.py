@@ -43,13 +43,13 @@ def acting(layer: AdaptedLayer, choice: Choice) -> Acting:
 
 
 class Traced(Place):
-    """A place as compiled code sees it. `config`: a face of its own for each layer, with the one config's attributes; `tensors`: None where a leaf is
+    """A place as compiled code sees it. `config`: a face of its own for each layer, with the one config's attributes; `held`: its tensors, None where a leaf is
     another place's, transposed."""
 
     def __init__(self, attached: Attached, place: Place) -> None:
         self.__dict__.update(place.__dict__)
         self.factor = place.layer.factor
-        self.leaves = object.__new__(Tensors)
+        self.leaves: Tensors = object.__new__(Tensors)
         self.scale: Any = None
         self.read_from(attached)
 
@@ -59,11 +59,12 @@ class Traced(Place):
         self.config = object.__new__(type(a.config))
         object.__setattr__(self.config, "__dict__", a.config.__dict__)
         at = {leaf: a.place_of(leaf) for leaf in (*a.leaves, *a.derived)}
-        stores = {leaf: here for leaf, here in at.items() if here is not None and isinstance(here[0], Followed)}
+        stores = {leaf: (here[0], here[1]) for leaf, here in at.items() if here is not None and isinstance(here[0], Followed)}
         for leaf, (store, key) in stores.items():
+            assert isinstance(store, Followed)
             setattr(self.leaves, leaf, store[key])
             store.follow(key, self.leaves, leaf)
-        self.tensors = self.leaves if len(stores) == len(at) else None
+        self.held = self.leaves if len(stores) == len(at) else None
         scaling = layer.scaling[name]
         if len(layer.attached) > 1 and not isinstance(scaling, Tensor) and stores:  # of one alone, the number is part of the program
             some = next(iter(vars(self.leaves).values()))
