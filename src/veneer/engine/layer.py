@@ -28,7 +28,7 @@ from .place import Place
 from .repeat import Repeat
 from .route import BASE, Choice, Facts, Switch, ready
 from .substitute import call_with
-from .traced import Acting, Seat, Traced, acting
+from .traced import Acting, Seat, Traced, acting, direct, seen
 from .wrapper import Wrapper
 
 NO_FACTS: Mapping[str, Facts] = {}
@@ -63,6 +63,7 @@ class AdaptedLayer(Wrapper):
     cut: bool | None = None
     seat: Seat | None = None
     shown: Acting | None = None
+    plain: bool = False  # whether compiled code may go the short way
 
     def __init__(self, base_layer: nn.Module, site: Adaptable, switch: Switch, name: str = "") -> None:
         self.__dict__ = made(nn.Module).__dict__  # and no attribute through torch's checks of each: there may be thousands of layers
@@ -257,11 +258,19 @@ class AdaptedLayer(Wrapper):
     def lay_out(self) -> None:
         """Lay out what compiled code reads here; see `veneer.engine.traced`."""
         for a in self.attached.values():
-            if a.traced is None and a.place is not None:
-                a.traced = Traced(a, a.place)
-            elif a.traced is not None:
+            if a.traced is not None:
                 a.traced.read_from(a)
-        self.seat = Seat(self)
+            elif a.place is not None and self.factor == 1:
+                a.traced = Traced(a, a.place)
+        site = self.site
+        self.plain = (
+            type(site) is LinearSite
+            and site.codec.plain
+            and not site.transposed
+            and not site.own_forward
+            and type(self.base_layer) is nn.Linear
+        )
+        self.seat = Seat(self) if "_original_parameters" not in self.__dict__ else None  # DeepSpeed's, under ZeRO-3: see `forward`
         self.show(self.switch.default)
 
     def show(self, choice: Choice) -> None:
@@ -273,17 +282,8 @@ class AdaptedLayer(Wrapper):
         if self.seat is not None:
             self.seat.acting = acting(self, choice)
 
-    def _seen(self) -> list[Attached] | None:
-        """Who acts, for compiled code; None if it has to ask by name."""
-        if self.seat is None or self.own is not None or "_original_parameters" in self.__dict__:
-            return None
-        refs = self.seat.acting
-        if refs is None:
-            refs = self.shown
-        return None if refs is None or refs is False else [a for a in [ref() for ref in refs] if a is not None]
-
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("seat", "shown")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("seat", "shown", "plain")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -293,8 +293,11 @@ class AdaptedLayer(Wrapper):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         compiling = torch.compiler.is_compiling()
-        if compiling and ready() and (seen := self._seen()) is not None:
-            return self._run(seen, args, kwargs)
+        if compiling and ready():
+            here = seen(self)
+            if here is not None:
+                y = direct(self, here[0], args[0]) if self.plain and len(here) == len(args) == 1 and not kwargs else None
+                return y if y is not None else self._run(here, args, kwargs)
         choice = self.switch.current(self.own)
         if not compiling and self.last is not None:
             out = self.last.run(self, choice, args, kwargs)
@@ -609,8 +612,8 @@ class AdaptedLayer(Wrapper):
         for name, s in self.scaling.items():
             if isinstance(s, Tensor):
                 self.scaling[name] = fn(s).to(s.dtype)
-            elif (a := self.attached.get(name)) is not None and a.traced is not None and isinstance(a.traced.scale, Tensor):
-                a.traced.scale = fn(a.traced.scale).to(a.traced.scale.dtype).fill_(s)
+            elif (a := self.attached.get(name)) is not None and a.traced is not None and isinstance(a.traced.scaling, Tensor):
+                a.traced.scaling = fn(a.traced.scaling).to(a.traced.scaling.dtype).fill_(s)
         return self
 
     def __getattr__(self, name: str) -> Any:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..sites.base import hooked
+from ..sites.linear import LinearSite
 from .holders import Attached, Followed, Tensors
 from .place import Place
 from .route import Choice, chosen_here
@@ -42,15 +44,40 @@ def acting(layer: AdaptedLayer, choice: Choice) -> Acting:
     return tuple(weakref.ref(a) for n in choice.acting if (a := layer.attached.get(n)) is not None)
 
 
+def seen(layer: AdaptedLayer) -> list[Attached] | None:
+    """Who acts on a layer, for compiled code; None if it has to ask by name."""
+    if layer.seat is None or layer.own is not None:
+        return None
+    refs = layer.seat.acting
+    if refs is None:
+        refs = layer.shown
+    return None if refs is None or refs is False else [a for a in [ref() for ref in refs] if a is not None]
+
+
+def direct(layer: AdaptedLayer, a: Attached, x: Tensor) -> Tensor | None:
+    """What an ordinary linear layer gives under one adapter, by a short way: whatever compiled code has looked at, it looks at before every call.
+    None where the way is longer."""
+    base: Any = layer._modules["base_layer"]
+    w, b = base._parameters["weight"], base._parameters["bias"]
+    if a.traced is None or a.traced.held is None or layer.training or layer.merged_adapters or hooked(base) or type(w) is not nn.Parameter:
+        return None
+    change: Any = a.traced.config.change(a.traced.held, a.traced)
+    return LinearSite.times(w, b, [(change, "sum")], x)
+
+
 class Traced(Place):
-    """A place as compiled code sees it. `config`: a face of its own for each layer, with the one config's attributes; `held`: its tensors, None where a leaf is
-    another place's, transposed."""
+    """A place as compiled code sees it; of a layer with a factor of its own there is none.
+
+    Attributes:
+        config: a face of its own for each layer, with the one config's attributes.
+        held: the adapter's tensors; None where a leaf is another place's, transposed.
+    """
+
+    scaling: Any = None
 
     def __init__(self, attached: Attached, place: Place) -> None:
         self.__dict__.update(place.__dict__)
-        self.factor = place.layer.factor
         self.leaves: Tensors = object.__new__(Tensors)
-        self.scale: Any = None
         self.read_from(attached)
 
     def read_from(self, a: Attached) -> None:
@@ -70,15 +97,11 @@ class Traced(Place):
             some = next(iter(vars(self.leaves).values()))
             dtype = torch.float64 if some.dtype == torch.float64 else torch.float32
             scaling = torch.tensor(float(scaling), dtype=dtype, device=some.device)
-        self.scale = scaling
-        layer.scaling.follow(name, self, "scale")
+        self.scaling = scaling
+        layer.scaling.follow(name, self, "scaling")
         dropouts: Any = layer._modules[f"{a.config.prefix}dropout"]
         self.drop = dropouts._modules[name]
         dropouts._modules.follow(name, self, "drop")
-
-    @property
-    def scaling(self) -> Any:
-        return self.scale if self.factor == 1 else self.scale * self.factor
 
     @property
     def dropout(self) -> float:
