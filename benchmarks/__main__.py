@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from . import adapters, imports
-from .cases import MEMORY, MIXED, STEPS, TOKENS
+from .cases import COMPILED, MEMORY, MIXED, STEPS, TOKENS
 from .memory import peak
 from .models import Mixed, Step, Token, adapted, decoder
 from .timing import Ratio, interleaved
 
 LIBRARIES = ("veneer", "peft")
 DTYPES = (torch.bfloat16, torch.float32)
-PARTS = ("step", "token", "mixed", "memory", "attach", "import")
+PARTS = ("step", "token", "mixed", "memory", "attach", "import", "compiled")
 
 
 class Bench:
@@ -38,12 +38,13 @@ class Bench:
     def cases(self, names: Any) -> list[str]:
         return [c for c in names if self.only is None or c.partition(",")[0] in self.only]
 
-    def ratios(self, part: str, title: str, names: Any, kind: Any, rounds: int) -> None:
+    def ratios(self, part: str, title: str, names: Any, kind: Any, rounds: int, dtypes: Any = DTYPES) -> None:
         """A table of a case a line: the floor (nothing adapted, for a step differentiated to the embeddings) and both libraries, taking turns."""
         rows = []
         for case in self.cases(names):
             config, fields = STEPS[case]
-            for dtype in DTYPES:
+            for dtype in dtypes:
+                torch._dynamo.reset()  # what was compiled for another case is not to be looked through
                 base = decoder(dtype, self.hidden, self.layers)
                 runs = {"floor": kind(base)}
                 for library in LIBRARIES:
@@ -94,6 +95,12 @@ class Bench:
         self.console.print(table)
         self.record["attach"] = found
 
+    def compiled(self) -> None:
+        """LoRA with everything compiled by inductor, the frozen model too."""
+        for part, kind, rounds in (("step", Step, self.rounds), ("token", Token, 20 * self.rounds)):
+            title = f"compiled: {part}, times the compiled frozen model's"
+            self.ratios(f"compiled {part}", title, COMPILED, lambda m, k=kind: k(torch.compile(m)), rounds, DTYPES[:1])
+
     def imports(self) -> None:
         """What an import costs over torch's."""
         self.record["import_ms"] = found = {n: 1000 * imports.seconds(n, 3) for n in LIBRARIES}
@@ -123,7 +130,7 @@ def _said(r: Ratio | None) -> str:
 def main(
     quick: Annotated[bool, typer.Option(help="Few rounds: a first impression.")] = False,
     only: Annotated[str | None, typer.Option(help="Cases to measure, with commas between.")] = None,
-    parts: Annotated[str, typer.Option(help="Tables to measure, with commas between.")] = ",".join(PARTS),
+    parts: Annotated[str, typer.Option(help="Tables to measure, with commas between.")] = ",".join(PARTS[:-1]),
     out: Annotated[
         Path | None, typer.Option(help="The file for the figures (.json); a picture of the steps goes beside it (.png).")
     ] = None,
@@ -144,7 +151,8 @@ def main(
         bench.ratios("step", "training step, times the frozen model's", STEPS, Step, bench.rounds)
     if "token" in wanted:
         bench.ratios("token", "one-token forward without gradients, times the frozen model's", TOKENS, Token, 20 * bench.rounds)
-    for name, run in (("mixed", bench.mixed), ("memory", bench.memory), ("attach", bench.attach), ("import", bench.imports)):
+    others = {"mixed": bench.mixed, "memory": bench.memory, "attach": bench.attach, "import": bench.imports, "compiled": bench.compiled}
+    for name, run in others.items():
         if name in wanted:
             run()
     if out is not None:

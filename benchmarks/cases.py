@@ -36,6 +36,7 @@ STEPS: dict[str, Case] = {
     "frod": ("FrodConfig", {"progressbar": False}),
 }
 TOKENS = ("lora", "dora", "vera", "ia3", "oft")
+COMPILED = ("lora",)
 MEMORY = ("lora", "lora, dropout 0.1", "dora")
 MIXED = (1, 4, 16)
 

@@ -24,9 +24,23 @@ def text() -> str:
     ]
     for run in sorted(runs, key=lambda r: r["hidden"]):
         parts += _run(run)
+    if (FOLDER / "compiled.json").is_file():
+        parts += _compiled(json.loads((FOLDER / "compiled.json").read_text(encoding="utf-8")))
     if (FOLDER / "train.json").is_file():
         parts += _train(json.loads((FOLDER / "train.json").read_text(encoding="utf-8")))
     return "\n\n".join(parts) + "\n"
+
+
+def _compiled(run: dict[str, Any]) -> list[str]:
+    """What `python -m benchmarks --parts compiled` found."""
+    return [
+        "## Compiled",
+        f"`torch.compile` (inductor) of the frozen model and of both adapted ones, torch {run['torch']}, {run['machine']}, {run['threads']} thread(s), "
+        f"{run['layers']} layer(s) of a Llama, hidden {run['hidden']}. A training step, 4 x 160 tokens, over the compiled frozen model's:",
+        _ratios(run["compiled step"], {}),
+        "One token without gradients:",
+        _ratios(run["compiled token"], {}),
+    ]
 
 
 def _train(run: dict[str, Any]) -> list[str]:

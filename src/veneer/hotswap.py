@@ -109,6 +109,7 @@ def prepare_model_for_compiled_hotswap(
                     roomy_t = _padded(t.detach(), leaves[leaf].shape, layer)
                     store[key] = nn.Parameter(roomy_t, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else roomy_t
         a.config, a.leaves = new, leaves
+        layer.tell_compiled()
     for name in dict.fromkeys(n for n, _, _ in loras):
         _follow(model, name)
     if target_rank is not None and config:
@@ -263,6 +264,7 @@ def _swap(model: nn.Module, tensors: Mapping[str, Tensor], adapter: str, config:
             assert a.place is not None
             a.leaves = a.config.leaves(a.place)
         a.kept = None
+        layer.tell_compiled()
     _follow(model, adapter)
 
 

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from ..sharding import fill, is_dtensor, is_partitioned, whole
 
 if TYPE_CHECKING:
     from .place import Place
+    from .traced import Traced
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -38,8 +40,42 @@ def made(kind: type[M]) -> M:
     return new
 
 
+class Followed(dict[str, Any]):
+    """A table whose entries compiled code reads elsewhere, as attributes without an adapter's name: these follow what is written here."""
+
+    followers: Mapping[str, dict[tuple[Any, str], None]] = MappingProxyType({})
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        for target, name in self.followers.get(key, ()):
+            now = getattr(target, name)
+            if isinstance(now, Tensor) and isinstance(value, (int, float)):
+                now.fill_(value)  # a scaling, which compiled code reads as a tensor
+            else:
+                setattr(target, name, value)
+
+    def follow(self, key: str, target: Any, name: str) -> None:
+        """Keep `target.name` at the entry, from its next change on."""
+        if not self.followers:
+            self.followers = {}
+        self.followers.setdefault(key, {})[target, name] = None  # type: ignore[attr-defined]
+
+    def pop(self, key: str, *default: Any) -> Any:
+        """The entry of an adapter that is taken off, with its followers. (`del` keeps them: wrappers put something else in the place.)"""
+        if self.followers:
+            self.followers.pop(key, None)  # type: ignore[attr-defined]
+        return super().pop(key, *default)
+
+    def __getstate__(self) -> None:
+        """A copy has no followers: what runs it is compiled anew."""
+
+
 class Keyed(nn.ModuleDict):
     """What a layer has by adapter: modules, or tensors themselves. Takes any string as an adapter's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__.update(_modules=Followed(), _parameters=Followed(), _buffers=Followed())
 
     def __setitem__(self, key: str, value: Any) -> None:
         (self._modules if isinstance(value, nn.Module) else self._parameters)[key] = value
@@ -84,6 +120,10 @@ class Holder(nn.Module):
 
     weight: Tensor
     own_dtype: frozenset[str] = frozenset()  # tensors whose dtype is the module's own, whatever a file has
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__.update(_parameters=Followed(), _buffers=Followed())
 
     @property
     def in_features(self) -> int:
@@ -144,12 +184,13 @@ class Attached:
     cached: tuple[Any, Change] | None = None
     recalled: Recalled | None = None
     trains: tuple[tuple[dict[str, Any], str], ...] = ()  # those of `source` that get gradients while the adapter trains
+    traced: Traced | None = None  # what compiled code reads instead, once there is any
     lean: bool | None = (
         None  # on a quantised layer: whether the change is applied without anything of the weight's size; None: not known yet
     )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "kept": None, "cached": None, "recalled": None}
+        return {**self.__dict__, "kept": None, "cached": None, "recalled": None, "traced": None}
 
     def tensor(self, leaf: str) -> Tensor:
         """The tensor of a leaf as it is now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,12 +22,13 @@ from ..sites.linear import LinearSite
 from ..sites.parallel import check_cut
 from ..sites.whole import WholeSite
 from .caching import keeping, stamp
-from .holders import Attached, Kept, Recalled, Tensors, container_of, drop, get_slot, hold, made, set_slot, slots, visited
+from .holders import Attached, Followed, Kept, Recalled, Tensors, container_of, drop, get_slot, hold, made, set_slot, slots, visited
 from .offload import brought_in
 from .place import Place
 from .repeat import Repeat
-from .route import BASE, Choice, Facts, Switch
+from .route import BASE, Choice, Facts, Switch, ready
 from .substitute import call_with
+from .traced import Acting, Seat, Traced, acting, direct, seen
 from .wrapper import Wrapper
 
 NO_FACTS: Mapping[str, Facts] = {}
@@ -49,7 +51,7 @@ class AdaptedLayer(Wrapper):
     base_layer: nn.Module
     site: Adaptable
     attached: dict[str, Attached]
-    scaling: dict[str, Any]
+    scaling: Followed
     merged_adapters: list[str]
     originals: dict[str, tuple[nn.Parameter | None, Tensor]]  # while merged: parameter (none for a buffer) and frozen values, by name
     let_train: set[str]  # the adapters whose tensors were last told to get gradients
@@ -59,6 +61,9 @@ class AdaptedLayer(Wrapper):
     packed: nn.Module | None = None
     assumed: Tensor | None = None
     cut: bool | None = None
+    seat: Seat | None = None
+    shown: Acting | None = None
+    plain: bool = False  # whether compiled code may go the short way
 
     def __init__(self, base_layer: nn.Module, site: Adaptable, switch: Switch, name: str = "") -> None:
         self.__dict__ = made(nn.Module).__dict__  # and no attribute through torch's checks of each: there may be thousands of layers
@@ -68,7 +73,7 @@ class AdaptedLayer(Wrapper):
             switch=switch,
             name=name,
             attached={},
-            scaling={},
+            scaling=Followed(),
             merged_adapters=[],
             originals={},
             own=None,
@@ -78,6 +83,7 @@ class AdaptedLayer(Wrapper):
             input_dtype=None,
             training=base_layer.training,
         )
+        switch.layers.append(weakref.ref(self))
 
     # ---------------------------------------------------------------- adapters
 
@@ -97,6 +103,7 @@ class AdaptedLayer(Wrapper):
             site = self.weight_site
             p = site.codec.weight(self.get_base_layer(), site.weight_name)
             p.data = site.stored(base).to(p).contiguous()
+        self.tell_compiled()
 
     def change(self, adapter: str, facts: Mapping[str, Facts] = NO_FACTS, *, at_rest: bool = False) -> Any:
         """What the adapter does here, from its present tensors and, for methods that route, what is known of the call: a `Change`, or
@@ -105,13 +112,19 @@ class AdaptedLayer(Wrapper):
         Args:
             at_rest: without what acts in training alone, dropout above all.
         """
-        a = self.attached[adapter]
+        return self._change(self.attached[adapter], facts, at_rest)
+
+    def _change(self, a: Attached, facts: Mapping[str, Facts], at_rest: bool = False) -> Any:
+        if a.traced is not None and torch.compiler.is_compiling() and not facts and not at_rest:
+            made = a.traced.config.change(a.traced.held or Tensors(a), a.traced)
+            return self._skipped(made, a.traced.config, a) if self.training else made
         assert a.place is not None
         if self.training and at_rest:
             return a.config.change(Tensors(a), a.place.at_rest())
-        if self.training or adapter in facts or torch.compiler.is_compiling():
-            change = a.config.change(Tensors(a), a.place.during(facts[adapter]) if adapter in facts else a.place)
-            return self._skipped(change, a) if self.training else change
+        told = facts.get(a.place.adapter) if facts else None
+        if self.training or told is not None or torch.compiler.is_compiling():
+            change = a.config.change(Tensors(a), a.place if told is None else a.place.during(told))
+            return self._skipped(change, a.config, a) if self.training else change
         if keeping() and not torch.is_grad_enabled() and isinstance(self.site, Site):
             return self._cached(a)
         scaling = a.place.scaling
@@ -142,9 +155,9 @@ class AdaptedLayer(Wrapper):
         return change
 
     @staticmethod
-    def _skipped(change: Any, a: Attached) -> Any:
+    def _skipped(change: Any, config: Method, a: Attached) -> Any:
         """The change, or none of it with the probability that the method asks for."""
-        rate = a.config.skip()
+        rate = config.skip()
         if rate > 0 and change.add is not None:
             some = a.tensor(next(iter(a.leaves)))
             change.add = Switched(change.add, torch.rand((), device=some.device) >= rate)
@@ -162,10 +175,13 @@ class AdaptedLayer(Wrapper):
         return a.cached[1]
 
     def changes(self, names: Sequence[str], facts: Mapping[str, Facts] = NO_FACTS, *, at_rest: bool = False) -> list[tuple[Any, Stacking]]:
-        configs = [self.attached[n].config for n in names]
+        return self._changes([self.attached[n] for n in names], facts, at_rest)
+
+    def _changes(self, acting: Sequence[Attached], facts: Mapping[str, Facts], at_rest: bool = False) -> list[tuple[Any, Stacking]]:
+        configs = [a.config if a.traced is None else a.traced.config for a in acting]
         for i, config in enumerate(configs[:-1]):
             config.check_together(configs[i + 1 :])
-        return [(self.change(n, facts, at_rest=at_rest), c.stacking) for n, c in zip(names, configs, strict=True)]
+        return [(self._change(a, facts, at_rest), c.stacking) for a, c in zip(acting, configs, strict=True)]
 
     def leaf(self, adapter: str, name: str) -> Tensor:
         """One of the adapter's tensors."""
@@ -184,6 +200,7 @@ class AdaptedLayer(Wrapper):
             old: Tensor = store[key]
             new = t.detach().to(device=old.device, dtype=old.dtype).clone()
             store[key] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+        self.tell_compiled()
 
     def start_factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
         """(A0, B0), the frozen start that the change is counted from, where the method has one."""
@@ -231,11 +248,58 @@ class AdaptedLayer(Wrapper):
     def _originals(self) -> dict[str, Tensor]:
         return {name: whole(values) for name, (_, values) in self.originals.items()}
 
+    # ---------------------------------------------------------------- compiled
+
+    def tell_compiled(self) -> None:
+        """After a change of what adapters there are here, or of their configs."""
+        if self.switch.compiled:
+            self.lay_out()
+
+    def lay_out(self) -> None:
+        """Lay out what compiled code reads here; see `veneer.engine.traced`."""
+        for a in self.attached.values():
+            if a.traced is not None:
+                a.traced.read_from(a)
+            elif a.place is not None and self.factor == 1:
+                a.traced = Traced(a, a.place)
+        site = self.site
+        self.plain = (
+            type(site) is LinearSite
+            and site.codec.plain
+            and not site.transposed
+            and not site.own_forward
+            and type(self.base_layer) is nn.Linear
+        )
+        self.seat = Seat(self) if "_original_parameters" not in self.__dict__ else None  # DeepSpeed's, under ZeRO-3: see `forward`
+        self.show(self.switch.default)
+
+    def show(self, choice: Choice) -> None:
+        """Let compiled code know who acts by default."""
+        self.__dict__["shown"] = acting(self, choice)
+
+    def show_here(self, choice: Choice) -> None:
+        """Let compiled code know who acts in this thread."""
+        if self.seat is not None:
+            self.seat.acting = acting(self, choice)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("seat", "shown", "plain")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.switch.__dict__.setdefault("layers", []).append(weakref.ref(self))
+
     # ---------------------------------------------------------------- running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        compiling = torch.compiler.is_compiling()
+        if compiling and ready():
+            here = seen(self)
+            if here is not None:
+                y = direct(self, here[0], args[0]) if self.plain and len(here) == len(args) == 1 and not kwargs else None
+                return y if y is not None else self._run(here, args, kwargs)
         choice = self.switch.current(self.own)
-        if not torch.compiler.is_compiling() and self.last is not None:
+        if not compiling and self.last is not None:
             out = self.last.run(self, choice, args, kwargs)
             if out is not None:
                 return out
@@ -245,7 +309,7 @@ class AdaptedLayer(Wrapper):
         if choice.rows is not None and choice.enabled:
             return self._run_rows(choice, args, kwargs)
         out = self._run(self._acting(choice), args, kwargs, choice.facts)
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not torch.is_grad_enabled() and not compiling:
             self.last = Repeat.of(self, choice)
         return out
 
@@ -264,14 +328,14 @@ class AdaptedLayer(Wrapper):
         for a in self.attached.values():
             yield from (a.tensor(n) if not transposed else other.tensor(leaf) for n, (other, leaf, transposed) in a.derived.items())
 
-    def _acting(self, choice: Choice) -> list[str]:
+    def _acting(self, choice: Choice) -> list[Attached]:
         if not choice.enabled or not choice.names:
             return []
-        return [n for n in choice.names if n in self.attached]
+        return [self.attached[n] for n in choice.names if n in self.attached]
 
-    def _run(self, names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any], facts: Mapping[str, Facts] = NO_FACTS) -> Any:
+    def _run(self, acting: list[Attached], args: tuple[Any, ...], kwargs: Mapping[str, Any], facts: Mapping[str, Facts] = NO_FACTS) -> Any:
         base: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]
-        if names == self.merged_adapters and not (self.site.mutates and not names):  # with nothing merged: no adapter acts
+        if self._is_merged(acting) and not (self.site.mutates and not acting):  # with nothing merged: no adapter acts
             return base(*args, **kwargs)
         frozen: dict[str, Any] = self._originals() if self.originals else {}
         if not torch.compiler.is_compiling() and self.cut is None:
@@ -281,35 +345,41 @@ class AdaptedLayer(Wrapper):
                 f"{self.name}: a tensor-parallel {self.site.kind} whose adapters are merged runs with these or not at all. Unmerge first."
             )
         if self.quantised:
-            return self._run_packed(names, args, kwargs, facts)
+            return self._run_packed(acting, args, kwargs, facts)
         inner = getattr(base, "out_proj", None) if self.site.kind == "attention" else None
         if isinstance(inner, AdaptedLayer):
+            names = [a.place.adapter for a in acting if a.place is not None]
             frozen |= {f"out_proj.base_layer.{k}": v for k, v in inner.effective(names).items()}
-        if not names and not self.site.mutates and not (frozen and self.cut):  # a cut module's forward is bound to the merged one
+        if not acting and not self.site.mutates and not (frozen and self.cut):  # a cut module's forward is bound to the merged one
             return call_with(base, frozen, args, kwargs)
-        return self.site.apply(base, self.changes(names, facts), args, kwargs, frozen)
+        return self.site.apply(base, self._changes(acting, facts), args, kwargs, frozen)
 
-    def _run_packed(self, names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any], facts: Mapping[str, Facts]) -> Any:
+    def _is_merged(self, acting: list[Attached]) -> bool:
+        """Whether these are the adapters that are merged."""
+        merged = self.merged_adapters
+        return len(acting) == len(merged) and all(self.attached.get(n) is a for n, a in zip(merged, acting, strict=True))
+
+    def _run_packed(self, acting: list[Attached], args: tuple[Any, ...], kwargs: Mapping[str, Any], facts: Mapping[str, Facts]) -> Any:
         """With W packed: what needs W whole, or forms a change of its size, is computed again in the backward, so that no layer keeps any."""
         base = self.frozen
-        if not names:
+        if not acting:
             return base(*args, **kwargs)
 
         def run(*args: Any) -> Any:
-            return self.site.apply(base, self.changes(names, facts), args, kwargs, {})
+            return self.site.apply(base, self._changes(acting, facts), args, kwargs, {})
 
         if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
             self.input_dtype = args[0].dtype
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or all(self._lean(n, facts) for n in names):
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or all(self._lean(a, facts) for a in acting):
             return run(*args)
         return checkpoint(run, *args, use_reentrant=False)
 
-    def _lean(self, adapter: str, facts: Mapping[str, Facts]) -> bool:
+    @staticmethod
+    def _lean(a: Attached, facts: Mapping[str, Facts]) -> bool:
         """Whether the adapter's change is applied without W and without anything of its size; found out once, by making it."""
-        a = self.attached[adapter]
         if a.lean is None:
             assert a.place is not None
-            here = a.place.during(facts.get(adapter, {}))
+            here = a.place.during(facts.get(a.place.adapter, {}))
             here.read = False
             with torch.random.fork_rng(devices=[]):
                 change: Any = a.config.change(Tensors(a, detached=True), here)
@@ -329,7 +399,7 @@ class AdaptedLayer(Wrapper):
             groups.setdefault(name if name in self.attached else BASE, []).append(i)
         if len(groups) == 1:
             (name,) = groups
-            return self._run([] if name == BASE else [name], args, kwargs, choice.facts)
+            return self._run([] if name == BASE else [self.attached[name]], args, kwargs, choice.facts)
 
         if isinstance(self.site, WholeSite):
             _told_apart(choice.rows, self.site.batch_dim, args, kwargs, self.name)
@@ -350,7 +420,7 @@ class AdaptedLayer(Wrapper):
             if lows and not names:
                 return self._run_lows(lows, [owner[i] for i in at.tolist()], args[0])
             mine = {n: {k: t.index_select(0, at) for k, t in choice.facts[n].items()} for n in names if n in choice.facts}
-            return self._run(names, args, kwargs, mine)
+            return self._run([self.attached[n] for n in names], args, kwargs, mine)
 
         return split_rows(groups, choice.rows, self.site.batch_dim, args, kwargs, run, self.name)
 
@@ -452,6 +522,7 @@ class AdaptedLayer(Wrapper):
         del container_of(self, f"{a.config.prefix}dropout")[adapter_name]
         self.scaling.pop(adapter_name, None)
         self.let_train.discard(adapter_name)
+        self.tell_compiled()
         inner = getattr(self.base_layer, "out_proj", None) if self.site.kind == "attention" else None
         if isinstance(inner, AdaptedLayer):
             inner.delete_adapter(adapter_name)
@@ -541,6 +612,8 @@ class AdaptedLayer(Wrapper):
         for name, s in self.scaling.items():
             if isinstance(s, Tensor):
                 self.scaling[name] = fn(s).to(s.dtype)
+            elif (a := self.attached.get(name)) is not None and a.traced is not None and isinstance(a.traced.scaling, Tensor):
+                a.traced.scaling = fn(a.traced.scaling).to(a.traced.scaling.dtype).fill_(s)
         return self
 
     def __getattr__(self, name: str) -> Any:

@@ -73,7 +73,8 @@ class Place:
 
     def weight(self) -> Tensor:
         """The frozen W (n_out, n_in), also while adapters are merged into the layer; of a packed one, dequantised for this use."""
-        self.read, self.asked = self.read or torch.is_grad_enabled(), True
+        if not torch.compiler.is_compiling():  # which would be compiled anew for what was noted
+            self.read, self.asked = self.read or torch.is_grad_enabled(), True
         return self.layer.frozen_weight()
 
     def bias(self) -> Tensor | None:

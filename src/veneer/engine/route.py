@@ -63,14 +63,20 @@ class Switch:
         self.watched: dict[str, Watched] = {}  # adapters whose methods act when an optimizer steps
         self.untied: list[Any] = []  # configs whose tie_word_embeddings a merge has set False
         self.off: dict[nn.Module, None] = {}  # what was switched off by itself, in order
+        self.layers: list[weakref.ref[Any]] = []  # the adapted layers
+        self.compiled = False  # whether compiled code may run them: who acts is then shown to each
+        _switches.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("token", "trained")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("token", "trained", "layers", "compiled")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.trained = None
         self.token = next(_tokens)  # a copy of a model has choices of its own
+        self.compiled = False
+        self.__dict__.setdefault("layers", [])  # its layers may have come before it
+        _switches.add(self)
         if self.watched:
             enlist(self)
 
@@ -78,6 +84,7 @@ class Switch:
         """Make `names` act from now on in this thread, and in threads that have made no choice."""
         self.default = replace(self.default, names=tuple(names))
         _thread.set({**_thread.get(), self.token: self.default})
+        self.show()
         _mirror(self)
 
     def enable(self, enabled: bool) -> None:
@@ -86,7 +93,20 @@ class Switch:
         mine = _thread.get().get(self.token)
         if mine is not None:
             _thread.set({**_thread.get(), self.token: replace(mine, enabled=enabled)})
+        self.show()
         _mirror(self)
+
+    def show(self) -> None:
+        """Let compiled code know who acts by default."""
+        for layer in self.alive() if self.compiled else ():
+            layer.show(self.default)
+
+    def alive(self) -> list[Any]:
+        """The adapted layers that there are."""
+        found = [layer for ref in self.layers if (layer := ref()) is not None]
+        if len(found) < len(self.layers):
+            self.layers[:] = map(weakref.ref, found)
+        return found
 
     def chosen(self) -> Choice:
         """The choice that holds here and now, single layers' own aside."""
@@ -170,11 +190,30 @@ _empty: Mapping[int, Choice] = {}
 _call: ContextVar[Mapping[int, Choice]] = ContextVar("veneer_call", default=_empty)
 _thread: ContextVar[Mapping[int, Choice]] = ContextVar("veneer_thread", default=_empty)
 _local = _Local()
+_switches: weakref.WeakSet[Switch] = weakref.WeakSet()
 
 
 def _mirror(switch: Switch) -> None:
     _local.mirror[switch.token] = holds = switch.holds()
     switch.note(*holds)
+    for layer in switch.alive() if switch.compiled else ():
+        layer.show_here(holds[0])
+
+
+def chosen_here(switch: Switch) -> Choice | None:
+    """What holds in this thread for compiled code; None if the thread has made no choice."""
+    held = _local.mirror.get(switch.token)
+    return None if held is None else held[0]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def ready() -> bool:
+    """Runs while something is being compiled, and is no part of what is compiled: lay out what compiled code reads, from now on."""
+    for switch in [s for s in _switches if not s.compiled]:
+        switch.compiled = True
+        for layer in switch.alive():
+            layer.lay_out()
+    return True
 
 
 @contextmanager
@@ -190,6 +229,8 @@ def choosing(switch: Switch, choice: Choice) -> Iterator[None]:
         _mirror(switch)
         if task != -1 and before is not None:
             _local.mirror[switch.token] = before
+            for layer in switch.alive() if switch.compiled else ():
+                layer.show_here(before[0])
 
 
 def find_switch(model: nn.Module) -> Switch | None:

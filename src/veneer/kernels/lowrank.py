@@ -40,7 +40,7 @@ def lowrank_linear(
         gain: (n_out,) or None.
         seed: of the dropout mask, for tests; drawn from the global generator if not given.
     """
-    if isinstance(scale, Tensor):
+    if isinstance(scale, Tensor) and scale.requires_grad:
         up, scale = up * scale, 1.0
     if not ordinary(w) or not ordinary(a) or not ordinary(up) or dropout >= 1 or (dropout > 0 and torch.compiler.is_compiling()):
         return reference.lowrank_linear(x, w, b, a, up, scale, dropout=dropout, gain=gain)
@@ -64,7 +64,7 @@ def _run(
     b: Tensor | None,
     a: Tensor,
     up: Tensor,
-    scale: float,
+    scale: float | Tensor,
     dropout: float,
     gain: Tensor | None,
     seed: int | None,
@@ -79,18 +79,22 @@ def _run(
     return _forward(x, w, b, a, up, scale, dropout, gain, seed or 0)[0]
 
 
-def _few(x: Tensor, w: Tensor | Packed, b: Tensor | None, a: Tensor, up: Tensor, scale: float, gain: Tensor | None) -> Tensor:
+def _few(x: Tensor, w: Tensor | Packed, b: Tensor | None, a: Tensor, up: Tensor, scale: float | Tensor, gain: Tensor | None) -> Tensor:
     """A few rows on the CPU, no gradients: there the casts and the set-up of a half-precision product cost more than the arithmetic, so the
     thin products run in the factors' own dtype."""
     y = product(x, w, b if gain is None else None)
-    y.add_(F.linear(F.linear(x.to(a.dtype), a), up), alpha=scale)
+    thin = F.linear(F.linear(x.to(a.dtype), a), up)
+    if isinstance(scale, Tensor):
+        y.add_(thin * scale)  # which a compiler makes one pass of
+    else:
+        y.add_(thin, alpha=scale)
     if gain is not None:
         y = y.mul_(gain) if b is None else y.mul_(gain).add_(b)
     return y
 
 
 def _forward(
-    x: Tensor, w: Tensor | Packed, b: Tensor | None, a: Tensor, up: Tensor, scale: float, rate: float, gain: Tensor | None, seed: int,
+    x: Tensor, w: Tensor | Packed, b: Tensor | None, a: Tensor, up: Tensor, scale: float | Tensor, rate: float, gain: Tensor | None, seed: int,
     trains: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     rows = x.reshape(-1, x.shape[-1])
@@ -98,7 +102,8 @@ def _forward(
     if isinstance(w, Tensor) and rate == 0 and gain is None and _wide(len(rows), a, up, trains):
         return _times(rows, w, b, (up @ a).mul_(scale)).view(*x.shape[:-1], up.shape[0]), None, None
     h = (rows if rate == 0 else masked(rows, survivors(rows, rate, seed))) @ a.mT
-    u = product(rows, w, b if gain is None else None).addmm_(h, up.mT, alpha=scale / (1 - rate))
+    factor, scaled = (1.0, h * scale) if isinstance(scale, Tensor) else (scale, h)
+    u = product(rows, w, b if gain is None else None).addmm_(scaled, up.mT, alpha=factor / (1 - rate))
     if gain is None:
         return u.view(*x.shape[:-1], u.shape[-1]), h, None
     y = u * gain.to(u.dtype)
@@ -129,7 +134,7 @@ class _LowRankLinear(torch.autograd.Function):
         b: Tensor | None,
         a: Tensor,
         up: Tensor,
-        scale: float,
+        scale: float | Tensor,
         rate: float,
         gain: Tensor | None,
         seed: int,
@@ -139,15 +144,17 @@ class _LowRankLinear(torch.autograd.Function):
         wants_gain = gain is not None and ctx.needs_input_grad[7]
         ctx.packed = None if isinstance(w, Tensor) else w
         kept_h, kept_u = h if ctx.needs_input_grad[4] else None, u if wants_gain else None
-        ctx.save_for_backward(x, w if isinstance(w, Tensor) else None, a, up, kept_h, gain, kept_u)
-        ctx.scale, ctx.rate, ctx.seed, ctx.whole = scale, rate, seed, h is None
+        s = scale if isinstance(scale, Tensor) else None
+        ctx.save_for_backward(x, w if isinstance(w, Tensor) else None, a, up, kept_h, gain, kept_u, s)
+        ctx.scale, ctx.rate, ctx.seed, ctx.whole = scale if s is None else 1.0, rate, seed, h is None
         ctx.b_dtype = None if b is None else b.dtype
         return y
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, a, up, h, gain, u = ctx.saved_tensors
+        x, w, a, up, h, gain, u, s = ctx.saved_tensors
+        scale = ctx.scale if s is None else s
         need_x, _, need_b, need_a, need_up, _, _, need_gain, _ = ctx.needs_input_grad
         rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         db = dy.sum(0).to(ctx.b_dtype) if need_b else None
@@ -156,11 +163,11 @@ class _LowRankLinear(torch.autograd.Function):
             dy = dy * gain.to(dy.dtype)
         if ctx.whole:
             d = dy.mT @ rows if need_a or need_up else None
-            da = (up.to(dy.dtype).mT @ d).mul_(ctx.scale).to(a.dtype) if need_a and d is not None else None
-            dup = (d @ a.to(dy.dtype).mT).mul_(ctx.scale).to(up.dtype) if need_up and d is not None else None
-            dx = _times(dy, w.mT, None, (a.to(dy.dtype).mT @ up.to(dy.dtype).mT).mul_(ctx.scale)).view(x.shape) if need_x else None
+            da = (up.to(dy.dtype).mT @ d).mul_(scale).to(a.dtype) if need_a and d is not None else None
+            dup = (d @ a.to(dy.dtype).mT).mul_(scale).to(up.dtype) if need_up and d is not None else None
+            dx = _times(dy, w.mT, None, (a.to(dy.dtype).mT @ up.to(dy.dtype).mT).mul_(scale)).view(x.shape) if need_x else None
             return dx, None, db, da, dup, None, None, None, None
-        scale = ctx.scale / (1 - ctx.rate)
+        scale = scale / (1 - ctx.rate)
         dup = (dy.mT @ h).mul_(scale).to(up.dtype) if need_up else None
         da = dx = None
         if need_a or need_x:

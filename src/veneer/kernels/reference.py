@@ -17,7 +17,7 @@ def lowrank_linear(
     b: Tensor | None,
     a: Tensor,
     up: Tensor,
-    scale: float,
+    scale: float | Tensor,
     *,
     dropout: float = 0.0,
     gain: Tensor | None = None,

@@ -55,10 +55,11 @@ class Between(Op):
         if self.g is not None:
             h = self.g(h, x).to(h.dtype)
         up = up.to(h.dtype)
-        if self.scale != 1 and h.numel() < up.numel():  # the smaller one
-            h = h * self.scale
-        elif self.scale != 1:
-            up = up * self.scale
+        if isinstance(self.scale, Tensor) or self.scale != 1:
+            if h.numel() < up.numel():  # the smaller one
+                h = h * self.scale
+            else:
+                up = up * self.scale
         return geo.unlast(h), up
 
 

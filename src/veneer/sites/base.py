@@ -40,7 +40,7 @@ class Adaptable(ABC):
     batch_dim: int = 0
 
     def __init__(self, module: nn.Module) -> None:
-        self.codec: Codec = codec_for(module)
+        self.codec: Codec = type(codec_for(module))()  # its own: an object that layers share is compared for each in compiled code
         self.mutates = False  # the module's forward writes into its own weight
 
     @abstractmethod
