@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from . import adapters, imports
-from .cases import COMPILED, MEMORY, MIXED, STEPS, TOKENS
+from .cases import COMPILED, MEMORY, MERGES, MIXED, STEPS, TOKENS
 from .memory import peak
-from .models import Mixed, Step, Token, adapted, decoder
+from .models import Merge, Mixed, Step, Token, adapted, decoder, trained_whole
 from .timing import Ratio, interleaved
 
 LIBRARIES = ("veneer", "peft")
 DTYPES = (torch.bfloat16, torch.float32)
-PARTS = ("step", "token", "mixed", "memory", "attach", "import", "compiled")
+PARTS = ("step", "token", "mixed", "merge", "memory", "attach", "import", "compiled")
 
 
 class Bench:
@@ -52,9 +52,13 @@ class Bench:
                         runs[library] = kind(adapted(library, base, config, fields))
                     except Exception as e:  # one library that cannot is a finding, not the end of the run
                         self.console.print(f"{case}, {dtype}: {library} fails: {type(e).__name__}: {e}"[:300])
+                if kind is Step and case == "lora":
+                    runs["full"] = kind(trained_whole(base))
                 found = interleaved(runs, "floor", rounds, clock=self.clock)
                 rows.append({"case": case, "dtype": _short(dtype), **{k: dataclasses.asdict(v) for k, v in found.items()}})
-                self.console.print(f"{part:6} {case:18} {_short(dtype):8} " + "  ".join(f"{n} {_said(found.get(n))}" for n in LIBRARIES))
+                self.console.print(
+                    f"{part:6} {case:18} {_short(dtype):8} " + "  ".join(f"{n} {_said(found[n])}" for n in found if n != "floor")
+                )
                 del runs
                 gc.collect()
         self.record[part] = rows
@@ -151,6 +155,8 @@ def main(
         bench.ratios("step", "training step, times the frozen model's", STEPS, Step, bench.rounds)
     if "token" in wanted:
         bench.ratios("token", "one-token forward without gradients, times the frozen model's", TOKENS, Token, 20 * bench.rounds)
+    if "merge" in wanted:
+        bench.ratios("merge", "merging and unmerging, times two passes over the weights", MERGES, Merge, bench.rounds)
     others = {"mixed": bench.mixed, "memory": bench.memory, "attach": bench.attach, "import": bench.imports, "compiled": bench.compiled}
     for name, run in others.items():
         if name in wanted:

@@ -38,6 +38,7 @@ STEPS: dict[str, Case] = {
 TOKENS = ("lora", "dora", "vera", "ia3", "oft")
 COMPILED = ("lora",)
 MEMORY = ("lora", "lora, dropout 0.1", "dora")
+MERGES = ("lora", "dora", "vera", "ia3", "oft", "loha")
 MIXED = (1, 4, 16)
 
 Aims = dict[str, tuple[float | None, float | None]]  # of bfloat16 and float32

@@ -42,6 +42,15 @@ def adapted(library: str, base: nn.Module, config: str, fields: Mapping[str, Any
     return model
 
 
+def trained_whole(base: nn.Module) -> nn.Module:
+    """A copy of the base of which the weights that adapters would change train themselves."""
+    model = copy.deepcopy(base)
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in TARGETS:
+            module.requires_grad_(True)
+    return model
+
+
 class Step:
     """One training step without the optimizer: forward and backward of everything that trains, and to the embeddings."""
 
@@ -71,6 +80,24 @@ class Token:
     @torch.no_grad()
     def __call__(self) -> None:
         self.model(inputs_embeds=self.x)
+
+
+class Merge:
+    """Adapters merged and taken out again; of a bare model, two passes over the weights that they change."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        self.weights = [m.weight for n, m in model.named_modules() if n.rpartition(".")[2] in TARGETS and isinstance(m, nn.Linear)]
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        if hasattr(self.model, "merge_adapter"):
+            self.model.merge_adapter()
+            self.model.unmerge_adapter()
+            return
+        for _ in range(2):
+            for w in self.weights:
+                w.mul_(1)
 
 
 class Mixed:

@@ -45,24 +45,28 @@ def _compiled(run: dict[str, Any]) -> list[str]:
 
 def _train(run: dict[str, Any]) -> list[str]:
     """What `python -m benchmarks.train` found."""
-    rows, quality, each = run["start"], run["quality"], [run[n] for n in ("veneer", "peft", "floor")]
+    rows, quality, each = run["start"], run["quality"], [run[n] for n in ("veneer", "peft", "peft_flat", "floor")]
     return [
         "## End to end",
         f"SmolLM2-135M in bfloat16, LoRA r = 16 on all seven projections, {run['steps']} steps of 4 rows, {run['threads']} thread(s), torch "
         f"{run['torch']}: questions and answers cut from Python's documentation. Both have the same rows in the same order, the same start and the same "
-        "rate. PEFT runs under transformers' Trainer and pads each batch to its longest row; veneer lays the rows end to end (`packing: rows`) and "
-        "multiplies by the vocabulary only for answers.",
+        "rate. PEFT runs under transformers' Trainer, and pads each batch to its longest row or, without padding, takes `DataCollatorWithFlattening`; veneer "
+        "lays the rows end to end (`packing: rows`), attends to each by itself and multiplies by the vocabulary only for answers.",
         f"{rows['rows']} rows of {rows['shortest']} to {rows['longest']} tokens, {rows['tokens']:,} in all, {rows['padded']:,} with padding, "
         f"{rows['answers']:,} of answers.",
         _table(
-            ["", "veneer", "PEFT", "frozen model, veneer's rows"],
+            ["", "veneer", "PEFT", "PEFT without padding", "frozen model, veneer's rows"],
             [
                 ["seconds of the process's own time", *(f"{r['cpu_seconds']:.1f}" for r in each)],
                 ["seconds", *(f"{r['seconds']:.1f}" for r in each)],
                 ["tokens without padding per second of its own time", *(f"{rows['tokens'] / r['cpu_seconds']:.0f}" for r in each)],
                 ["memory added by training, MB", *(f"{r['added_mb']:,.0f}" for r in each)],
                 ["peak of the process, MB", *(f"{r['peak_mb']:,.0f}" for r in each)],
-                [f"held-out perplexity, {quality['start']:.2f} at the start", f"{quality['veneer']:.2f}", f"{quality['peft']:.2f}", ""],
+                [
+                    f"held-out perplexity, {quality['start']:.2f} at the start",
+                    *(f"{quality[n]:.2f}" for n in ("veneer", "peft", "peft_flat")),
+                    "",
+                ],
             ],
         ),
     ]
@@ -75,6 +79,8 @@ def _run(run: dict[str, Any]) -> list[str]:
     ]
     if run.get("step"):
         out += ["A training step, 4 x 160 tokens, over the frozen model's:", _ratios(run["step"], AIMS)]
+        if whole := [f"{_said(r['full'])} in {r['dtype']}" for r in run["step"] if "full" in r]:
+            out.append(f"With those weights themselves training, and no adapter: {', '.join(whole)}.")
     if run.get("token"):
         out += ["One token without gradients:", _ratios(run["token"], TOKEN_AIMS)]
     if run.get("mixed"):
@@ -82,6 +88,8 @@ def _run(run: dict[str, Any]) -> list[str]:
             "16 rows of 8 tokens, each with one of so many LoRA adapters:",
             _ratios(run["mixed"], {"1 adapters": (1.25, None), "16 adapters": (1.6, None)}),
         ]
+    if run.get("merge"):
+        out += ["Merging and unmerging, over two passes over the weights:", _ratios(run["merge"], {})]
     if run.get("memory"):
         rows = [[f"{r['case']}, {r['dtype']}", *(f"{r[n] / r['floor']:.2f}" for n in ("veneer", "peft"))] for r in run["memory"]]
         out += ["Peak memory of a step over what was there before, times the frozen model's:", _table(["", "veneer", "PEFT"], rows)]

@@ -29,7 +29,7 @@ def compare(steps: int) -> dict[str, dict[str, float]]:
     """What each run took, and the held-out perplexity of each adapter."""
     with tempfile.TemporaryDirectory() as work:
         out: dict[str, dict[str, float]] = {}
-        for what in ("start", "veneer", "peft", "floor", "quality"):
+        for what in RUNS:
             command = [sys.executable, "-W", "ignore", "-m", "benchmarks.train", "--one", what, "--folder", work, "--steps", str(steps)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             out[what] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -140,7 +140,7 @@ def _with_veneer(folder: Path, steps: int) -> dict[str, float]:
     return found | {"loss": [e["loss"] for e in trainer.state.log_history if "loss" in e][-1]}
 
 
-def _with_peft(folder: Path, steps: int) -> dict[str, float]:
+def _with_peft(folder: Path, steps: int, padded: bool = True) -> dict[str, float]:
     import peft
     import torch
     import transformers
@@ -153,11 +153,17 @@ def _with_peft(folder: Path, steps: int) -> dict[str, float]:
         logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, dataloader_pin_memory=False, train_sampling_strategy="sequential",
     )  # fmt: skip
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    join = transformers.DataCollatorForSeq2Seq(tokenizer)
+    model.config.use_cache = padded  # with a cache, transformers lets rows end to end see each other
+    join = transformers.DataCollatorForSeq2Seq(tokenizer) if padded else transformers.DataCollatorWithFlattening()
     trainer: Any = transformers.Trainer(model=model, args=args, train_dataset=_read(folder, "rows.json"), data_collator=join)
     found = _measured(trainer.train)
-    model.save_pretrained(folder / "peft")
+    model.save_pretrained(folder / ("peft" if padded else "peft_flat"))
     return found | {"loss": [e["loss"] for e in trainer.state.log_history if "loss" in e][-1]}
+
+
+def _with_peft_flat(folder: Path, steps: int) -> dict[str, float]:
+    """The same with transformers' collator that lays rows end to end."""
+    return _with_peft(folder, steps, padded=False)
 
 
 def _floor(folder: Path, steps: int) -> dict[str, float]:
@@ -165,10 +171,12 @@ def _floor(folder: Path, steps: int) -> dict[str, float]:
     import torch
     import transformers
 
+    from veneer.training.attention import attend_by_rows
     from veneer.training.data import end_to_end
     from veneer.training.loss import Aside, chunked_cross_entropy
 
     model = transformers.AutoModelForCausalLM.from_pretrained(_model(), dtype=torch.bfloat16).requires_grad_(False).train()
+    attend_by_rows(model)
     rows, head = _read(folder, "rows.json"), model.lm_head
     model.lm_head = Aside()
 
@@ -191,7 +199,7 @@ def _quality(folder: Path, steps: int) -> dict[str, float]:
     import veneer
 
     out = {}
-    for name in ("start", "veneer", "peft"):
+    for name in ("start", "veneer", "peft", "peft_flat"):
         base = transformers.AutoModelForCausalLM.from_pretrained(_model(), dtype=torch.bfloat16)
         model = veneer.PeftModel.from_pretrained(base, folder / name).eval()
         total = count = 0.0
@@ -205,7 +213,7 @@ def _quality(folder: Path, steps: int) -> dict[str, float]:
     return out
 
 
-RUNS = {"start": _start, "veneer": _with_veneer, "peft": _with_peft, "floor": _floor, "quality": _quality}
+RUNS = {"start": _start, "veneer": _with_veneer, "peft": _with_peft, "peft_flat": _with_peft_flat, "floor": _floor, "quality": _quality}
 
 
 def main(

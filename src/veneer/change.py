@@ -178,8 +178,13 @@ def fused(changes: Sequence[tuple[Change, Stacking]], x: Tensor) -> tuple[LowRan
 
 def low_rank(change: Change) -> LowRank | None:
     """What the change adds, as one matrix of two factors (n_out, r) and (r, n_in), if it does nothing else to W; else None."""
-    add = change.add.low() if isinstance(change.add, Vectored) else change.add
-    return add if change.additive and isinstance(add, LowRank) and add.up.ndim == 2 else None
+    return factors(change.add) if change.additive else None
+
+
+def factors(add: Op | None) -> LowRank | None:
+    """The matrix as one of two factors (n_out, r) and (r, n_in), if it is; else None."""
+    low = add.low() if isinstance(add, Vectored) else add
+    return low if isinstance(low, LowRank) and low.up.ndim == 2 else None
 
 
 def derived(changes: Sequence[tuple[Change, Stacking]]) -> Derived | None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..engine.holders import Keyed, keep_dtypes
-from ..engine.layer import split_rows
+from ..engine.mixing import split_rows
 from ..engine.modules import saved_tensors
 from ..engine.route import BASE, Choice, Switch
 from ..engine.wrapper import Wrapper

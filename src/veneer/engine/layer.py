@@ -1,4 +1,8 @@
-"""The one adapted layer: any site, any method, any number of adapters."""
+"""The one adapted layer: any site, any method, any number of adapters.
+
+Long, since a layer answers to many: torch, PEFT's names, checkpoints, merging, compiled code. What an adapter does here stands in `changing`, a batch over
+several in `mixing`.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..change import Change, Stacking, low_rank
-from ..errors import ConfigError, MergeError, RouteError
-from ..kernels.norms import checksum
+from ..change import Stacking
+from ..errors import ConfigError, MergeError
 from ..method import Method
-from ..ops import LowRank, Switched
 from ..sharding import whole, zero_fetches
 from ..sites import Adaptable, Site
 from ..sites.linear import LinearSite
 from ..sites.parallel import check_cut
-from ..sites.whole import WholeSite
-from .caching import keeping, stamp
-from .holders import Attached, Followed, Kept, Recalled, Tensors, container_of, drop, get_slot, hold, made, set_slot, slots, visited
+from .changing import change_of
+from .holders import Attached, Followed, Tensors, container_of, drop, get_slot, hold, made, set_slot, slots, visited
+from .mixing import run_rows
 from .offload import brought_in
 from .place import Place
 from .repeat import Repeat
-from .route import BASE, Choice, Facts, Switch, ready
+from .route import Choice, Facts, Switch, ready
 from .substitute import call_with
 from .traced import Acting, Seat, Traced, acting, direct, seen
 from .wrapper import Wrapper
@@ -112,67 +114,7 @@ class AdaptedLayer(Wrapper):
         Args:
             at_rest: without what acts in training alone, dropout above all.
         """
-        return self._change(self.attached[adapter], facts, at_rest)
-
-    def _change(self, a: Attached, facts: Mapping[str, Facts], at_rest: bool = False) -> Any:
-        if a.traced is not None and torch.compiler.is_compiling() and not facts and not at_rest:
-            made = a.traced.config.change(a.traced.held or Tensors(a), a.traced)
-            return self._skipped(made, a.traced.config, a) if self.training else made
-        assert a.place is not None
-        if self.training and at_rest:
-            return a.config.change(Tensors(a), a.place.at_rest())
-        told = facts.get(a.place.adapter) if facts else None
-        if self.training or told is not None or torch.compiler.is_compiling():
-            change = a.config.change(Tensors(a), a.place if told is None else a.place.during(told))
-            return self._skipped(change, a.config, a) if self.training else change
-        if keeping() and not torch.is_grad_enabled() and isinstance(self.site, Site):
-            return self._cached(a)
-        scaling = a.place.scaling
-        if a.kept is not None and a.kept.holds(scaling):
-            return a.kept.change
-        if torch.is_grad_enabled() or a.config.routes or isinstance(scaling, Tensor) or not isinstance(self.site, Site):
-            change = a.config.change(Tensors(a), a.place)
-            a.kept = Kept.of(change, a, scaling)
-            return change
-        return self._recalled(a, scaling)
-
-    def _recalled(self, a: Attached, scaling: float) -> Any:
-        """The change as it was the last time, if all it is made of is equal to what it was."""
-        assert a.place is not None
-        tensors = Tensors(a)
-        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        before = a.recalled
-        if before is not None and before.holds(scaling, vars(tensors), lambda: checksum(self.frozen_weight()), autocast):
-            return before.change
-        here = a.place.during({})
-        here.told, here.asked = a.place.told, False
-        change: Any = a.config.change(tensors, here)
-        a.kept, a.recalled = Kept.of(change, a, scaling), None
-        if a.kept is None and self.assumed is None and Recalled.worth(change, vars(tensors)):
-            weight = checksum(self.frozen_weight()) if here.asked else None
-            if not here.asked or weight is not None:
-                a.recalled = Recalled(change, scaling, {k: t.clone() for k, t in vars(tensors).items()}, weight, autocast)
-        return change
-
-    @staticmethod
-    def _skipped(change: Any, config: Method, a: Attached) -> Any:
-        """The change, or none of it with the probability that the method asks for."""
-        rate = config.skip()
-        if rate > 0 and change.add is not None:
-            some = a.tensor(next(iter(a.leaves)))
-            change.add = Switched(change.add, torch.rand((), device=some.device) >= rate)
-        return change
-
-    def _cached(self, a: Attached) -> Change:
-        """The change as it was the last time, if nothing it is made of has been written to since."""
-        assert a.place is not None
-        now = (float(a.place.scaling), stamp([*vars(tensors := Tensors(a)).values(), self.frozen_weight()]))
-        if a.cached is None or a.cached[0] != now:
-            change: Any = a.config.change(tensors, a.place)
-            if type(change.add) is not LowRank:
-                return change  # type: ignore[no-any-return]  # it may be as large as the weight
-            a.cached = now, change
-        return a.cached[1]
+        return change_of(self, self.attached[adapter], facts, at_rest)
 
     def changes(self, names: Sequence[str], facts: Mapping[str, Facts] = NO_FACTS, *, at_rest: bool = False) -> list[tuple[Any, Stacking]]:
         return self._changes([self.attached[n] for n in names], facts, at_rest)
@@ -181,7 +123,7 @@ class AdaptedLayer(Wrapper):
         configs = [a.config if a.traced is None else a.traced.config for a in acting]
         for i, config in enumerate(configs[:-1]):
             config.check_together(configs[i + 1 :])
-        return [(self._change(a, facts, at_rest), c.stacking) for a, c in zip(acting, configs, strict=True)]
+        return [(change_of(self, a, facts, at_rest), c.stacking) for a, c in zip(acting, configs, strict=True)]
 
     def leaf(self, adapter: str, name: str) -> Tensor:
         """One of the adapter's tensors."""
@@ -230,7 +172,7 @@ class AdaptedLayer(Wrapper):
 
     def frozen_tensors(self) -> dict[str, Tensor]:
         """The frozen tensors that adapters may change here, by name inside the module, also while merged."""
-        return {**self.site.tensors(self.frozen), **self._originals()}
+        return {**self.site.tensors(self.frozen), **self.originals_whole()}
 
     def frozen_weight(self) -> Tensor:
         """The frozen W (n_out, n_in), also while merged; of a packed one, dequantised for this use."""
@@ -245,7 +187,7 @@ class AdaptedLayer(Wrapper):
         with brought_in(self.frozen):
             return site.weight(self.frozen)
 
-    def _originals(self) -> dict[str, Tensor]:
+    def originals_whole(self) -> dict[str, Tensor]:
         return {name: whole(values) for name, (_, values) in self.originals.items()}
 
     # ---------------------------------------------------------------- compiled
@@ -297,7 +239,7 @@ class AdaptedLayer(Wrapper):
             here = seen(self)
             if here is not None:
                 y = direct(self, here[0], args[0]) if self.plain and len(here) == len(args) == 1 and not kwargs else None
-                return y if y is not None else self._run(here, args, kwargs)
+                return y if y is not None else self.run_acting(here, args, kwargs)
         choice = self.switch.current(self.own)
         if not compiling and self.last is not None:
             out = self.last.run(self, choice, args, kwargs)
@@ -307,8 +249,8 @@ class AdaptedLayer(Wrapper):
             self._check_in_pieces()
             zero_fetches(self, self._read_here())
         if choice.rows is not None and choice.enabled:
-            return self._run_rows(choice, args, kwargs)
-        out = self._run(self._acting(choice), args, kwargs, choice.facts)
+            return run_rows(self, choice, args, kwargs)
+        out = self.run_acting(self._acting(choice), args, kwargs, choice.facts)
         if not torch.is_grad_enabled() and not compiling:
             self.last = Repeat.of(self, choice)
         return out
@@ -333,11 +275,13 @@ class AdaptedLayer(Wrapper):
             return []
         return [self.attached[n] for n in choice.names if n in self.attached]
 
-    def _run(self, acting: list[Attached], args: tuple[Any, ...], kwargs: Mapping[str, Any], facts: Mapping[str, Facts] = NO_FACTS) -> Any:
+    def run_acting(
+        self, acting: list[Attached], args: tuple[Any, ...], kwargs: Mapping[str, Any], facts: Mapping[str, Facts] = NO_FACTS
+    ) -> Any:
         base: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]
         if self._is_merged(acting) and not (self.site.mutates and not acting):  # with nothing merged: no adapter acts
             return base(*args, **kwargs)
-        frozen: dict[str, Any] = self._originals() if self.originals else {}
+        frozen: dict[str, Any] = self.originals_whole() if self.originals else {}
         if not torch.compiler.is_compiling() and self.cut is None:
             self.cut = check_cut(self.frozen, self.site, self.name)
         if frozen and self.cut and self.site.kind != "linear":
@@ -389,58 +333,8 @@ class AdaptedLayer(Wrapper):
     def effective(self, names: Sequence[str]) -> dict[str, Any]:
         """The base layer's tensors as these adapters change them, by name."""
         names = [n for n in names if n in self.attached]
-        frozen: dict[str, Any] = self._originals()
+        frozen: dict[str, Any] = self.originals_whole()
         return self.site.substituted(self.frozen, self.changes(names), frozen) if names else frozen
-
-    def _run_rows(self, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        assert choice.rows is not None
-        groups: dict[str, list[int]] = {}
-        for i, name in enumerate(choice.rows):
-            groups.setdefault(name if name in self.attached else BASE, []).append(i)
-        if len(groups) == 1:
-            (name,) = groups
-            return self._run([] if name == BASE else [self.attached[name]], args, kwargs, choice.facts)
-
-        if isinstance(self.site, WholeSite):
-            _told_apart(choice.rows, self.site.batch_dim, args, kwargs, self.name)
-            effects = [(self.change(name, choice.facts), at) for name, at in groups.items() if name != BASE]
-            return self.site.run(self.base_layer, effects, args, kwargs)
-
-        lows = self._lows(groups, choice, args, kwargs)
-        if lows:  # these and the rows without an adapter need no product of their own
-            thin = [i for name in (BASE, *lows) for i in groups.pop(name, ())]
-            order = {name: k for k, name in enumerate(lows)}
-            owner = [order.get(name, -1) for name in choice.rows]
-            groups = {BASE: sorted(thin), **groups}
-            if len(groups) == 1:
-                _told_apart(choice.rows, 0, args, kwargs, self.name)
-                return self._run_lows(lows, owner, args[0])
-
-        def run(names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any], at: Tensor) -> Any:
-            if lows and not names:
-                return self._run_lows(lows, [owner[i] for i in at.tolist()], args[0])
-            mine = {n: {k: t.index_select(0, at) for k, t in choice.facts[n].items()} for n in names if n in choice.facts}
-            return self._run([self.attached[n] for n in names], args, kwargs, mine)
-
-        return split_rows(groups, choice.rows, self.site.batch_dim, args, kwargs, run, self.name)
-
-    def _lows(self, groups: Mapping[str, Any], choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, LowRank]:
-        """The adapters of a mixed batch that add a low-rank change and do nothing else, with it: their rows share the frozen product."""
-        if not isinstance(self.site, LinearSite) or not self.site.splits(self.frozen, args, kwargs):
-            return {}
-        found = {}
-        for name in groups:
-            if name == BASE or name in choice.facts:
-                continue
-            change = self.change(name)
-            low = low_rank(change)
-            if low is not None and change.shift is None and not low.dropout:
-                found[name] = low
-        return found if len(found) + (BASE in groups) > 1 else {}
-
-    def _run_lows(self, lows: Mapping[str, LowRank], owner: Sequence[int], x: Tensor) -> Tensor:
-        assert isinstance(self.site, LinearSite)
-        return self.site.apply_rows(self.frozen, list(lows.values()), owner, x, self._originals())
 
     # ---------------------------------------------------------------- checkpoint
 
@@ -635,62 +529,7 @@ class AdaptedLayer(Wrapper):
         return f"{self.site.kind}{sides}; {kinds}"
 
 
-def split_rows(
-    groups: Mapping[str, Sequence[int]],
-    rows: Sequence[str],
-    batch_dim: int,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    run: Any,
-    name: str,
-) -> Any:
-    """Run each group of rows, `run(names, args, kwargs, numbers of the rows)`, with its own adapter and put the outputs back in order.
-
-    Raises:
-        RouteError: if the first input has not one row per name.
-    """
-    size, first = len(rows), _told_apart(rows, batch_dim, args, kwargs, name)
-    if any(hasattr(a, "get_seq_length") for a in (*args, *kwargs.values())):
-        raise RouteError(
-            f"{name!r} writes into a cache of keys and values, which cannot be split into rows with different adapters. Give use_cache=False, "
-            "or take one adapter per call (model.using(name))."
-        )
-    outs: list[Any] = []
-    for group, at in groups.items():
-        index = torch.tensor(at, device=first.device)
-
-        def part(v: Any, index: Tensor = index) -> Any:
-            if isinstance(v, tuple):
-                return tuple(part(x, index) for x in v)
-            return v.index_select(batch_dim, index) if isinstance(v, Tensor) and v.ndim > batch_dim and v.shape[batch_dim] == size else v
-
-        outs.append(run([] if group == BASE else [group], tuple(part(a) for a in args), {k: part(v) for k, v in kwargs.items()}, index))
-    order = torch.tensor([i for at in groups.values() for i in at], device=first.device)
-    back = torch.argsort(order)
-
-    def join(parts: Sequence[Any]) -> Any:
-        if isinstance(parts[0], Tensor):
-            return torch.cat([p.to(parts[0].dtype) for p in parts], batch_dim).index_select(batch_dim, back)
-        if isinstance(parts[0], tuple):
-            return tuple(join(p) for p in zip(*parts, strict=True))
-        return parts[0]
-
-    return join(outs)
-
-
-def _told_apart(rows: Sequence[str], batch_dim: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Tensor:
-    """The first input, which has one row per name."""
-    first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-    if first is None or first.ndim <= batch_dim or first.shape[batch_dim] != len(rows):
-        got = None if first is None else tuple(first.shape)
-        raise RouteError(
-            f"adapter_names gives {len(rows)} names, but the layer {name!r} got an input of shape {got}: its rows cannot be told apart. "
-            "Give one name per row of the batch; a layer that regroups tokens (a mixture of experts) takes one adapter per call (model.using(name))."
-        )
-    return first
-
-
-__all__ = ["AdaptedLayer", "Place", "get_slot", "set_slot", "split_rows"]
+__all__ = ["AdaptedLayer", "Place", "get_slot", "set_slot"]
 
 
 def _fields(config: Method) -> dict[str, Any]:

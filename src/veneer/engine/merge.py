@@ -131,7 +131,7 @@ def _formed(path: str, layer: AdaptedLayer, names: list[str]) -> tuple[dict[str,
         new, lost = merge_rows(layer, changes, frozen[site.weight_name])
         rounded = {site.weight_name: new}
         b = frozen.get(site.bias_name)
-        if any(c.shift is not None for c, _ in changes):
+        if any(c.shift is not None or (b is not None and c.left is not None and c.left_on_bias) for c, _ in changes):
             shifted = bias(changes, b if b is None else b.to(torch.promote_types(b.dtype, torch.float32)))
             _check_held(path, frozen, {site.bias_name})
             rounded[site.bias_name] = shifted.to(frozen[site.bias_name].dtype)  # type: ignore[union-attr]

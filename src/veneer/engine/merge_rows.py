@@ -1,4 +1,4 @@
-"""Merging low-rank changes of plain linear layers some rows at a time: one pass over the weight, and nothing of its size beside the result."""
+"""Merging low-rank changes and scalings of plain linear layers some rows at a time: one pass over the weight, and nothing of its size beside the result."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..change import Change, low_rank
+from ..change import Change, factors
+from ..ops import Diag
 from .layer import AdaptedLayer
 from .loss import LayerReport, Tally, at_a_time
 
 
 def by_rows(layer: AdaptedLayer, changes: Sequence[tuple[Any, Any]]) -> bool:
-    """Whether the changes of the layer can be merged like this."""
-    return layer.site.kind == "linear" and not layer.quantised and all(type(c) is Change and _thin(c) for c, _ in changes) and bool(changes)
+    """Whether the changes of the layer can be merged like this: low-rank additions, or one change that scales rows and columns as well."""
+    if layer.site.kind != "linear" or layer.quantised or not changes or any(type(c) is not Change for c, _ in changes):
+        return False
+    if any(c.add is not None and factors(c.add) is None for c, _ in changes):
+        return False
+    return all(c.additive for c, _ in changes) or (len(changes) == 1 and _scales(changes[0][0]))
 
 
-def _thin(change: Change) -> bool:
-    return change.additive and (change.add is None or low_rank(change) is not None)
+def _scales(change: Change) -> bool:
+    return change.base is None and all(op is None or (isinstance(op, Diag) and op.groups == 1) for op in (change.left, change.right))
 
 
 def merge_rows(layer: AdaptedLayer, changes: Sequence[tuple[Change, Any]], stored: Tensor) -> tuple[Tensor, LayerReport]:
@@ -32,7 +37,11 @@ def merge_rows(layer: AdaptedLayer, changes: Sequence[tuple[Change, Any]], store
     wide = torch.promote_types(stored.dtype, torch.float32)
     w, out = site.canonical(stored), torch.empty_like(stored, memory_format=torch.contiguous_format)
     new = site.canonical(out)
-    lows = [low for c, _ in changes if (low := low_rank(c)) is not None]
+    first = changes[0][0]
+    columns = first.right.vector.to(wide) if isinstance(first.right, Diag) else None
+    before = first.left.vector.to(wide).unsqueeze(1) if isinstance(first.left, Diag) else None
+    after = None if first.gain is None else first.gain.to(wide).unsqueeze(1)
+    lows = [low for c, _ in changes if (low := factors(c.add)) is not None]
     up = [low.up.to(wide) * low.scale for low in lows]
     down = [low.down.to(wide) for low in lows]
     tally, rounds = Tally(), wide != stored.dtype
@@ -42,8 +51,14 @@ def merge_rows(layer: AdaptedLayer, changes: Sequence[tuple[Change, Any]], store
         rows, part = w[i : i + step], new[i : i + step]
         exact = scratch[: len(rows)] if rounds else part
         exact.copy_(rows)
+        if columns is not None:
+            exact.mul_(columns)
+        if before is not None:
+            exact.mul_(before[i : i + step])
         for u, d in zip(up, down, strict=True):
             exact.addmm_(u[i : i + step], d)
+        if after is not None:
+            exact.mul_(after[i : i + step])
         if rounds:
             part.copy_(exact)
         tally.add(exact, part, rows)

@@ -80,7 +80,7 @@ class Place:
     def bias(self) -> Tensor | None:
         """The frozen bias (n_out,), also while adapters are merged into the layer."""
         site = self.layer.weight_site
-        return self.layer._originals().get(site.bias_name, site.bias(self.layer.frozen))
+        return self.layer.originals_whole().get(site.bias_name, site.bias(self.layer.frozen))
 
     def tensors(self) -> dict[str, Tensor]:
         """The module's frozen tensors by name, as far as adapters may change them, also while adapters are merged into it."""
