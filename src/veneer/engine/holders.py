@@ -196,10 +196,13 @@ class Attached:
         """The tensor of a leaf as it is now."""
         if leaf in self.derived:
             other, name, transposed = self.derived[leaf]
-            return whole(other.tensor(name)).T if transposed else other.tensor(name)  # a view of what ZeRO-3 has emptied would have nothing
+            t = other.tensor(name)
+            if not transposed:
+                return t
+            return (whole(t) if is_partitioned(t) else t).T  # a view of what ZeRO-3 has emptied would have nothing
         store, key = self.source[leaf]
-        t: Tensor = store[key]
-        return t
+        own: Tensor = store[key]
+        return own
 
     def place_of(self, leaf: str) -> tuple[dict[str, Any], str] | None:
         """The table and the key of the tensor that `tensor` gives; None where it is another's transpose."""
