@@ -372,6 +372,7 @@ def packed(method: str, layout: str, out: Path) -> dict[str, Any]:
             said[name] = "nothing"
         except veneer.ConfigError as e:
             said[name] = str(e)
+        dist.barrier()  # a process that is gone closes connections that the others still read from
     return said
 
 
