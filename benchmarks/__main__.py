@@ -44,7 +44,6 @@ class Bench:
         for case in self.cases(names):
             config, fields = STEPS[case]
             for dtype in dtypes:
-                torch._dynamo.reset()  # what was compiled for another case is not to be looked through
                 base = decoder(dtype, self.hidden, self.layers)
                 runs = {"floor": kind(base)}
                 for library in LIBRARIES:
@@ -102,6 +101,7 @@ class Bench:
     def compiled(self) -> None:
         """LoRA with everything compiled by inductor, the frozen model too."""
         for part, kind, rounds in (("step", Step, self.rounds), ("token", Token, 20 * self.rounds)):
+            torch._dynamo.reset()  # what was compiled for another part is not to be looked through
             title = f"compiled: {part}, times the compiled frozen model's"
             self.ratios(f"compiled {part}", title, COMPILED, lambda m, k=kind: k(torch.compile(m)), rounds, DTYPES[:1])
 

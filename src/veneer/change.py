@@ -183,8 +183,14 @@ def low_rank(change: Change) -> LowRank | None:
 
 def factors(add: Op | None) -> LowRank | None:
     """The matrix as one of two factors (n_out, r) and (r, n_in), if it is; else None."""
-    low = add.low() if isinstance(add, Vectored) else add
-    return low if isinstance(low, LowRank) and low.up.ndim == 2 else None
+    if not two_factors(add):
+        return None
+    return add.low() if isinstance(add, Vectored) else add  # type: ignore[return-value]
+
+
+def two_factors(add: Op | None) -> bool:
+    """Whether `factors` gives any; nothing is formed to see it."""
+    return isinstance(add, Vectored) or (isinstance(add, LowRank) and add.up.ndim == 2)
 
 
 def derived(changes: Sequence[tuple[Change, Stacking]]) -> Derived | None:

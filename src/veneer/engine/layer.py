@@ -20,7 +20,6 @@ from ..errors import ConfigError, MergeError
 from ..method import Method
 from ..sharding import whole, zero_fetches
 from ..sites import Adaptable, Site
-from ..sites.linear import LinearSite
 from ..sites.parallel import check_cut
 from .changing import change_of
 from .holders import Attached, Followed, Tensors, container_of, drop, get_slot, hold, made, set_slot, slots, visited
@@ -204,14 +203,7 @@ class AdaptedLayer(Wrapper):
                 a.traced.read_from(a)
             elif a.place is not None and self.factor == 1:
                 a.traced = Traced(a, a.place)
-        site = self.site
-        self.plain = (
-            type(site) is LinearSite
-            and site.codec.plain
-            and not site.transposed
-            and not site.own_forward
-            and type(self.base_layer) is nn.Linear
-        )
+        self.plain = self.site.ordinary and type(self.base_layer) is nn.Linear
         self.seat = Seat(self) if "_original_parameters" not in self.__dict__ else None  # DeepSpeed's, under ZeRO-3: see `forward`
         self.show(self.switch.default)
 

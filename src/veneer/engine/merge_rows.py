@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..change import Change, factors
+from ..change import Change, factors, two_factors
 from ..ops import Diag
 from .layer import AdaptedLayer
 from .loss import LayerReport, Tally, at_a_time
@@ -18,7 +18,7 @@ def by_rows(layer: AdaptedLayer, changes: Sequence[tuple[Any, Any]]) -> bool:
     """Whether the changes of the layer can be merged like this: low-rank additions, or one change that scales rows and columns as well."""
     if layer.site.kind != "linear" or layer.quantised or not changes or any(type(c) is not Change for c, _ in changes):
         return False
-    if any(c.add is not None and factors(c.add) is None for c, _ in changes):
+    if any(c.add is not None and not two_factors(c.add) for c, _ in changes):
         return False
     return all(c.additive for c, _ in changes) or (len(changes) == 1 and _scales(changes[0][0]))
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..change import Change, Stacking
 from ..sites.base import hooked
-from ..sites.linear import LinearSite
 from .holders import Attached, Kept
 from .route import Choice
 
@@ -41,15 +40,7 @@ class Repeat:
         if len(acting) != 1 or (kept := acting[0].kept) is None or not isinstance(kept.change, Change):
             return None
         (a,), site = acting, layer.site
-        if (
-            type(site) is not LinearSite
-            or site.own_forward
-            or site.transposed
-            or choice.rows is not None
-            or choice.facts
-            or not choice.enabled
-            or not site.codec.plain
-        ):
+        if not site.ordinary or choice.rows is not None or choice.facts or not choice.enabled:
             return None
         base: Any = layer._modules["base_layer"]
         weight, bias = base._parameters.get("weight"), base._parameters.get("bias")

@@ -51,6 +51,11 @@ class Adaptable(ABC):
     def tensors(self, module: nn.Module) -> dict[str, Tensor]:
         """The tensors that an adapter may change, by name inside the module, as the module has them now."""
 
+    @property
+    def ordinary(self) -> bool:
+        """Whether it is a linear layer's own product with a plain weight (n_out, n_in), and nothing else."""
+        return False
+
     @abstractmethod
     def substituted(self, module: nn.Module, changes: Any, frozen: Mapping[str, Any]) -> dict[str, Any]:
         """These tensors by name under the changes, formed whole. `frozen`: tensors that take the place of the module's own."""

@@ -62,6 +62,10 @@ class LinearSite(Site):
     def stored(self, w: Tensor) -> Tensor:
         return w.T if self.transposed else w
 
+    @property
+    def ordinary(self) -> bool:
+        return type(self) is LinearSite and self.codec.plain and not self.transposed and not self.own_forward
+
     def apply(
         self, module: nn.Module, changes: Changes, args: tuple[Any, ...], kwargs: Mapping[str, Any], frozen: Mapping[str, Any]
     ) -> Any:
