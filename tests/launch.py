@@ -78,11 +78,12 @@ def _abort(started: Sequence[subprocess.Popen[Any]]) -> None:
     import psutil
 
     trees = [[*psutil.Process(p.pid).children(recursive=True), psutil.Process(p.pid)] for p in started if p.poll() is None]
-    for number in (signal.SIGABRT, signal.SIGKILL):
-        for process in (process for tree in trees for process in tree):
+    every = [process for tree in trees for process in tree]
+    for number, seconds in ((signal.SIGABRT, 20), (signal.SIGKILL, 5)):
+        for process in every:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
-        time.sleep(1)
+        psutil.wait_procs(every, timeout=seconds)  # on a busy machine a process needs its time to write
 
 
 def _read(file: Any) -> str:

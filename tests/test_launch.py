@@ -23,8 +23,8 @@ def test_what_hangs_is_told_and_ended_with_all_it_started(tmp_path: Path) -> Non
     psutil = pytest.importorskip("psutil")
     script = tmp_path / "hangs.py"
     script.write_text(HANGS)
-    with pytest.raises(AssertionError, match=r"Not ended after 2 s(.|\n)*my child is (\d+)") as told:
-        start([str(script)], ["-c", "print('I am done')"], limit=2)
+    with pytest.raises(AssertionError, match=r"Not ended after 8 s(.|\n)*my child is (\d+)") as told:
+        start([str(script)], ["-c", "print('I am done')"], limit=8)
     said = str(told.value)
     assert said.count("in stuck_here") == 2 and "I am done" in said
     child = int(said.partition("my child is ")[2].split()[0])
