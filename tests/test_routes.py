@@ -86,7 +86,7 @@ def test_alora_is_lora_from_its_last_invocation_on() -> None:
         torch.testing.assert_close(got[row], base[row] + delta[row] * mask[:, None], atol=1e-5, rtol=0)
     assert torch.equal(got[2], base[2])
     last = model(input_ids=ids, logits_to_keep=1).logits  # the head then sees the last token only
-    torch.testing.assert_close(last, got[:, -1:], atol=1e-6, rtol=0)
+    torch.testing.assert_close(last, got[:, -1:], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

@@ -27,6 +27,25 @@ def is_partitioned(t: Any) -> bool:
     return hasattr(t, "ds_id") and t.ds_status.name != "AVAILABLE"
 
 
+def kept_by_zero(t: Any, state: bool = False) -> bool:
+    """Whether DeepSpeed keeps a parameter in pieces (ZeRO-3); with `state`, or what its optimizer knows of it (ZeRO-1, ZeRO-2)."""
+    return hasattr(t, "ds_id") or (state and hasattr(t, "_hp_mapping"))
+
+
+def stepped_flat(t: Any, dimensions: int, optimizer: Any, pieces: Sequence[Tensor]) -> bool:
+    """Whether an optimizer steps a tensor of these dimensions in flat pieces, as under ZeRO and FSDP1.
+
+    Args:
+        pieces: the optimizer's parameters. What an earlier model's optimizer has in pieces does not count.
+    """
+    if (engine := getattr(t, "_z3_optimizer", getattr(t, "_zero_optimizer", None))) is not None:
+        return engine.optimizer is optimizer
+    mapping = getattr(t, "_hp_mapping", None)
+    if mapping is not None:  # ZeRO-2: a view into the piece; None where this process has nothing of the tensor
+        return any(mapping.hp_fragment.untyped_storage().data_ptr() == p.untyped_storage().data_ptr() for p in pieces)
+    return t.ndim != dimensions and any(t is p for p in pieces)  # FSDP1
+
+
 def whole(t: Tensor) -> Tensor:
     """The tensor with all its numbers, without gradient if it was spread; itself if it was not. All processes have to take part."""
     if is_dtensor(t):

@@ -27,6 +27,7 @@ from .checkpoint.save import replacing
 from .engine.route import find_switch
 from .engine.steps import carried, carry_on, paused
 from .errors import LoadError, SaveError, hint
+from .sharding import kept_by_zero
 
 CURRENT = "current.json"
 _METHODS = "methods."  # what methods remember from step to step: "methods.<adapter>/<name>"; states of before have none
@@ -161,7 +162,7 @@ def _state(model: nn.Module, optimizer: Optimizer | None, error: type[Exception]
 
 def _check_engine(model: nn.Module, optimizer: Optimizer | None, error: type[LoadError | SaveError], instead: str) -> None:
     """Raise the error if DeepSpeed keeps what is asked for: the numbers under ZeRO-3, the optimizer's state under ZeRO-1 and ZeRO-2 as well."""
-    if any(hasattr(p, "ds_id") or (optimizer is not None and hasattr(p, "_hp_mapping")) for p in model.parameters()):
+    if any(kept_by_zero(p, state=optimizer is not None) for p in model.parameters()):
         what = (
             f"DeepSpeed's ZeRO keeps these tensors in pieces of its own. Use the engine's {instead}(folder, ...); see docs/distributed.md."
         )

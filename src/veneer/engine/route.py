@@ -98,7 +98,7 @@ class Switch:
 
     def show(self) -> None:
         """Let compiled code know who acts by default."""
-        for layer in self.alive() if self.compiled else ():
+        for layer in self.shown():
             layer.show(self.default)
 
     def alive(self) -> list[Any]:
@@ -107,6 +107,10 @@ class Switch:
         if len(found) < len(self.layers):
             self.layers[:] = map(weakref.ref, found)
         return found
+
+    def shown(self) -> list[Any]:
+        """Those that compiled code may run, which have to know of each choice."""
+        return self.alive() if self.compiled else []
 
     def chosen(self) -> Choice:
         """The choice that holds here and now, single layers' own aside."""
@@ -196,7 +200,7 @@ _switches: weakref.WeakSet[Switch] = weakref.WeakSet()
 def _mirror(switch: Switch) -> None:
     _local.mirror[switch.token] = holds = switch.holds()
     switch.note(*holds)
-    for layer in switch.alive() if switch.compiled else ():
+    for layer in switch.shown():
         layer.show_here(holds[0])
 
 
@@ -229,7 +233,7 @@ def choosing(switch: Switch, choice: Choice) -> Iterator[None]:
         _mirror(switch)
         if task != -1 and before is not None:
             _local.mirror[switch.token] = before
-            for layer in switch.alive() if switch.compiled else ():
+            for layer in switch.shown():
                 layer.show_here(before[0])
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..errors import ConfigError
+from ..sharding import stepped_flat
 from .holders import Attached, Tensors, opened
 
 if TYPE_CHECKING:
@@ -168,21 +169,11 @@ def _check_flat(optimizer: Optimizer) -> None:
         for a in w.attached:
             for n, leaf in a.leaves.items():
                 t = a.tensor(n) if n not in a.derived else None
-                if t is not None and t.requires_grad and _in_pieces(t, len(leaf.shape), optimizer, pieces):
+                if t is not None and t.requires_grad and stepped_flat(t, len(leaf.shape), optimizer, pieces):
                     raise ConfigError(
                         f"{type(w.config).__name__} acts at every optimizer step on the gradient of each tensor, which DeepSpeed's ZeRO and FSDP1 keep in "
                         "flat pieces instead. Train it with DistributedDataParallel or FSDP2 (veneer.distributed.shard)."
                     )
-
-
-def _in_pieces(t: Any, dimensions: int, optimizer: Optimizer, pieces: Sequence[Tensor]) -> bool:
-    """Whether the optimizer has a tensor of these dimensions in flat pieces. Models of before may still be there, and are others' concern."""
-    if (engine := getattr(t, "_z3_optimizer", getattr(t, "_zero_optimizer", None))) is not None:
-        return engine.optimizer is optimizer
-    mapping = getattr(t, "_hp_mapping", None)
-    if mapping is not None:  # ZeRO-2: a view into the piece; None where this process has nothing of the tensor
-        return any(mapping.hp_fragment.untyped_storage().data_ptr() == p.untyped_storage().data_ptr() for p in pieces)
-    return t.ndim != dimensions and any(t is p for p in pieces)  # FSDP1
 
 
 def _made_before(optimizer: Optimizer, w: Watched) -> int:

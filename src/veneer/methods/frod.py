@@ -18,7 +18,7 @@ from ..change import Change
 from ..errors import ConfigError, PeftWarning
 from ..inits.roles import Places, block_of, category, common_basis, solver
 from ..method import Leaf, Targeted
-from ..ops import Diag, Geometry, Op, Sparse, Sum, mixed_onto
+from ..ops import Diag, Inside, Sparse, Sum
 
 
 @dataclass
@@ -126,36 +126,7 @@ class FrodConfig(Targeted, peft_type="FROD"):
         n, (i, j) = site.n_in, p.frod_s_indices
         beside = Sparse(i * n + j, p.frod_lambda_s_values * site.scaling, (n, n))
         along = Diag((p.frod_lambda_l - p.frod_lambda_0.to(p.frod_lambda_l.dtype)) * site.scaling)
-        return Change(add=_Inside(p.frod_U, Sum([beside, along]), p.frod_V.mT, site.dropout))
-
-
-@dataclass(eq=False)
-class _Inside(Op):
-    """M = U N V: a structured matrix between two frozen ones."""
-
-    up: Tensor
-    middle: Op
-    down: Tensor
-    dropout: float = 0.0
-
-    def dense(self) -> Tensor:
-        return self.up @ self.middle.left(self.down).to(self.up.dtype)
-
-    def rows(self, x: Tensor, geo: Geometry) -> Tensor:
-        return geo.mix(*self._inside(x, geo))
-
-    def add_to(self, y: Tensor, x: Tensor, geo: Geometry) -> Tensor:
-        return mixed_onto(y, *self._inside(x, geo), geo)
-
-    def _inside(self, x: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
-        if self.dropout > 0:
-            x = geo.drop(x, self.dropout)
-        if geo.plain and x.dim() > 1:  # V x and N V x as columns of tokens: a sparse product on rows would turn them over twice
-            rows = x.reshape(-1, x.shape[-1])
-            h = self.middle.left(self.down.to(x.dtype) @ rows.mT).mT.view(*x.shape[:-1], -1)
-            return h, self.up.to(h.dtype)
-        h = self.middle.rows(geo.contract(x, self.down.to(x.dtype)), geo)
-        return h, self.up.to(h.dtype)
+        return Change(add=Inside(p.frod_U, Sum([beside, along]), p.frod_V.mT, site.dropout))
 
 
 class _Bar:

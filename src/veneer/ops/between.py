@@ -1,4 +1,4 @@
-"""A low-rank change with something of its own between its two factors: gates per row or token, a draw, a mixture."""
+"""A change with something of its own between its two factors: gates per row or token, a draw, a mixture, a structured matrix."""
 
 from __future__ import annotations
 
@@ -61,6 +61,35 @@ class Between(Op):
             else:
                 up = up * self.scale
         return geo.unlast(h), up
+
+
+@dataclass(eq=False)
+class Inside(Op):
+    """M = U N V: a structured matrix between two frozen ones."""
+
+    up: Tensor
+    middle: Op
+    down: Tensor
+    dropout: float = 0.0
+
+    def dense(self) -> Tensor:
+        return self.up @ self.middle.left(self.down).to(self.up.dtype)
+
+    def rows(self, x: Tensor, geo: Geometry) -> Tensor:
+        return geo.mix(*self._inside(x, geo))
+
+    def add_to(self, y: Tensor, x: Tensor, geo: Geometry) -> Tensor:
+        return mixed_onto(y, *self._inside(x, geo), geo)
+
+    def _inside(self, x: Tensor, geo: Geometry) -> tuple[Tensor, Tensor]:
+        if self.dropout > 0:
+            x = geo.drop(x, self.dropout)
+        if geo.plain and x.dim() > 1:  # V x and N V x as columns of tokens: a sparse product on rows would turn them over twice
+            rows = x.reshape(-1, x.shape[-1])
+            h = self.middle.left(self.down.to(x.dtype) @ rows.mT).mT.view(*x.shape[:-1], -1)
+            return h, self.up.to(h.dtype)
+        h = self.middle.rows(geo.contract(x, self.down.to(x.dtype)), geo)
+        return h, self.up.to(h.dtype)
 
 
 def gated(
