@@ -61,7 +61,7 @@ class Selection:
         names: path -> the module's name in the user's own model, for all of `modules`, `to_save` and the owners of
             `parameters`.
         aliases: path -> the other paths of a module that hangs in several places.
-        parameters: `<path of the owner>.<parameter>` for target_parameters, sorted.
+        parameters: `<path of the owner>.<parameter>` for target_parameters, in the order of the model.
         to_save: path -> module for modules_to_save.
         skipped: name -> why a module that the targets name is left out.
         unmatched: entries that match nothing (only where that is no error).
@@ -396,7 +396,7 @@ class _Search:
                     taken[f"{place.name}.{key}"] = place
                     for e in hit:
                         self.hits.setdefault(e, []).append(place)
-        for name, place in sorted(taken.items()):
+        for name, place in taken.items():
             self.parameter_names.append(name)
             self.result.parameters.append(f"{place.path}.{name.rpartition('.')[2]}")
             self.note(place)
