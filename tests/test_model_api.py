@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import veneer as V
@@ -562,6 +563,22 @@ def test_loading_to_train_on(tmp_path: Path) -> None:
     model.up.lora_B["default"].weight.data.zero_()
     model.load_adapter(tmp_path, "default")  # as a trainer does at its end
     assert len(trains(model)) == 8 and not model.training and model.up.lora_B["default"].weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_entries_of_a_files_config_that_match_nothing_are_no_error(is_trainable: bool, tmp_path: Path) -> None:
+    """PEFT took them when the adapter was trained. What was trained is in the file, and its keys are checked."""
+    two().save_pretrained(tmp_path)
+    save_file(V.load_peft_weights(tmp_path), tmp_path / "adapter_model.safetensors", {"format": "pt"})  # as PEFT writes it
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    stray = {"target_modules": [*config["target_modules"], "gone"], "modules_to_save": [*(config["modules_to_save"] or []), "gone"]}
+    file.write_text(json.dumps(config | stray | {"rank_pattern": {"gone": 3}}))
+    model = V.PeftModel.from_pretrained(mlp(), tmp_path, is_trainable=is_trainable)
+    model.load_adapter(tmp_path, "again", is_trainable=is_trainable)
+    model.save_pretrained(tmp_path / "out")
+    for folder in (tmp_path / "out", tmp_path / "out" / "again"):
+        assert all(torch.equal(v, V.load_peft_weights(tmp_path)[k]) for k, v in V.load_peft_weights(folder).items())
 
 
 def test_a_file_that_does_not_fit_leaves_the_model_as_it_was(tmp_path: Path) -> None:
