@@ -554,6 +554,26 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert named.active_adapter == "mine" and "base_model.model.up.lora_A.mine.weight" in named.state_dict()
 
 
+def test_what_is_adapted_is_told() -> None:
+    model = V.get_peft_model(mlp(), small(target_modules=["up"], modules_to_save=["down"]))
+    assert (model.targeted_module_names, model.targeted_parameter_names) == (["up"], [])
+    model = V.get_peft_model(mlp(), V.LoraConfig(target_modules=["up"], target_parameters=["down.weight"]))
+    assert (model.targeted_module_names, model.targeted_parameter_names) == (["up"], ["down.weight"])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tokens_are_trained_in_the_input_embeddings_if_nothing_else_is_said(tied: bool) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, int] = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=tied))
+    model = V.get_peft_model(base, V.TrainableTokensConfig(token_indices=[1, 2]))
+    assert model.targeted_module_names[0] == "model.embed_tokens" and model.get_nb_trainable_parameters()[0] == 16
+    embed_tokens = torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(4, 3)})
+    assert V.inject_adapter_in_model(V.TrainableTokensConfig(token_indices=[1]), embed_tokens).peft_config
+    with pytest.raises(V.ConfigError, match="Please specify `target_modules`"):
+        V.get_peft_model(mlp(), V.TrainableTokensConfig(token_indices=[1]))
+
+
 def test_loading_to_train_on(tmp_path: Path) -> None:
     two().save_pretrained(tmp_path)
     model = V.PeftModel.from_pretrained(mlp(), tmp_path, is_trainable=True)
