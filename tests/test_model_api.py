@@ -561,6 +561,19 @@ def test_what_is_adapted_is_told() -> None:
     assert (model.targeted_module_names, model.targeted_parameter_names) == (["up"], ["down.weight"])
 
 
+def test_a_module_of_an_unknown_class_is_reached_by_its_parameters() -> None:
+    with pytest.raises(V.ConfigError, match=r"'lstm' .*is not supported") as told:
+        V.get_peft_model(torch.nn.ModuleDict({"lstm": torch.nn.LSTM(3, 4)}), V.LoraConfig(target_modules=["lstm"]))
+    wanted = ["lstm.weight_ih_l0", "lstm.weight_hh_l0"]
+    assert f"target_parameters={wanted}" in str(told.value)
+    model = V.inject_adapter_in_model(
+        V.LoraConfig(target_modules=[], target_parameters=wanted, init_lora_weights=False),
+        torch.nn.ModuleDict({"lstm": torch.nn.LSTM(3, 4)}),
+    )
+    model["lstm"](torch.ones(2, 3))[0].sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_tokens_are_trained_in_the_input_embeddings_if_nothing_else_is_said(tied: bool) -> None:
     torch.manual_seed(0)

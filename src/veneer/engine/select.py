@@ -305,10 +305,13 @@ class _Search:
         if cause is None and not self.supports(place.base):
             kinds = ", ".join(sorted(self.field("kinds") or ()))
             inside = {p.last for p in self.places if p.name.startswith(place.name + ".") and self.supports(p.base)}
+            one_by_one = hasattr(self.config, "target_parameters")
+            own = [f"{place.name}.{k}" for k in place.parameters if one_by_one and place.base._parameters[k].ndim > 1]  # type: ignore[union-attr]
             cause = (
                 f"{type(self.config).__name__} cannot adapt a {type(place.base).__name__}"
                 + (f", only modules of the kinds {kinds}" if kinds else "")
                 + (f"; in it there are {listed(inside)}" if inside else "")
+                + (f"; target_parameters={own} adapts what it holds itself" if own else "")
             )
         if cause is None or not explicit:
             return cause
