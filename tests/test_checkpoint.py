@@ -186,6 +186,26 @@ def test_another_adapter_of_any_name_takes_nothing_away(name: str) -> None:
     assert all(torch.equal(again[k], v) for k, v in get_peft_model_state_dict(model, adapter_name=other).items())
 
 
+def test_keys_of_several_parameters_of_a_module() -> None:
+    """They nest in the order in which the module has them, whatever the order of the targets, as PEFT's do."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.zeros(3, 5))
+            self.down = nn.Parameter(torch.zeros(7, 2))
+
+    for targets in (["up", "down"], ["down", "up"]):
+        model = adapted(LoraConfig(r=1, target_modules=[], target_parameters=targets), model=nn.ModuleDict({"experts": Experts()}))
+        shapes = {k.removeprefix("base_model.model."): tuple(v.shape) for k, v in get_peft_model_state_dict(model).items()}
+        assert shapes == {
+            "experts.base_layer.lora_A.weight": (1, 5),
+            "experts.base_layer.lora_B.weight": (3, 1),
+            "experts.lora_A.weight": (1, 2),
+            "experts.lora_B.weight": (7, 1),
+        }
+
+
 def test_modules_to_save_and_biases_keys() -> None:
     keys = {
         k.removeprefix("base_model.model.")

@@ -102,7 +102,12 @@ except TypeError as e:
     print(e)
 """
     out = _python(code)
-    assert "load_peft_wheights" in out and "hotswap" in out and "get_peft_model or inject_adapter_in_model" in out
+    assert (
+        "load_peft_wheights" in out
+        and "'load_peft_weights'" in out
+        and "hotswap" in out
+        and "get_peft_model or inject_adapter_in_model" in out
+    )
 
 
 def test_isinstance_answers_as_users_of_peft_expect() -> None:

@@ -583,9 +583,9 @@ def test_ranks_go_to_the_largest_shares_within_the_budget() -> None:
 RAW = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None, "show_progress_bar": False}
 
 
-def eva_model(r: int = 4, eva: EvaConfig | None = None, **more: Any) -> Any:
+def eva_model(r: int = 4, eva: EvaConfig | None = None, low_cpu_mem_usage: bool = False, **more: Any) -> Any:
     torch.manual_seed(0)
-    return veneer.get_peft_model(Net(), config("eva", r=r, eva_config=eva or EvaConfig(), **more))
+    return veneer.get_peft_model(Net(), config("eva", r=r, eva_config=eva or EvaConfig(), **more), low_cpu_mem_usage=low_cpu_mem_usage)
 
 
 def test_eva_finds_the_principal_directions_of_each_layers_inputs() -> None:
@@ -641,6 +641,18 @@ def test_eva_keeps_the_scaling_if_asked(adjust: bool, rslora: bool) -> None:
     after = {n: model.get_base_model().get_submodule(n).scaling["default"] for n in NAMES}
     assert (after == pytest.approx(before)) is adjust
     assert bool(model.peft_config["default"].alpha_pattern) is adjust
+
+
+def test_eva_fills_an_adapter_that_was_made_without_memory() -> None:
+    """`low_cpu_mem_usage`, as PEFT's guide has it; until then the model cannot run, where torch would multiply by noise."""
+    model, data = eva_model(r=3, low_cpu_mem_usage=True), even_batches()
+    with pytest.raises(veneer.LoadError, match="holds nothing"):
+        model(data[0]["x"])
+    with model.disable_adapter():
+        y = model.eval()(data[0]["x"])
+    veneer.initialize_lora_eva_weights(model, data, **RAW)
+    assert torch.equal(model.eval()(data[0]["x"]), y)  # B is zero
+    assert not any(p.is_meta for p in model.parameters())
 
 
 def test_eva_whitening_divides_by_the_root_of_the_singular_value() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import veneer as V
@@ -553,6 +554,39 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert named.active_adapter == "mine" and "base_model.model.up.lora_A.mine.weight" in named.state_dict()
 
 
+def test_what_is_adapted_is_told() -> None:
+    model = V.get_peft_model(mlp(), small(target_modules=["up"], modules_to_save=["down"]))
+    assert (model.targeted_module_names, model.targeted_parameter_names) == (["up"], [])
+    model = V.get_peft_model(mlp(), V.LoraConfig(target_modules=["up"], target_parameters=["down.weight"]))
+    assert (model.targeted_module_names, model.targeted_parameter_names) == (["up"], ["down.weight"])
+
+
+def test_a_module_of_an_unknown_class_is_reached_by_its_parameters() -> None:
+    with pytest.raises(V.ConfigError, match=r"'lstm' .*is not supported") as told:
+        V.get_peft_model(torch.nn.ModuleDict({"lstm": torch.nn.LSTM(3, 4)}), V.LoraConfig(target_modules=["lstm"]))
+    wanted = ["lstm.weight_ih_l0", "lstm.weight_hh_l0"]
+    assert f"target_parameters={wanted}" in str(told.value)
+    model = V.inject_adapter_in_model(
+        V.LoraConfig(target_modules=[], target_parameters=wanted, init_lora_weights=False),
+        torch.nn.ModuleDict({"lstm": torch.nn.LSTM(3, 4)}),
+    )
+    model["lstm"](torch.ones(2, 3))[0].sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tokens_are_trained_in_the_input_embeddings_if_nothing_else_is_said(tied: bool) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, int] = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=tied))
+    model = V.get_peft_model(base, V.TrainableTokensConfig(token_indices=[1, 2]))
+    assert model.targeted_module_names[0] == "model.embed_tokens" and model.get_nb_trainable_parameters()[0] == 16
+    embed_tokens = torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(4, 3)})
+    assert V.inject_adapter_in_model(V.TrainableTokensConfig(token_indices=[1]), embed_tokens).peft_config
+    with pytest.raises(V.ConfigError, match="Please specify `target_modules`"):
+        V.get_peft_model(mlp(), V.TrainableTokensConfig(token_indices=[1]))
+
+
 def test_loading_to_train_on(tmp_path: Path) -> None:
     two().save_pretrained(tmp_path)
     model = V.PeftModel.from_pretrained(mlp(), tmp_path, is_trainable=True)
@@ -562,6 +596,22 @@ def test_loading_to_train_on(tmp_path: Path) -> None:
     model.up.lora_B["default"].weight.data.zero_()
     model.load_adapter(tmp_path, "default")  # as a trainer does at its end
     assert len(trains(model)) == 8 and not model.training and model.up.lora_B["default"].weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_entries_of_a_files_config_that_match_nothing_are_no_error(is_trainable: bool, tmp_path: Path) -> None:
+    """PEFT took them when the adapter was trained. What was trained is in the file, and its keys are checked."""
+    two().save_pretrained(tmp_path)
+    save_file(V.load_peft_weights(tmp_path), tmp_path / "adapter_model.safetensors", {"format": "pt"})  # as PEFT writes it
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    stray = {"target_modules": [*config["target_modules"], "gone"], "modules_to_save": [*(config["modules_to_save"] or []), "gone"]}
+    file.write_text(json.dumps(config | stray | {"rank_pattern": {"gone": 3}}))
+    model = V.PeftModel.from_pretrained(mlp(), tmp_path, is_trainable=is_trainable)
+    model.load_adapter(tmp_path, "again", is_trainable=is_trainable)
+    model.save_pretrained(tmp_path / "out")
+    for folder in (tmp_path / "out", tmp_path / "out" / "again"):
+        assert all(torch.equal(v, V.load_peft_weights(tmp_path)[k]) for k, v in V.load_peft_weights(folder).items())
 
 
 def test_a_file_that_does_not_fit_leaves_the_model_as_it_was(tmp_path: Path) -> None:

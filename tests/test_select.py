@@ -514,7 +514,7 @@ def experts() -> nn.Module:
 
 def test_target_parameters() -> None:
     selection = pick(experts(), target_parameters=["up", "a.experts.down"], target_modules=["gate"], exclude_modules=r"a\..*")
-    assert selection.parameters == ["a.experts.down", "a.experts.up", "b.experts.up"]
+    assert selection.parameters == ["b.experts.up", "a.experts.up", "a.experts.down"]
     assert list(selection.modules) == ["b.experts.gate"]
     assert selection.names["a.experts"] == "a.experts"
     assert selection.coverage["up"].count == 2
@@ -564,7 +564,7 @@ def test_modules_inside_adapted_ones_keep_their_names() -> None:
     assert list(selection.modules) == ["b.experts.gate", path]
     assert selection.modules[path] is model.get_submodule(path)
     assert selection.names[path] == "a.experts.gate"
-    assert selection.parameters == ["a.experts.up", "b.experts.up"]
+    assert selection.parameters == ["b.experts.up", "a.experts.up"]
     assert hits(model, target_modules=["a.experts.gate"]) == [path]
     assert pick(model, target_modules="all-linear").resolved_targets == {"a.experts.gate", "b.experts.gate"}
 
@@ -740,7 +740,7 @@ def test_parameters_come_from_the_config_all_the_same() -> None:
         state_dict=state,
     )
     assert list(selection.modules) == ["b.experts.gate"]
-    assert selection.parameters == ["a.experts.down", "a.experts.up"]
+    assert selection.parameters == ["a.experts.up", "a.experts.down"]
 
 
 # ---------------------------------------------------------------- transformers

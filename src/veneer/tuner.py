@@ -17,6 +17,7 @@ from .config import PeftConfig
 from .engine import inject, merge
 from .engine.combine import CombineReport, combine
 from .engine.holders import Attached, drop, slots
+from .engine.layer import adapted_layers
 from .engine.loss import MergeReport
 from .engine.merge_packed import Into
 from .engine.modules import Part, drop_parts
@@ -139,6 +140,17 @@ class Tuner(nn.Module):
     @property
     def active_adapter(self) -> list[str]:
         return self.active_adapters
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The modules that are adapted, by their names in the user's model, without those of which single parameters are."""
+        return [layer.name for path, layer in adapted_layers(self.model) if layer.site.kind != "parameter" and ".token_adapter" not in path]
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """The parameters that are adapted one by one (target_parameters), by their names in the user's model."""
+        found = (layer for _, layer in adapted_layers(self.model) if layer.site.kind == "parameter")
+        return [f"{layer.name}.{layer.weight_site.weight_name.rpartition('.')[2]}" for layer in found]
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Let one or several adapters act (their effects add up) and train (not in inference mode).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import importlib
 import importlib.abc
 import importlib.metadata
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 from ..config import PEFT_FORMAT_VERSION
@@ -39,6 +40,8 @@ class Served(ModuleType):
             return importlib.import_module(f"{self.__name__}.{name}")
         if name not in table:
             near = hint(name, [*table, *_children(self.__name__)])
+            if _by_import(sys._getframe(1)):  # which would replace an AttributeError by an error without the nearest name
+                raise ImportError(f"veneer serves no {name!r} in {self.__name__!r}.{near}", name=self.__name__)
             raise AttributeError(f"module {self.__name__!r}, which veneer serves, has no attribute {name!r}.{near}")
         value = resolve(table[name])
         setattr(self, name, value)
@@ -46,6 +49,11 @@ class Served(ModuleType):
 
     def __dir__(self) -> list[str]:
         return sorted({*self.__dict__, *TABLE[self.__name__], *_children(self.__name__)})
+
+
+def _by_import(caller: FrameType) -> bool:
+    """Whether a name is asked for by `from module import name`."""
+    return dis.opname[caller.f_code.co_code[caller.f_lasti]] == "IMPORT_FROM"
 
 
 class Finder:

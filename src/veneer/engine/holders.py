@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..change import Change, Swap
+from ..errors import LoadError
 from ..method import Leaf, Method
 from ..ops import Diag, LowRank, Vectored
 from ..sharding import fill, is_dtensor, is_partitioned, whole
@@ -294,10 +295,23 @@ class Tensors:
     def __init__(self, attached: Attached, detached: bool = False) -> None:
         for name in (*attached.leaves, *attached.derived):
             t = attached.tensor(name)
+            if t.is_meta:
+                _check_filled(attached, name)
             setattr(self, name, t.detach() if detached else t)
 
     def __getattr__(self, name: str) -> Tensor:  # for the type checker; leaves are plain attributes
         raise AttributeError(name)
+
+
+def _check_filled(attached: Attached, name: str) -> None:
+    """A tensor on the meta device may act where the whole model is; elsewhere torch multiplies by it without an error, and gives noise."""
+    if attached.place is None or attached.place.layer.home().type == "meta":
+        return
+    where = f"{attached.place.layer.name}: {name!r} of the adapter {attached.place.adapter!r}"
+    raise LoadError(
+        f"{where} is on the meta device and holds nothing (low_cpu_mem_usage=True). Fill it first, from a file (load_adapter, "
+        "set_peft_model_state_dict) or from data (initialize_lora_eva_weights)."
+    )
 
 
 class TiedHolder(nn.Module):

@@ -81,14 +81,16 @@ def attach(
         autocast_adapter_dtype: keep its tensors in float32 where the base is float16 or bfloat16.
         state_dict: take the modules to adapt from these keys instead of the config's targets.
         empty: do not compute start values that a file is going to replace.
-        strict: whether a target that matches nothing is an error.
+        strict: whether a target that matches nothing is an error. Never so where a file fills the adapter (`empty`): its keys are checked.
         home: the module that keeps the tensors which all layers share, for methods that have such.
 
     Raises:
         ConfigError, NoMatchingPeftModuleError: if the config does not fit the model; the model is as it was.
     """
     with _no_collection():
-        return _attach(model, config, adapter_name, Options(low_cpu_mem_usage, autocast_adapter_dtype, empty), state_dict, strict, home)
+        return _attach(
+            model, config, adapter_name, Options(low_cpu_mem_usage, autocast_adapter_dtype, empty), state_dict, strict and not empty, home
+        )
 
 
 @contextmanager

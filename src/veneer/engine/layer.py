@@ -24,7 +24,7 @@ from ..sites.parallel import check_cut
 from .changing import change_of
 from .holders import Attached, Followed, Tensors, container_of, drop, get_slot, hold, made, set_slot, slots, visited
 from .mixing import run_rows
-from .offload import brought_in
+from .offload import brought_in, runs_on
 from .place import Place
 from .repeat import Repeat
 from .route import Choice, Facts, Switch, ready
@@ -139,7 +139,7 @@ class AdaptedLayer(Wrapper):
         for name, t in tensors.items():
             store, key = a.source[name]
             old: Tensor = store[key]
-            new = t.detach().to(device=old.device, dtype=old.dtype).clone()
+            new = t.detach().to(device=self.home() if old.is_meta else old.device, dtype=old.dtype).clone()
             store[key] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
         self.tell_compiled()
 
@@ -158,6 +158,10 @@ class AdaptedLayer(Wrapper):
         if not isinstance(self.site, Site):
             raise TypeError(f"{self.name!r} is adapted as a {self.site.kind}, not in one weight of it.")
         return self.site
+
+    def home(self) -> torch.device:
+        """Where the layer runs."""
+        return runs_on(self.frozen) or self.site.where(self.frozen)[0]
 
     @property
     def quantised(self) -> bool:

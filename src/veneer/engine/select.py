@@ -61,7 +61,7 @@ class Selection:
         names: path -> the module's name in the user's own model, for all of `modules`, `to_save` and the owners of
             `parameters`.
         aliases: path -> the other paths of a module that hangs in several places.
-        parameters: `<path of the owner>.<parameter>` for target_parameters, sorted.
+        parameters: `<path of the owner>.<parameter>` for target_parameters, in the order of the model.
         to_save: path -> module for modules_to_save.
         skipped: name -> why a module that the targets name is left out.
         unmatched: entries that match nothing (only where that is no error).
@@ -305,10 +305,13 @@ class _Search:
         if cause is None and not self.supports(place.base):
             kinds = ", ".join(sorted(self.field("kinds") or ()))
             inside = {p.last for p in self.places if p.name.startswith(place.name + ".") and self.supports(p.base)}
+            one_by_one = hasattr(self.config, "target_parameters")
+            own = [f"{place.name}.{k}" for k in place.parameters if one_by_one and place.base._parameters[k].ndim > 1]  # type: ignore[union-attr]
             cause = (
                 f"{type(self.config).__name__} cannot adapt a {type(place.base).__name__}"
                 + (f", only modules of the kinds {kinds}" if kinds else "")
                 + (f"; in it there are {listed(inside)}" if inside else "")
+                + (f"; target_parameters={own} adapts what it holds itself" if own else "")
             )
         if cause is None or not explicit:
             return cause
@@ -396,7 +399,7 @@ class _Search:
                     taken[f"{place.name}.{key}"] = place
                     for e in hit:
                         self.hits.setdefault(e, []).append(place)
-        for name, place in sorted(taken.items()):
+        for name, place in taken.items():
             self.parameter_names.append(name)
             self.result.parameters.append(f"{place.path}.{name.rpartition('.')[2]}")
             self.note(place)

@@ -244,10 +244,10 @@ def stage_out_proj(outer: Staged, config: Method, adapter: str, switch: Switch) 
 
 
 def stage_parameters(model: nn.Module, selection: Selection, config: Method, adapter: str, switch: Switch) -> list[Staged]:
-    """target_parameters: one layer per parameter; several of one module nest, the last by name outermost."""
+    """target_parameters: one layer per parameter; several of one module nest, the last that it registered outermost, as in PEFT's files."""
     staged: list[Staged] = []
     wrapped: dict[str, nn.Module] = {}
-    for full in sorted(selection.parameters):
+    for full in selection.parameters:
         path, _, name = full.rpartition(".")
         if not path:
             raise ConfigError(f"target_parameters: {full!r} belongs to the top module, which cannot be wrapped. Put it into a submodule.")

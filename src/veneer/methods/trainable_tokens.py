@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..change import Change
 from ..errors import ConfigError, RouteError
@@ -31,6 +32,15 @@ class TrainableTokensConfig(Method, peft_type="TRAINABLE_TOKENS"):
     examples: ClassVar[Any] = ({"token_indices": [1, 3]},)
     exceptions: ClassVar[Any] = {"both_at_once_merge_as_they_run": "two adapters cannot both replace a row, which is refused"}
 
+    def default_targets(self, model: nn.Module) -> list[str] | None:
+        """The input embeddings, if the model tells them, or else what is called embed_tokens."""
+        table: Any = None
+        with suppress(NotImplementedError, AttributeError):
+            table = model.get_input_embeddings()  # type: ignore[operator]
+        modules = dict(model.named_modules())
+        told = [n for n, m in modules.items() if m is table]
+        return told or [n for n in modules if n.rpartition(".")[2] == "embed_tokens"] or None
+
     def check(self, site: Any) -> None:
         rows = site.n_in if site.kind == "embedding" else site.n_out
         wrong = [i for i in self.token_indices if not 0 <= i < rows]
@@ -46,7 +56,7 @@ class TrainableTokensConfig(Method, peft_type="TRAINABLE_TOKENS"):
 
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
         width = site.n_out if site.kind == "embedding" else site.n_in
-        return {"trainable_tokens_delta": Leaf((len(self.token_indices), width), torch.nn.init.normal_)}
+        return {"trainable_tokens_delta": Leaf((len(self.token_indices), width), nn.init.normal_)}
 
     def start(self, site: Any, *, only_frozen: bool = False) -> Mapping[str, Tensor]:
         if only_frozen or not self.init_weights:
