@@ -1,6 +1,8 @@
-"""torch's encoder layers in eval mode: one fused function of all their weights, read from the modules that adapters stand in. With adapters they go the long way."""
+"""torch's encoders in eval mode: one fused function of all weights, which passes by what stands in a module's place. With adapters they go the long way."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 
@@ -8,7 +10,7 @@ from .holders import visited
 from .route import Switch
 from .wrapper import Wrapper
 
-_SHORT = {  # what a module asks before it goes the short way, and what makes it not
+_SHORT: dict[type[nn.Module], tuple[str, Any]] = {  # what a module asks before it goes the short way, and what makes it not
     nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
     nn.TransformerEncoder: ("use_nested_tensor", False),
 }
