@@ -236,7 +236,7 @@ def test_deleting_an_adapter_frees_its_tensors() -> None:
     held = [weakref.ref(p) for n, p in model.named_parameters() if ".other" in n]
     assert len(held) == 2
     with torch.no_grad(), model.using("other"):
-        model(torch.randn(2, 8))  # a layer remembers its last call without gradients
+        model.eval()(torch.randn(2, 8))  # a layer remembers its last call without gradients
     model(torch.randn(2, 8)).sum().backward()
     model.delete_adapter("other")
     gc.collect()
