@@ -119,3 +119,33 @@ def test_a_base_weight_that_is_set_to_train_trains(case: Case) -> None:
         w.sub_(2 * step)
         less = loss()
     torch.testing.assert_close((got * step).sum().double(), (more - less) / 2, rtol=3e-2, atol=1e-3)
+
+
+class _Overwriting(torch.nn.Module):
+    """What follows the layer writes into its output."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.site = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.site(x)
+        y += 1
+        return y.relu_()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@each
+def test_what_follows_may_write_into_the_output(case: Case, dtype: torch.dtype) -> None:
+    case = Case(case.config, case.site, dtype)
+    model, leaves = _trained(case)
+    if case.mixes:
+        pytest.skip("the layer is not run on its own")
+    outer = model.get_base_model()
+    for x in (case.inputs(), case.inputs().flatten(0, 1)):
+        x.requires_grad_()
+        got = torch.autograd.grad(_Overwriting(outer.site)(x).float().square().sum(), [x, *leaves.values()], allow_unused=True)
+        want = torch.autograd.grad((outer.site(x) + 1).relu().float().square().sum(), [x, *leaves.values()], allow_unused=True)
+        for a, b in zip(got, want, strict=True):
+            if a is not None and b is not None:
+                _close(a, b, 1e-5 if dtype == torch.float32 else 2e-2)

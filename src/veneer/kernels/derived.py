@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import reference
-from .lowrank import by_hand
+from .lowrank import by_hand, shaped_like
 from .precision import autocast_dtype, backward_as_is, no_autocast
 
 Make = Callable[..., Tensor]
@@ -39,8 +39,8 @@ def derived_linear(x: Tensor, w: Tensor, b: Tensor | None, make: Make, parts: Se
 def _run(x: Tensor, w: Tensor, b: Tensor | None, make: Make, parts: Sequence[Tensor]) -> Tensor:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b, *parts)):
         out: Tensor = _DerivedLinear.apply(make, x, w, b, *parts)  # type: ignore[no-untyped-call]
-        return out
-    return _forward(x, w, b, make(*parts))
+        return shaped_like(out, x)
+    return shaped_like(_forward(x, w, b, make(*parts)), x)
 
 
 def _one(w: Tensor, d: Tensor) -> bool:
@@ -49,10 +49,11 @@ def _one(w: Tensor, d: Tensor) -> bool:
 
 
 def _forward(x: Tensor, w: Tensor, b: Tensor | None, d: Tensor) -> Tensor:
-    if _one(w, d):
-        return F.linear(x, w + d, b)
+    """y (tokens, n_out)."""
     rows = x.reshape(-1, x.shape[-1])
-    return F.linear(rows, w, b).addmm_(rows, d.to(x.dtype).mT).view(*x.shape[:-1], w.shape[0])
+    if _one(w, d):
+        return F.linear(rows, w + d, b)
+    return F.linear(rows, w, b).addmm_(rows, d.to(x.dtype).mT)
 
 
 class _DerivedLinear(torch.autograd.Function):

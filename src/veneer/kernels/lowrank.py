@@ -79,10 +79,15 @@ def _run(
         seed = new_seed(x)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b, a, up, gain)):
         out: Tensor = _LowRankLinear.apply(x, w, b, a, up, scale, dropout, gain, seed or 0)  # type: ignore[no-untyped-call]
-        return out
+        return shaped_like(out, x)
     if dropout == 0 and x.device.type == "cpu" and x.numel() <= _FEW * x.shape[-1]:
         return _few(x, w, b, a, up, scale, gain)
-    return _forward(x, w, b, a, up, scale, dropout, gain, seed or 0)[0]
+    return shaped_like(_forward(x, w, b, a, up, scale, dropout, gain, seed or 0)[0], x)
+
+
+def shaped_like(y: Tensor, x: Tensor) -> Tensor:
+    """y (tokens, n_out) with the leading dimensions of x. Not inside of a function of autograd: a view that is made there may not be written into."""
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _few(x: Tensor, w: Tensor | Packed, b: Tensor | None, a: Tensor, up: Tensor, scale: float | Tensor, gain: Tensor | None) -> Tensor:
@@ -103,19 +108,20 @@ def _forward(
     x: Tensor, w: Tensor | Packed, b: Tensor | None, a: Tensor, up: Tensor, scale: float | Tensor, rate: float, gain: Tensor | None, seed: int,
     trains: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """(y (tokens, n_out); h; y before gain)."""
     rows = x.reshape(-1, x.shape[-1])
     a, up = a.to(x.dtype), up.to(x.dtype)
     if isinstance(w, Tensor) and rate == 0 and gain is None and _wide(len(rows), a, up, trains):
-        return _times(rows, w, b, (up @ a).mul_(scale)).view(*x.shape[:-1], up.shape[0]), None, None
+        return _times(rows, w, b, (up @ a).mul_(scale)), None, None
     h = (rows if rate == 0 else masked(rows, survivors(rows, rate, seed))) @ a.mT
     factor, scaled = (1.0, h * scale) if isinstance(scale, Tensor) else (scale, h)
     u = product(rows, w, b if gain is None else None).addmm_(scaled, up.mT, alpha=factor / (1 - rate))
     if gain is None:
-        return u.view(*x.shape[:-1], u.shape[-1]), h, None
+        return u, h, None
     y = u * gain.to(u.dtype)
     if b is not None:
         y += b
-    return y.view(*x.shape[:-1], y.shape[-1]), h, u
+    return y, h, u
 
 
 def _wide(tokens: int, a: Tensor, up: Tensor, trains: bool) -> bool:
