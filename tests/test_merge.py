@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import veneer
 from veneer.engine.layer import adapted_layers
@@ -233,8 +235,39 @@ def test_deleting_an_adapter_frees_its_tensors() -> None:
     model.add_adapter("other", veneer.LoraConfig(r=2, target_modules=["0"]))
     held = [weakref.ref(p) for n, p in model.named_parameters() if ".other" in n]
     assert len(held) == 2
+    with torch.no_grad(), model.using("other"):
+        model.eval()(torch.randn(2, 8))  # a layer remembers its last call without gradients
     model(torch.randn(2, 8)).sum().backward()
     model.delete_adapter("other")
     gc.collect()
     assert all(r() is None for r in held)
     assert not any("other" in n for n in model.state_dict())
+
+
+def _pruned(layer: nn.Module) -> None:
+    prune.l1_unstructured(layer, "weight", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("compute", "keep"),
+    [
+        (torch.nn.utils.parametrizations.weight_norm, lambda m: torch.nn.utils.parametrize.remove_parametrizations(m, "weight")),
+        (_pruned, lambda m: prune.remove(m, "weight")),
+    ],
+)
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_a_weight_that_is_computed_is_not_merged_into_until_it_is_one(compute: Any, keep: Any, config: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(OrderedDict(proj=nn.Linear(6, 5)))
+    compute(base.proj)
+    model = veneer.get_peft_model(base, veneer.LoraConfig(r=2, target_modules=["proj"], **config)).eval()
+    ((_, layer),) = adapted_layers(model)
+    nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(3, 6)
+    y = model(x)
+    with pytest.raises(MergeError, match=r"proj: its weight is computed at each call.*prune\.remove"):
+        model.merge_adapter()
+    assert torch.equal(model(x), y)
+    keep(layer.base_layer)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), y)

@@ -25,6 +25,7 @@ from veneer.helpers import (
     update_forward_signature,
     update_signature,
 )
+from veneer.testing.laws import move
 from veneer.tuner import Tuner, tuner_class
 
 transformers = pytest.importorskip("transformers")
@@ -980,3 +981,37 @@ def test_the_tuner_can_be_made_by_itself() -> None:
     assert tuner(X).shape == (3, 4) and tuner.active_adapter == ["one", "two"]
     with pytest.raises(ImportError, match="NoSuchModel"):
         from veneer.tuner import NoSuchModel  # type: ignore[attr-defined]  # noqa: F401
+
+
+def _encoder() -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 3).eval()
+
+
+@pytest.mark.parametrize("targets", ["linear1", "layers.2.linear2", "self_attn", "norm2"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_encoders_of_torch_do_not_pass_adapters_by_in_eval_mode(targets: str, masked: bool) -> None:
+    x = torch.randn(3, 5, 8)
+    mask = torch.arange(5) >= torch.tensor([[5], [3], [2]]) if masked else None
+    there = torch.ones(3, 5, dtype=torch.bool) if mask is None else ~mask
+    expected = _encoder()(x, src_key_padding_mask=mask)[there]
+    config: Any = V.LNTuningConfig(target_modules=[targets]) if targets == "norm2" else V.LoraConfig(target_modules=[targets])
+    model = V.get_peft_model(_encoder(), config)
+    move(model, size=0.5)
+    trains = model.train()(x, src_key_padding_mask=mask)[there]
+    model.eval()
+    assert not torch.allclose(trains, expected, atol=1e-2)
+    for wanted in (True, False):
+        with torch.set_grad_enabled(wanted):
+            torch.testing.assert_close(model(x, src_key_padding_mask=mask)[there], trains)
+    plain = copy.deepcopy(model).unload()
+    assert plain.use_nested_tensor
+    assert all(layer.activation_relu_or_gelu == 1 for layer in plain.layers)
+    torch.testing.assert_close(plain(x, src_key_padding_mask=mask)[there], expected)
+    torch.testing.assert_close(model.merge_and_unload()(x, src_key_padding_mask=mask)[there], trains)
+
+
+def test_encoders_without_adapters_keep_their_short_way() -> None:
+    model = V.get_peft_model(_encoder(), V.LoraConfig(target_modules=["layers.1.linear1"]))
+    assert [layer.activation_relu_or_gelu for layer in model.get_base_model().layers] == [1, 0, 1]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..change import Change
 from ..kernels.norms import checksum
+from ..kernels.precision import transformed
 from ..method import Method
 from ..ops import LowRank, Switched
 from ..sites import Site
@@ -38,7 +39,7 @@ def change_of(layer: AdaptedLayer, a: Attached, facts: Mapping[str, Facts], at_r
     scaling = a.place.scaling
     if a.kept is not None and a.kept.holds(scaling):
         return a.kept.change
-    if torch.is_grad_enabled() or a.config.routes or isinstance(scaling, Tensor) or not isinstance(layer.site, Site):
+    if torch.is_grad_enabled() or a.config.routes or isinstance(scaling, Tensor) or not isinstance(layer.site, Site) or transformed():
         change = a.config.change(Tensors(a), a.place)
         a.kept = Kept.of(change, a, scaling)
         return change

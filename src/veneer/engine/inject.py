@@ -22,6 +22,7 @@ from .modules import hold_parts
 from .replicate import replicate, undo
 from .route import Switch, adapter_names, check_known, check_there, find_switch, the_switch
 from .select import Selection, select
+from .shortcuts import close_shortcuts, open_shortcuts
 from .stage import (
     Options,
     Staged,
@@ -193,6 +194,7 @@ def _attach(
             _put(model, places, s.layer.base_layer, wrap, s.path.removesuffix(".token_adapter"))
         s.layer.attach(adapter_name, s.attached, s.tensors)
         plan.tokens.append(s.path.removesuffix(".token_adapter"))
+    close_shortcuts(model, switch)
     watch(switch, adapter_name, config, [s.attached for s in staged] + ([shared] if shared is not None else []))
     acting = switch.chosen().names or ()
     trains = adapter_name in acting and not config.inference_mode
@@ -213,6 +215,7 @@ def attach_saved(model: nn.Module, config: Any, adapter_name: str, switch: Switc
     if not switch.frozen_before:
         _freeze(model, switch)
     _put_saved(model, _places(model), saved, adapter_name, plan)
+    close_shortcuts(model, switch)
     return plan
 
 
@@ -386,4 +389,5 @@ def unwrap(model: nn.Module, inner: Any) -> nn.Module:
                             m._modules[n] = bare(c)
     if switch is not None:
         thaw(top, switch)
+        open_shortcuts(top, switch)
     return top

@@ -408,6 +408,7 @@ class AdaptedLayer(Wrapper):
         if adapter_name in self.merged_adapters:
             self.unmerge()
         a = self.attached.pop(adapter_name)
+        self.last = None  # which may hold its tensors
         drop(self, adapter_name, a)
         del container_of(self, f"{a.config.prefix}dropout")[adapter_name]
         self.scaling.pop(adapter_name, None)

@@ -133,8 +133,9 @@ def _formed(path: str, layer: AdaptedLayer, names: list[str]) -> tuple[dict[str,
         b = frozen.get(site.bias_name)
         if any(c.shift is not None or (b is not None and c.left is not None and c.left_on_bias) for c, _ in changes):
             shifted = bias(changes, b if b is None else b.to(torch.promote_types(b.dtype, torch.float32)))
-            _check_held(path, frozen, {site.bias_name})
+            _check_held(path, layer, frozen, {site.bias_name})
             rounded[site.bias_name] = shifted.to(frozen[site.bias_name].dtype)  # type: ignore[union-attr]
+        _check_held(path, layer, frozen, rounded)
         check_finite(path, names, *rounded.values())
         return rounded, lost
     wide = {k: t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t for k, t in frozen.items()}
@@ -142,18 +143,26 @@ def _formed(path: str, layer: AdaptedLayer, names: list[str]) -> tuple[dict[str,
         exact = layer.site.substituted(layer.base_layer, changes, wide)
     except MergeError as e:
         raise MergeError(f"{path}: {e}") from None
-    _check_held(path, frozen, exact)
+    _check_held(path, layer, frozen, exact)
     rounded = {k: t.to(frozen[k].dtype).contiguous() for k, t in exact.items() if t is not wide[k]}
     check_finite(path, names, *rounded.values())
     floating = [k for k, t in rounded.items() if t.is_floating_point()]
     return rounded, loss([(exact[k], rounded[k], frozen[k]) for k in floating])
 
 
-def _check_held(path: str, frozen: Mapping[str, Tensor], new: Iterable[str]) -> None:
+def _check_held(path: str, layer: AdaptedLayer, frozen: Mapping[str, Tensor], new: Iterable[str]) -> None:
     if set(new) - set(frozen):
         raise MergeError(
             f"{path}: the adapter trains a bias, and the layer has none to merge it into. Keep it unmerged, or give the layer a bias of zeros."
         )
+    for key in new:
+        owner, name = owner_of(layer, key)
+        if name not in owner._parameters and name not in owner._buffers:
+            raise MergeError(
+                f"{path}: its {name} is computed at each call from other tensors (weight_norm, another parametrization, pruning), so nothing holds what is "
+                "merged. Keep it unmerged, or make it a parameter first, with torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm or "
+                "prune.remove."
+            )
 
 
 def _shared_parameters(model: nn.Module) -> list[nn.Parameter]:

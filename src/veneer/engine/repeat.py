@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..change import Change, Stacking
+from ..kernels.precision import autocast_dtype
 from ..sites.base import hooked
 from .holders import Attached, Kept
 from .route import Choice
@@ -60,7 +61,7 @@ class Repeat:
         a, place = self.attached, self.attached.place
         if type(x) is not Tensor or a.kept is not self.kept or place is None or layer.attached.get(place.adapter) is not a:
             return None
-        if not self.kept.holds(place.scaling) or "_original_parameters" in layer.__dict__ or torch.is_autocast_enabled(x.device.type):
+        if not self.kept.holds(place.scaling) or "_original_parameters" in layer.__dict__ or autocast_dtype(x.device.type) is not None:
             return None
         site: Any = layer.site
         return site.times(self.weight, self.bias, (self.change,), x)  # type: ignore[no-any-return]

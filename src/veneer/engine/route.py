@@ -60,6 +60,7 @@ class Switch:
         self.default = Choice(tuple(names), None, enabled)
         self.trained: History | None = None  # that of the last thread to run with gradients: for recomputation in another thread
         self.frozen_before: dict[str, bool] = {}  # requires_grad of the base's parameters before the first adapter
+        self.shortcuts: dict[str, tuple[str, Any]] = {}  # what encoders had set before their short ways were closed, by path
         self.watched: dict[str, Watched] = {}  # adapters whose methods act when an optimizer steps
         self.untied: list[Any] = []  # configs whose tie_word_embeddings a merge has set False
         self.off: dict[nn.Module, None] = {}  # what was switched off by itself, in order

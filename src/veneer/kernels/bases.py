@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .precision import backward_as_is, transformed
 
 
 def scaled_bases(a: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -15,6 +16,8 @@ def scaled_bases(a: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     Args:
         a: (r, 1, m), frozen.  rows: (r, N).  columns: (N, m).
     """
+    if transformed():
+        return rows.unsqueeze(-1) * a * columns
     out: Tensor = _ScaledBases.apply(a, rows, columns)  # type: ignore[no-untyped-call]
     return out
 
@@ -26,7 +29,7 @@ class _ScaledBases(torch.autograd.Function):
         return (rows.unsqueeze(-1) * a).mul_(columns)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @backward_as_is
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, rows, columns = ctx.saved_tensors
         part = grad * a

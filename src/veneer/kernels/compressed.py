@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from .precision import backward_as_is, no_autocast
 
 
 def grouped(x: Tensor, size: int) -> Tensor:
@@ -30,14 +31,14 @@ def compressed_linear(x: Tensor, a: Tensor, v: Tensor, scale: float) -> Tensor:
 class _Compressed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, v: Tensor, scale: float) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device.type):
             v = v.to(x.dtype)
             ctx.save_for_backward(grouped(x, len(v)) @ v, a, v)
             ctx.scale, ctx.shape = scale, x.shape
             return F.linear(x, a)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @backward_as_is
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         along, a, v = ctx.saved_tensors  # (tokens, groups)
         rows = dh.reshape(-1, dh.shape[-1])

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import reference
-from .lowrank import ordinary
+from .lowrank import by_hand, shaped_like
+from .precision import autocast_dtype, backward_as_is, no_autocast
 
 Make = Callable[..., Tensor]
 
@@ -23,16 +23,15 @@ def derived_linear(x: Tensor, w: Tensor, b: Tensor | None, make: Make, parts: Se
     (not in the gradient for x, which is rounded more than that).
 
     Args:
-        x: (..., n_in);  w: W (n_out, n_in), frozen: it never gets a gradient;  b: (n_out,) or None.
+        x: (..., n_in);  w: W (n_out, n_in), frozen, or autograd's own functions are taken;  b: (n_out,) or None.
         make: D (n_out, n_in) from `parts`, a new tensor; called again in the backward, it has to give the same.
         parts: what gets gradients, in any floating dtype.
     """
-    if torch.compiler.is_compiling() or not all(map(ordinary, (w, *parts))):  # a compiler decides by itself what to make anew
+    if torch.compiler.is_compiling() or not by_hand(w, *parts):  # a compiler decides by itself what to make anew
         return reference.derived_linear(x, w, b, make, parts)
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        with torch.autocast(kind, enabled=False):
+    if (dtype := autocast_dtype(kind)) is not None:
+        with no_autocast(kind):
             return _run(x.to(dtype), w.to(dtype), None if b is None else b.to(dtype), make, parts)
     return _run(x, w, b, make, parts)
 
@@ -40,8 +39,8 @@ def derived_linear(x: Tensor, w: Tensor, b: Tensor | None, make: Make, parts: Se
 def _run(x: Tensor, w: Tensor, b: Tensor | None, make: Make, parts: Sequence[Tensor]) -> Tensor:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b, *parts)):
         out: Tensor = _DerivedLinear.apply(make, x, w, b, *parts)  # type: ignore[no-untyped-call]
-        return out
-    return _forward(x, w, b, make(*parts))
+        return shaped_like(out, x)
+    return shaped_like(_forward(x, w, b, make(*parts)), x)
 
 
 def _one(w: Tensor, d: Tensor) -> bool:
@@ -50,10 +49,11 @@ def _one(w: Tensor, d: Tensor) -> bool:
 
 
 def _forward(x: Tensor, w: Tensor, b: Tensor | None, d: Tensor) -> Tensor:
-    if _one(w, d):
-        return F.linear(x, w + d, b)
+    """y (tokens, n_out)."""
     rows = x.reshape(-1, x.shape[-1])
-    return F.linear(rows, w, b).addmm_(rows, d.to(x.dtype).mT).view(*x.shape[:-1], w.shape[0])
+    if _one(w, d):
+        return F.linear(rows, w + d, b)
+    return F.linear(rows, w, b).addmm_(rows, d.to(x.dtype).mT)
 
 
 class _DerivedLinear(torch.autograd.Function):
@@ -64,7 +64,7 @@ class _DerivedLinear(torch.autograd.Function):
         return _forward(x, w, b, make(*parts))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @backward_as_is
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w, *parts = ctx.saved_tensors
         _, need_x, _, need_b, *need = ctx.needs_input_grad

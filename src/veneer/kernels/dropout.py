@@ -10,6 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
+from .precision import transformed
+
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers, by the bytes of a floating number
 
 
@@ -17,7 +19,7 @@ def dropped(x: Tensor, rate: float) -> Tensor:
     """Entries of x (..., n) dropped with probability `rate` and the others divided by 1 - rate, like `torch.nn.functional.dropout`, which is taken itself
     on accelerators, in compiled code and for tensors of special kinds."""
     plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.is_floating_point() and x.element_size() in _BITS
-    if not plain or not 0 < rate < 1 or torch.compiler.is_compiling():
+    if not plain or not 0 < rate < 1 or torch.compiler.is_compiling() or transformed():
         return F.dropout(x, rate)
     out: Tensor = _Dropped.apply(x, rate, new_seed(x))  # type: ignore[no-untyped-call]
     return out

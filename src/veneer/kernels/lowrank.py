@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import reference
 from .dropout import masked, new_seed, survivors
 from .packed import Packed, product
+from .precision import autocast_dtype, backward_as_is, no_autocast, transformed
 
 _FEW = 8  # rows
 _LOW = (torch.float16, torch.bfloat16)
@@ -33,7 +33,7 @@ def lowrank_linear(
     """A frozen linear layer with a low-rank change.
 
     Args:
-        x: (..., n_in);  w: W (n_out, n_in), frozen: it never gets a gradient; or a packed one;  b: (n_out,) or None.
+        x: (..., n_in);  w: W (n_out, n_in), frozen, or autograd's own functions are taken; or a packed one;  b: (n_out,) or None.
         a: A (r, n_in);  up: B (n_out, r), in any floating dtype: the factors are cast to the dtype of x, never x to theirs.
         scale: s; as a tensor, it may change without compiled code being compiled again.
         dropout: the probability with which entries of x are dropped before A.
@@ -42,15 +42,21 @@ def lowrank_linear(
     """
     if isinstance(scale, Tensor) and scale.requires_grad:
         up, scale = up * scale, 1.0
-    if not ordinary(w) or not ordinary(a) or not ordinary(up) or dropout >= 1 or (dropout > 0 and torch.compiler.is_compiling()):
+    if not by_hand(w, a, up) or dropout >= 1 or (dropout > 0 and torch.compiler.is_compiling()):
         return reference.lowrank_linear(x, w, b, a, up, scale, dropout=dropout, gain=gain)
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        with torch.autocast(kind, enabled=False):
+    if (dtype := autocast_dtype(kind)) is not None:
+        with no_autocast(kind):
             w = w.to(dtype) if isinstance(w, Tensor) else w
             return _run(x.to(dtype), w, b if b is None else b.to(dtype), a, up, scale, dropout, gain, seed)
     return _run(x, w, b, a, up, scale, dropout, gain, seed)
+
+
+def by_hand(w: Any, *parts: Tensor) -> bool:
+    """Whether a fused function, which has no gradient for W and goes through no transform of torch.func, is to be taken."""
+    if isinstance(w, Tensor) and w.requires_grad and torch.is_grad_enabled():
+        return False
+    return not transformed() and all(map(ordinary, (w, *parts)))
 
 
 def ordinary(t: Any) -> bool:
@@ -73,10 +79,15 @@ def _run(
         seed = new_seed(x)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b, a, up, gain)):
         out: Tensor = _LowRankLinear.apply(x, w, b, a, up, scale, dropout, gain, seed or 0)  # type: ignore[no-untyped-call]
-        return out
+        return shaped_like(out, x)
     if dropout == 0 and x.device.type == "cpu" and x.numel() <= _FEW * x.shape[-1]:
         return _few(x, w, b, a, up, scale, gain)
-    return _forward(x, w, b, a, up, scale, dropout, gain, seed or 0)[0]
+    return shaped_like(_forward(x, w, b, a, up, scale, dropout, gain, seed or 0)[0], x)
+
+
+def shaped_like(y: Tensor, x: Tensor) -> Tensor:
+    """y (tokens, n_out) with the leading dimensions of x. Not inside of a function of autograd: a view that is made there may not be written into."""
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _few(x: Tensor, w: Tensor | Packed, b: Tensor | None, a: Tensor, up: Tensor, scale: float | Tensor, gain: Tensor | None) -> Tensor:
@@ -97,19 +108,20 @@ def _forward(
     x: Tensor, w: Tensor | Packed, b: Tensor | None, a: Tensor, up: Tensor, scale: float | Tensor, rate: float, gain: Tensor | None, seed: int,
     trains: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """(y (tokens, n_out); h; y before gain)."""
     rows = x.reshape(-1, x.shape[-1])
     a, up = a.to(x.dtype), up.to(x.dtype)
     if isinstance(w, Tensor) and rate == 0 and gain is None and _wide(len(rows), a, up, trains):
-        return _times(rows, w, b, (up @ a).mul_(scale)).view(*x.shape[:-1], up.shape[0]), None, None
+        return _times(rows, w, b, (up @ a).mul_(scale)), None, None
     h = (rows if rate == 0 else masked(rows, survivors(rows, rate, seed))) @ a.mT
     factor, scaled = (1.0, h * scale) if isinstance(scale, Tensor) else (scale, h)
     u = product(rows, w, b if gain is None else None).addmm_(scaled, up.mT, alpha=factor / (1 - rate))
     if gain is None:
-        return u.view(*x.shape[:-1], u.shape[-1]), h, None
+        return u, h, None
     y = u * gain.to(u.dtype)
     if b is not None:
         y += b
-    return y.view(*x.shape[:-1], y.shape[-1]), h, u
+    return y, h, u
 
 
 def _wide(tokens: int, a: Tensor, up: Tensor, trains: bool) -> bool:
@@ -151,7 +163,7 @@ class _LowRankLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @backward_as_is
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w, a, up, h, gain, u, s = ctx.saved_tensors
         scale = ctx.scale if s is None else s

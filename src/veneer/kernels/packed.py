@@ -6,8 +6,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from .precision import autocast_dtype, backward_as_is, no_autocast
 
 
 class Packed(Protocol):
@@ -35,9 +36,9 @@ def packed_linear(x: Tensor, w: Packed) -> Tensor:
         x: (..., n_in);  w: it gets no gradient.
     """
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))
-    with torch.autocast(kind, enabled=False):
+    if (dtype := autocast_dtype(kind)) is not None:
+        x = x.to(dtype)
+    with no_autocast(kind):
         if torch.is_grad_enabled() and x.requires_grad:
             y: Tensor = _PackedLinear.apply(x, w)  # type: ignore[no-untyped-call]
             return y
@@ -52,6 +53,6 @@ class _PackedLinear(torch.autograd.Function):
         return w.times(x)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @backward_as_is
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return dy @ ctx.w.whole(dy.dtype), None

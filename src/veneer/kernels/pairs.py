@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .precision import backward_as_is, transformed
 
 
 def turned(x: Tensor, a: Tensor, b: Tensor, half: int) -> Tensor:
@@ -15,7 +16,7 @@ def turned(x: Tensor, a: Tensor, b: Tensor, half: int) -> Tensor:
     Args:
         x: (..., n);  a, b: (n,), in any floating dtype.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or transformed():
         return x * a.to(x.dtype) + swapped(x, half) * b.to(x.dtype)
     out: Tensor = _Turned.apply(x, a, b, half)  # type: ignore[no-untyped-call]
     return out
@@ -35,7 +36,7 @@ class _Turned(torch.autograd.Function):
         return (x * a.to(x.dtype)).addcmul_(swapped(x, half), b.to(x.dtype))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @backward_as_is
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b = ctx.saved_tensors
         dx = da = db = None

@@ -24,7 +24,7 @@ def lowrank_linear(
 ) -> Tensor:
     """y = gain ⊙ (x Wᵀ + scale · (drop(x) Aᵀ) Bᵀ) + b, by ordinary autograd."""
     dropped = F.dropout(x, dropout) if dropout > 0 else x
-    y = (F.linear(x, w.detach()) if isinstance(w, Tensor) else packed_linear(x, w)) + scale * F.linear(
+    y = (F.linear(x, w) if isinstance(w, Tensor) else packed_linear(x, w)) + scale * F.linear(
         F.linear(dropped, a.to(x.dtype)), up.to(x.dtype)
     )
     if gain is not None:
@@ -34,7 +34,7 @@ def lowrank_linear(
 
 def derived_linear(x: Tensor, w: Tensor, b: Tensor | None, make: Callable[..., Tensor], parts: Sequence[Tensor]) -> Tensor:
     """y = x Wᵀ + x Dᵀ + b, D = make(*parts), by ordinary autograd."""
-    y = F.linear(x, w.detach(), b)
+    y = F.linear(x, w, b)
     return y + F.linear(x, make(*parts).to(x.dtype))
 
 
@@ -47,7 +47,7 @@ def row_norm_sq(w: Tensor, a: Tensor, up: Tensor, scale: float) -> Tensor:
 def sparse_linear(x: Tensor, w: Tensor | None, b: Tensor | None, index: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
     """y = x (W + D)ᵀ + b with D, zero but for `values` at the flat positions `index`, formed by ordinary autograd."""
     d = values.new_zeros(shape[0] * shape[1]).index_put((index.long(),), values).view(shape).to(x.dtype)
-    y = F.linear(x, d) if w is None else F.linear(x, w.detach()) + F.linear(x, d)
+    y = F.linear(x, d) if w is None else F.linear(x, w) + F.linear(x, d)
     return y if b is None else y + b.to(y.dtype)
 
 

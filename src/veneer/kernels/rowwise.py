@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .precision import no_autocast
+
 Factors = tuple[Tensor, Tensor, float | Tensor]  # A (r, n_in), B (n_out, r), s
 
 _FEW = 256  # tokens for which the products are taken in the factors' own dtype: there, casts cost more than the arithmetic
@@ -34,7 +36,7 @@ def add_rowwise(y: Tensor, x: Tensor, factors: Sequence[Factors], owner: Sequenc
     few = not torch.is_grad_enabled() and x.device.type == "cpu" and x.numel() <= _FEW * x.shape[-1]
     dtype = factors[used[0]][0].dtype if few else y.dtype
     a, up, scale = _stacked([factors[k] for k in used], dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device.type):
         h = torch.bmm(z.reshape(len(used), -1, z.shape[-1]).to(dtype), a.mT)
         if isinstance(scale, Tensor):
             h, scale = h * scale.to(dtype), 1.0

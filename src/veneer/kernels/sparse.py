@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import reference
+from .lowrank import by_hand
+from .precision import autocast_dtype, backward_as_is, no_autocast, transformed
 
 _LOW = (torch.float16, torch.bfloat16)
 _FEW = 8  # rows for which the entries are gone through one by one
@@ -28,16 +29,17 @@ def sparse_linear(x: Tensor, w: Tensor | None, b: Tensor | None, index: Tensor, 
     In float16 and bfloat16 the two products stay apart: added to W, small values would be rounded away.
 
     Args:
-        x: (..., n_in);  w: W (n_out, n_in), frozen: it never gets a gradient;  b: (n_out,) or None.
+        x: (..., n_in);  w: W (n_out, n_in), frozen, or autograd's own functions are taken;  b: (n_out,) or None.
         index: (k,) positions in the flattened W, none twice;  values: (k,), in any floating dtype.
         shape: (n_out, n_in).
     """
-    if not all(type(t) in (Tensor, torch.nn.Parameter) for t in (w, values) if t is not None) and not torch.compiler.is_compiling():
+    if not by_hand(w, values):
         return reference.sparse_linear(x, w, b, index, values, shape)
     kind = x.device.type
-    with torch.autocast(kind, enabled=False):
-        if torch.is_autocast_enabled(kind):
-            x, w, b = (t if t is None else t.to(torch.get_autocast_dtype(kind)) for t in (x, w, b))  # type: ignore[assignment]
+    dtype = autocast_dtype(kind)
+    with no_autocast(kind):
+        if dtype is not None:
+            x, w, b = (t if t is None else t.to(dtype) for t in (x, w, b))  # type: ignore[assignment]
         out: Tensor = _SparseLinear.apply(x.reshape(-1, x.shape[-1]), w, b, index.long(), values, shape)  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], shape[0])
 
@@ -55,7 +57,7 @@ class _SparseLinear(torch.autograd.Function):
         return F.linear(x, _whole(w, index, values), b)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @backward_as_is
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w, index, values = ctx.saved_tensors
         dx = db = dvalues = None
@@ -75,7 +77,9 @@ class _SparseLinear(torch.autograd.Function):
 def sparse_left(index: Tensor, values: Tensor, shape: Shape, z: Tensor) -> Tensor:
     """D z, D (n, m) = shape zero but for `values` (k,) at `index` (k,), z (m, tokens): what `sparse_linear` does without w, where z and the result
     lie the way products of sparse matrices want them."""
-    with torch.autocast(z.device.type, enabled=False):
+    if transformed():
+        return reference.sparse_linear(z.mT, None, None, index, values, shape).mT
+    with no_autocast(z.device.type):
         out: Tensor = _SparseLeft.apply(index.long(), values, shape, z)  # type: ignore[no-untyped-call]
     return out
 
@@ -88,7 +92,7 @@ class _SparseLeft(torch.autograd.Function):
         return _left(z, *_rows_and_columns(index, shape), values, shape)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @backward_as_is
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         index, values, z = ctx.saved_tensors
         n, m = ctx.shape

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..change import Change
 from ..errors import PeftWarning
 from ..inits.base import kaiming_
+from ..kernels.precision import no_autocast
 from ..method import Leaf, Targeted
 from ..ops import Reflections
 
@@ -49,7 +50,7 @@ class HRAConfig(Targeted, peft_type="HRA"):
         u: Tensor = p.hra_u
         if not self.apply_GS:
             return Change(right=Reflections(u / u.norm(dim=0)))
-        with torch.autocast(u.device.type, enabled=False):
+        with no_autocast(u.device.type):
             q = torch.linalg.qr(u.float() if u.dtype in (torch.float16, torch.bfloat16) else u).Q
         return Change(right=Reflections(q.to(u.dtype)))  # of orthonormal columns: I - 2 U Uᵀ
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..kernels.dropout import dropped
+from ..kernels.precision import autocast_dtype
 
 
 class Geometry(Protocol):
@@ -59,7 +60,7 @@ class Rows:
 
 def mixed_onto(y: Tensor, h: Tensor, n: Tensor, geo: Geometry) -> Tensor:
     """y + N h in one pass over y where the geometry is plain; h with the features where the geometry has them."""
-    if geo.plain and y.dtype == h.dtype == n.dtype and not torch.is_autocast_enabled(y.device.type):
+    if geo.plain and y.dtype == h.dtype == n.dtype and autocast_dtype(y.device.type) is None:
         return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), n.mT).view(y.shape)
     return y + geo.mix(h, n).to(y.dtype)
 

@@ -86,7 +86,7 @@ class Inside(Op):
             x = geo.drop(x, self.dropout)
         if geo.plain and x.dim() > 1:  # V x and N V x as columns of tokens: a sparse product on rows would turn them over twice
             rows = x.reshape(-1, x.shape[-1])
-            h = self.middle.left(self.down.to(x.dtype) @ rows.mT).mT.view(*x.shape[:-1], -1)
+            h = self.middle.left(self.down.to(x.dtype) @ rows.mT).mT.view(*x.shape[:-1], self.down.shape[0])
             return h, self.up.to(h.dtype)
         h = self.middle.rows(geo.contract(x, self.down.to(x.dtype)), geo)
         return h, self.up.to(h.dtype)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..kernels.precision import transformed
 from .base import Geometry, Op
 
 
@@ -80,7 +81,7 @@ class Vectored(Op):
 
     def few(self, x: Tensor) -> bool:
         """Whether the vectors are better taken times what the factors make of x: for a few tokens without gradients."""
-        if torch.is_grad_enabled() or self.dropout or x.numel() >= x.shape[-1] * self.inner.shape[0]:
+        if torch.is_grad_enabled() or self.dropout or transformed() or x.numel() >= x.shape[-1] * self.inner.shape[0]:
             return False
         return x.device.type == "cpu" and not isinstance(self.scale, Tensor) and not torch.compiler.is_compiling()
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.pairs import swapped, turned
+from ..kernels.precision import no_autocast
 from .base import Geometry, Op
 
 
@@ -55,7 +56,7 @@ class Reflections(Op):
     u: Tensor
 
     def _t(self) -> Tensor:
-        with torch.autocast(self.u.device.type, enabled=False):  # r x r, and no solver works in half precision
+        with no_autocast(self.u.device.type):  # r x r, and no solver works in half precision
             u = self.u.float() if self.u.dtype in (torch.bfloat16, torch.float16) else self.u
             gram = u.mT @ u
             eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
@@ -187,7 +188,7 @@ def cayley(q: Tensor, terms: int | None) -> Tensor:
     """
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     if terms is None:
-        with torch.autocast(q.device.type, enabled=False):  # no solver works in half precision
+        with no_autocast(q.device.type):  # no solver works in half precision
             wide = torch.float32 if q.dtype in (torch.bfloat16, torch.float16) else q.dtype
             exact: Tensor = torch.linalg.solve((eye + q).to(wide), (eye - q).to(wide), left=False)
         return exact.to(q.dtype)

@@ -125,14 +125,14 @@ class Thin:
     def t(self) -> Thin:
         return self.mT
 
-    def transpose(self, a: int, b: int) -> Any:
+    def transpose(self, dim0: int, dim1: int) -> Any:
         n = self.w.ndim
-        return self.mT if {a % n, b % n} == {n - 1, n - 2} else self.whole().transpose(a, b)
+        return self.mT if {dim0 % n, dim1 % n} == {n - 1, n - 2} else self.whole().transpose(dim0, dim1)
 
-    def permute(self, *dims: Any) -> Any:
-        order = tuple(dims[0]) if len(dims) == 1 and not isinstance(dims[0], int) else dims
+    def permute(self, *args: Any, dims: Any = None) -> Any:
+        order = tuple(dims or (args[0] if len(args) == 1 and not isinstance(args[0], int) else args))
         n = self.w.ndim
-        return self.mT if tuple(d % n for d in order) == (*range(n - 2), n - 1, n - 2) else self.whole().permute(*order)
+        return self.mT if tuple(d % n for d in order) == (*range(n - 2), n - 1, n - 2) else self.whole().permute(order)
 
     def __getitem__(self, key: Any) -> Any:
         if self.w.ndim == 3 and isinstance(key, (int, slice, Tensor)):  # some of the experts
@@ -194,16 +194,16 @@ class Thin:
             x, thin = args
             if not isinstance(x, Thin):
                 return thin._product(x)
-        if name == "linear" and isinstance(args[1], Thin) and not isinstance(args[0], Thin):
-            thin = args[1].mT
-            y = thin._product(args[0])
-            b = args[2] if len(args) > 2 else kwargs.get("bias")
-            return y if b is None else y + b
-        if name in {"_grouped_mm", "grouped_mm"} and isinstance(args[1], Thin) and not isinstance(args[0], Thin):
+        if name == "linear":
+            given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
+            if isinstance(given["weight"], Thin) and not isinstance(given["input"], Thin):
+                y, b = given["weight"].mT._product(given["input"]), given.get("bias")
+                return y if b is None else y + b
+        if name in {"_grouped_mm", "grouped_mm"} and len(args) > 1 and isinstance(args[1], Thin) and not isinstance(args[0], Thin):
             x, thin = args[0], args[1].aligned()
             first, second = (thin.down.mT, thin.up.mT) if thin.flipped else (thin.up, thin.down)
             return func(x, thin.w, *args[2:], **kwargs) + func(func(x, first, *args[2:], **kwargs), second, *args[2:], **kwargs)
-        if name in {"transpose", "permute", "t", "unbind"} and isinstance(args[0], Thin):
+        if name in {"transpose", "permute", "t", "unbind"} and args and isinstance(args[0], Thin):
             return getattr(args[0], name)(*args[1:], **kwargs)
         plain = [
             a.whole()
@@ -214,3 +214,17 @@ class Thin:
             for a in args
         ]
         return func(*plain, **{k: v.whole() if isinstance(v, Thin) else v for k, v in kwargs.items()})
+
+
+def _by_the_sum(name: str) -> Any:
+    def operator_of(self: Thin, *others: Any) -> Any:
+        return getattr(self.whole(), name)(*others)
+
+    return operator_of
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):  # Python looks for operators in the class alone
+    for _side in ("", "r"):
+        setattr(Thin, f"__{_side}{_name}__", _by_the_sum(f"__{_side}{_name}__"))
+for _name in ("neg", "abs", "eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(Thin, f"__{_name}__", _by_the_sum(f"__{_name}__"))

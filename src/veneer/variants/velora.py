@@ -78,7 +78,7 @@ class Compressed(Op):
     def rows(self, x: Tensor, geo: Geometry) -> Tensor:
         if self.low.dropout > 0:
             x = geo.drop(x, self.low.dropout)
-        if self.follow != "random":
+        if self.follow != "random" and x.numel():
             with torch.no_grad():
                 mean = nn.functional.normalize(grouped(x.float(), len(self.v)).mean((0, 1)), dim=0).to(self.v.dtype)
                 self.v.copy_(mean if self.follow == "batch_average" else torch.where(self.v.any(), self.v, mean))

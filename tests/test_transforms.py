@@ -1,0 +1,151 @@
+"""What users' own code does with an adapted layer: torch.func, backwards under autocast, no rows at all, shapes alone, a weight set to train."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
+
+from veneer.method import Method, load_methods
+from veneer.testing import Case, Exempt, cases, examples
+
+METHODS = [m for m in load_methods().values() if issubclass(m, Method)]
+CASES = [
+    pytest.param(case, id=f"{i}-{case}") for m in METHODS for i, config in enumerate(examples(m)) for case in cases([config], ["linear"])
+]
+each = pytest.mark.parametrize("case", CASES)
+
+
+def _trained(case: Case) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    try:
+        refused = case.refused or ("it asks for more than a batch" if case.extra() else "")
+    except Exempt as e:
+        refused = str(e)
+    if refused:
+        pytest.skip(refused)
+    model = case.trained()
+    leaves = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if not leaves:
+        pytest.skip("nothing of it trains")
+    return model, leaves
+
+
+def _close(got: Tensor, expected: Tensor, loose: float = 1e-4) -> None:
+    torch.testing.assert_close(got, expected, atol=loose * float(expected.detach().abs().max().clamp_min(1e-3)), rtol=0)
+
+
+@each
+def test_torch_func_gives_the_gradients_of_autograd(case: Case) -> None:
+    model, leaves = _trained(case)
+
+    def loss(values: dict[str, Tensor], x: Tensor) -> Tensor:
+        out: Tensor = functional_call(model, values, (x,)).square().sum()
+        return out
+
+    x = case.inputs()
+    expected = torch.autograd.grad(loss(leaves, x), list(leaves.values()), allow_unused=True)
+    for got, want in zip(grad(loss)(leaves, x).values(), expected, strict=True):
+        _close(got, torch.zeros_like(got) if want is None else want)
+
+
+@each
+def test_many_versions_of_an_adapter_run_at_once(case: Case) -> None:
+    model, leaves = _trained(case)
+    x, versions = case.inputs(), [leaves, {n: p + 0.05 for n, p in leaves.items()}]
+    stacked = {n: torch.stack([v[n].detach() for v in versions]) for n in leaves}
+    for wanted in (True, False):
+        with torch.set_grad_enabled(wanted):
+            got = vmap(lambda values: functional_call(model, values, (x,)))(stacked)
+            for y, values in zip(got, versions, strict=True):
+                _close(y, functional_call(model, values, (x,)))
+
+
+@each
+def test_a_backward_under_autocast_is_that_of_its_forward(case: Case) -> None:
+    model, leaves = _trained(case)
+    plain = torch.autograd.grad(case.run(model).square().sum(), list(leaves.values()), allow_unused=True)
+    loss = case.run(model).square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    for a, b in zip(got, plain, strict=True):
+        if a is not None and b is not None:
+            _close(a, b, 5e-2)  # what is not a function of ours is computed in 16 bits
+
+
+@each
+def test_no_rows_give_no_rows(case: Case) -> None:
+    model, leaves = _trained(case)
+    for wanted in (True, False):
+        with torch.set_grad_enabled(wanted):
+            y = case.run(model, case.inputs()[:0].requires_grad_())
+        assert y.shape == (0, 5, 8)
+    model.train()
+    grads = torch.autograd.grad(case.run(model, case.inputs()[:0]).sum(), list(leaves.values()), allow_unused=True)
+    assert all(b.isfinite().all() for b in model.buffers())
+    assert all(g is None or not g.any() for g in grads)
+
+
+@each
+def test_shapes_alone_can_be_asked_for(case: Case) -> None:
+    model, _ = _trained(case)
+    model.to("meta")
+    for wanted in (True, False):
+        with torch.set_grad_enabled(wanted):
+            y = case.run(model, case.inputs().to("meta"))
+        assert y.is_meta
+        assert y.shape == (4, 5, 8)
+
+
+@each
+def test_a_base_weight_that_is_set_to_train_trains(case: Case) -> None:
+    """Whether a fused function is taken or not."""
+    model, _ = _trained(case)
+    if case.mixes:
+        pytest.skip("what chooses the mixture sees the weight too, without gradients")
+    w = next(p for n, p in model.named_parameters() if n.endswith("site.base_layer.weight"))
+    w.requires_grad_()
+    x = case.inputs()
+
+    def loss() -> Tensor:
+        return case.run(model, x).double().square().sum()
+
+    (got,) = torch.autograd.grad(loss(), w)
+    generator = torch.Generator().manual_seed(0)
+    step = 1e-3 * torch.randn(w.shape, generator=generator)
+    with torch.no_grad():
+        w.add_(step)
+        more = loss()
+        w.sub_(2 * step)
+        less = loss()
+    torch.testing.assert_close((got * step).sum().double(), (more - less) / 2, rtol=3e-2, atol=1e-3)
+
+
+class _Overwriting(torch.nn.Module):
+    """What follows the layer writes into its output."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.site = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.site(x)
+        y += 1
+        return y.relu_()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@each
+def test_what_follows_may_write_into_the_output(case: Case, dtype: torch.dtype) -> None:
+    case = Case(case.config, case.site, dtype)
+    model, leaves = _trained(case)
+    if case.mixes:
+        pytest.skip("the layer is not run on its own")
+    outer = model.get_base_model()
+    for x in (case.inputs(), case.inputs().flatten(0, 1)):
+        x.requires_grad_()
+        got = torch.autograd.grad(_Overwriting(outer.site)(x).float().square().sum(), [x, *leaves.values()], allow_unused=True)
+        want = torch.autograd.grad((outer.site(x) + 1).relu().float().square().sum(), [x, *leaves.values()], allow_unused=True)
+        for a, b in zip(got, want, strict=True):
+            if a is not None and b is not None:
+                _close(a, b, 1e-5 if dtype == torch.float32 else 2e-2)
