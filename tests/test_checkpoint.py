@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -186,24 +187,48 @@ def test_another_adapter_of_any_name_takes_nothing_away(name: str) -> None:
     assert all(torch.equal(again[k], v) for k, v in get_peft_model_state_dict(model, adapter_name=other).items())
 
 
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.ones(4, 4))
+        self.down = nn.Parameter(torch.ones(7, 2))
+        self.across = nn.Parameter(torch.ones(4, 4))
+
+
+def several_parameters(targets: list[str], seed: int = 1) -> Wrapped:
+    config = LoraConfig(r=1, target_modules=[], target_parameters=targets)
+    return adapted(config, model=nn.ModuleDict({"experts": Experts()}), seed=seed)
+
+
 def test_keys_of_several_parameters_of_a_module() -> None:
     """They nest in the order in which the module has them, whatever the order of the targets, as PEFT's do."""
-
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up = nn.Parameter(torch.zeros(3, 5))
-            self.down = nn.Parameter(torch.zeros(7, 2))
-
     for targets in (["up", "down"], ["down", "up"]):
-        model = adapted(LoraConfig(r=1, target_modules=[], target_parameters=targets), model=nn.ModuleDict({"experts": Experts()}))
-        shapes = {k.removeprefix("base_model.model."): tuple(v.shape) for k, v in get_peft_model_state_dict(model).items()}
+        shapes = {
+            k.removeprefix("base_model.model."): tuple(v.shape) for k, v in get_peft_model_state_dict(several_parameters(targets)).items()
+        }
         assert shapes == {
-            "experts.base_layer.lora_A.weight": (1, 5),
-            "experts.base_layer.lora_B.weight": (3, 1),
+            "experts.base_layer.lora_A.weight": (1, 4),
+            "experts.base_layer.lora_B.weight": (4, 1),
             "experts.lora_A.weight": (1, 2),
             "experts.lora_B.weight": (7, 1),
         }
+
+
+def test_files_in_which_parameters_nest_by_name_stay_readable(tmp_path: Path) -> None:
+    """As veneer wrote them before it knew PEFT's order: `across`, `down`, `up` from the inside out, where it is `up`, `down`, `across` now."""
+    model = several_parameters(["up", "down", "across"])
+    save_adapter(model, model.peft_config["default"], "default", tmp_path)
+    now = get_peft_model_state_dict(model)
+    deep = "experts.base_layer.base_layer."
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as f:
+        notes = f.metadata()
+    assert notes.pop("veneer_nesting") == "registered"
+    turned = {k.replace(deep, "experts.") if deep in k else k.replace("experts.lora", f"{deep}lora"): t for k, t in now.items()}
+    save_file(turned, tmp_path / "adapter_model.safetensors", metadata=notes)
+    model = several_parameters(["up", "down", "across"], seed=2)
+    load_into(model, "default", read_adapter(tmp_path))
+    again = get_peft_model_state_dict(model)
+    assert again.keys() == now.keys() and all(torch.equal(again[k], t) for k, t in now.items())
 
 
 def test_modules_to_save_and_biases_keys() -> None:

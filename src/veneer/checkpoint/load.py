@@ -22,6 +22,7 @@ from .fused import fuse_tensors
 from .hub import resolve_file
 from .keys import adapter_names, bare, base_root, slots
 from .match import rename_keys
+from .nested import as_registered
 from .plan import LoadReport, plan_load
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
@@ -155,7 +156,7 @@ def load_into(
     own, config = config, as_saved(config, file.metadata)
     decode = getattr(config, "from_file", None)
     tensors = decode(file.tensors) if decode is not None else file.tensors
-    tensors = fuse_tensors(model, config, tensors, adapter_name)
+    tensors = fuse_tensors(model, config, as_registered(tensors, file.metadata, model, adapter_name), adapter_name)
     plan = plan_load(
         tensors,
         slots(model, adapter_name, config),
@@ -167,7 +168,8 @@ def load_into(
     start_slots = slots(model, adapter_name, config, start=True)
     start_plan = None
     if start_slots and file.start is not None:
-        start_plan = plan_load(file.start, start_slots, key_mapping=key_mapping, adapter_name=f"{adapter_name} (start values)")
+        start = as_registered(file.start, file.metadata, model, adapter_name)
+        start_plan = plan_load(start, start_slots, key_mapping=key_mapping, adapter_name=f"{adapter_name} (start values)")
     elif unset := [k for k, s in start_slots.items() if s.tensor.is_meta]:
         raise LoadError(
             f"The adapter {adapter_name!r} counts its change from start values which are not in its folder: {START_NAME} is missing "

@@ -27,6 +27,7 @@ from .base import BASE_KEY, SCALING_KEY, START_KEY, fingerprint, scaling_text
 from .keys import Slot, adapter_names, base_root, memory_of, slots
 from .load import BIN_NAME, SAFETENSORS_NAME, START_NAME, config_of, read_safetensors
 from .match import match
+from .nested import NESTING, NESTING_KEY
 from .shards import memory
 
 DIGEST_KEY, NORMS_KEY = "veneer_digest", "veneer_norms"
@@ -112,7 +113,7 @@ def save_adapter(
         config,
         directory,
         start=start,
-        metadata={BASE_KEY: base} if base else {},
+        metadata={BASE_KEY: base, NESTING_KEY: NESTING} if base else {},
         safe_serialization=safe_serialization,
         verify=verify,
     )
