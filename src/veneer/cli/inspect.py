@@ -27,7 +27,7 @@ def inspect(
         if picture is not None:
             found.picture(picture)
     except PeftError as e:
-        Console(stderr=True).print(Panel(str(e), title="veneer inspect", border_style="red"))
+        Console(stderr=True, markup=False).print(Panel(str(e), title="veneer inspect", border_style="red"))
         raise typer.Exit(2) from None
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2, default=str))
@@ -61,8 +61,8 @@ def _number(x: float | None) -> str:
 
 
 def _show(found: Any) -> None:
-    out = Console()
-    lines = [f"[bold]{found.method}[/bold] on {found.base or 'an unknown base model'}"]
+    out = Console(markup=False)
+    lines = [f"{found.method} on {found.base or 'an unknown base model'}"]
     lines.append(
         f"{found.parameters:,} numbers in {len(found.layers)} layers, {found.bytes / 2**20:,.1f} MiB, {', '.join(found.dtypes) or 'no tensors'}"
     )

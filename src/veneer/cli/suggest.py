@@ -30,11 +30,11 @@ def suggest(
     try:
         found, recipe = run(model, data, memory, parameters, length, search, batches, task, dtype)
     except PeftError as e:
-        Console(stderr=True).print(Panel(str(e), title="veneer suggest", border_style="red"))
+        Console(stderr=True, markup=False).print(Panel(str(e), title="veneer suggest", border_style="red"))
         raise typer.Exit(2) from None
     import yaml
 
-    Console(stderr=True).print(Panel(str(found), title="why", border_style="green"))
+    Console(stderr=True, markup=False).print(Panel(str(found), title="why", border_style="green"))
     text = yaml.safe_dump(recipe, sort_keys=False)
     if out is not None:
         Path(out).write_text(text, encoding="utf-8")

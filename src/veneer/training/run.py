@@ -60,6 +60,9 @@ def prepare(recipe: Recipe) -> Prepared:
     tokenizer, train, held_out, labels = _read_data(recipe)
     torch.manual_seed(recipe.seed)
     model = _load(recipe, labels)
+    if labels:  # a classifier reads the last token that is no padding
+        model.config.get_text_config().pad_token_id = _pad(tokenizer)
+    _check_positions(model, max(len(r["input_ids"]) for r in (*train, *held_out)))
     peft = get_peft_model(model, config)
     _check_disk(recipe.out, peft)
     if recipe.gradient_checkpointing:
@@ -111,12 +114,12 @@ def _read_data(recipe: Recipe) -> tuple[Any, list[dict[str, Any]], list[dict[str
         else:
             train, held_out = _split(train, recipe)
     if not train:
-        raise ConfigError(f"{recipe.data!r} gives no training rows: it has fewer tokens than a prediction needs.")
+        raise ConfigError(f"{recipe.data!r} gives no training rows: within {recipe.length} tokens there is none whose prediction counts.")
     return tokenizer, train, held_out, labels
 
 
 def _split(rows: list[dict[str, Any]], recipe: Recipe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    count = round(len(rows) * recipe.eval_fraction)
+    count = min(round(len(rows) * recipe.eval_fraction), max(len(rows) - 1, 0))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
     return [rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])]
 
@@ -158,6 +161,19 @@ def _load(recipe: Recipe, labels: Sequence[str]) -> Any:
         )
     except (OSError, ValueError) as e:
         raise ConfigError(f"{recipe.model!r} cannot be loaded for {recipe.task}: {_first_line(e)}") from e
+
+
+@torch.no_grad()
+def _check_positions(model: Any, longest: int) -> None:
+    """Raise ConfigError if rows are longer than the model's table of positions: found out by trying the last one."""
+    place = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "position_ids": torch.tensor([[longest - 1]])}
+    try:
+        model(**{k: v.to(model.device) for k, v in place.items()})
+    except IndexError as e:
+        have = getattr(model.config, "max_position_embeddings", "fewer")
+        raise ConfigError(f"The data have rows of {longest} tokens, and the model has {have} positions. Give a smaller --length.") from e
+    except Exception:  # a model that takes no positions
+        return
 
 
 def _first_line(e: BaseException) -> str:
@@ -231,7 +247,7 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
             self.model.save_pretrained(output_dir or self.args.output_dir)
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-            load_into(self.model, "default", read_adapter(resume_from_checkpoint), check_config=False)
+            load_into(self.model, "default", read_adapter(resume_from_checkpoint), check_base="error")
 
         def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
             super()._save_optimizer_and_scheduler(output_dir)
@@ -353,8 +369,7 @@ def _picture_schedule(record: dict[str, Any], recipe: Recipe, prepared: Prepared
     for _ in range(steps):
         curve.append(one.param_groups[0]["lr"])
         one.step()
-        if recipe.schedule != "reduce_lr_on_plateau":  # which follows the loss
-            scheduler.step()
+        scheduler.step()
     picture_of_schedule(path, rate_groups(recipe, prepared.model), steps, lambda s: curve[s], freezing)
 
 
