@@ -59,9 +59,7 @@ def prepare(recipe: Recipe) -> Prepared:
     config = recipe.config()
     tokenizer, train, held_out, labels = _read_data(recipe)
     torch.manual_seed(recipe.seed)
-    model = _load(recipe, labels)
-    if labels:  # a classifier reads the last token that is no padding
-        model.config.get_text_config().pad_token_id = _pad(tokenizer)
+    model = _load(recipe, labels, _pad(tokenizer))
     _check_positions(model, max(len(r["input_ids"]) for r in (*train, *held_out)))
     peft = get_peft_model(model, config)
     _check_disk(recipe.out, peft)
@@ -80,7 +78,9 @@ def read_model(recipe: Recipe, rows: int) -> tuple[Any, Callable[[int], Iterator
     tokenizer, train, _, labels = _read_data(recipe)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.seed)).tolist()[:rows]
     join = collate(_pad(tokenizer))
-    return _load(recipe, labels), lambda size: (join([train[i] for i in order[at : at + size]]) for at in range(0, len(order), size))
+    return _load(recipe, labels, _pad(tokenizer)), lambda size: (
+        join([train[i] for i in order[at : at + size]]) for at in range(0, len(order), size)
+    )
 
 
 def _pad(tokenizer: Any) -> int:
@@ -144,7 +144,7 @@ def check_model(model: str) -> None:
         raise ConfigError(f"There is no model folder {model!r}.")
 
 
-def _load(recipe: Recipe, labels: Sequence[str]) -> Any:
+def _load(recipe: Recipe, labels: Sequence[str], pad: int) -> Any:
     import transformers
 
     dtype: Any = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[recipe.dtype]
@@ -156,9 +156,11 @@ def _load(recipe: Recipe, labels: Sequence[str]) -> Any:
         if recipe.task == "causal-lm":
             return transformers.AutoModelForCausalLM.from_pretrained(recipe.model, **options)
         names = dict(enumerate(labels))
-        return transformers.AutoModelForSequenceClassification.from_pretrained(
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
             recipe.model, num_labels=len(labels), id2label=names, label2id={v: k for k, v in names.items()}, **options
         )
+        model.config.get_text_config().pad_token_id = pad  # decoders read the last token that is none
+        return model
     except (OSError, ValueError) as e:
         raise ConfigError(f"{recipe.model!r} cannot be loaded for {recipe.task}: {_first_line(e)}") from e
 
