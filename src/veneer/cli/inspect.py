@@ -44,8 +44,10 @@ def _base(name: str, path: str) -> Any:
 
     from ..training.recipe import TASKS
 
-    config = Path(path) / "adapter_config.json"
-    task = json.loads(config.read_text(encoding="utf-8")).get("task_type") if config.is_file() else None
+    try:
+        task = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))["task_type"]
+    except (OSError, ValueError, LookupError, TypeError):  # the inspection tells of a damaged one
+        task = None
     auto: Any = {
         TASKS["causal-lm"]: transformers.AutoModelForCausalLM, TASKS["sequence-classification"]: transformers.AutoModelForSequenceClassification,
         "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM, "TOKEN_CLS": transformers.AutoModelForTokenClassification,

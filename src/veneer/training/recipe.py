@@ -165,7 +165,7 @@ class Recipe:
         values: dict[str, Any] = {"target_modules": "all-linear"} if "target_modules" in known else {}
         for key, value in self.method_fields.items():
             values[key.replace("-", "_")] = value
-        if "lora_alpha" in known and "lora_alpha" not in values and "r" in values:
+        if "lora_alpha" in known and "lora_alpha" not in values and isinstance(values.get("r"), int):
             values["lora_alpha"] = values["r"]
         if isinstance(values.get("target_modules"), str) and "," in values["target_modules"]:
             values["target_modules"] = [t.strip() for t in values["target_modules"].split(",")]

@@ -78,9 +78,9 @@ def read_model(recipe: Recipe, rows: int) -> tuple[Any, Callable[[int], Iterator
     tokenizer, train, _, labels = _read_data(recipe)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.seed)).tolist()[:rows]
     join = collate(_pad(tokenizer))
-    return _load(recipe, labels, _pad(tokenizer)), lambda size: (
-        join([train[i] for i in order[at : at + size]]) for at in range(0, len(order), size)
-    )
+    model = _load(recipe, labels, _pad(tokenizer))
+    _check_positions(model, max(len(train[i]["input_ids"]) for i in order))
+    return model, lambda size: (join([train[i] for i in order[at : at + size]]) for at in range(0, len(order), size))
 
 
 def _pad(tokenizer: Any) -> int:
