@@ -521,6 +521,8 @@ def test_fields_of_the_method_come_as_options() -> None:
         ({"learning_rate": float("nan")}, "learning_rate has to be a number"),
         ({"gradient_checkpointing": "no"}, "true or false"),
         ({"method": 3}, "Put it in quotes"),
+        ({"method_fields": {"inference_mode": True}}, "nothing trains"),
+        ({"method_fields": {"init_lora_weights": "eva"}}, "initialize_lora_eva_weights"),
         ({"rates": 3}, "rates has to be keys and values"),
         ({"method": "trainable_tokens", "method_fields": {}}, "token_indices is empty"),
     ],

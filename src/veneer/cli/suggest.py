@@ -40,7 +40,13 @@ def suggest(
     text = yaml.safe_dump(recipe, sort_keys=False)
     typer.echo(text, nl=False)
     if out is not None:
-        Path(out).write_text(text, encoding="utf-8")
+        try:
+            Path(out).write_text(text, encoding="utf-8")
+        except OSError as e:
+            Console(stderr=True, markup=False).print(
+                Panel(f"The recipe could not be written: {e}", title="veneer suggest", border_style="red")
+            )
+            raise typer.Exit(2) from None
 
 
 def run(

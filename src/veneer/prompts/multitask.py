@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, LoadError
+from ..errors import ConfigError, LoadError, RouteError
 from ..types import name_of
 from .base import Prompt, PromptModule, as_enum
 from .prompt_tuning import check_text, fill, text_ids
@@ -118,7 +118,7 @@ class MultitaskPromptEmbedding(PromptModule):
 
     def prompt(self, task_ids: Tensor | None = None) -> Tensor:
         if task_ids is None:
-            raise ValueError("task_ids cannot be None: give one task per row of the batch.")
+            raise RouteError("task_ids cannot be None: give one task per row of the batch.")
         tasks = task_ids.to(self.prefix_task_cols.device)
         return super().prompt() * (self.prefix_task_cols[tasks] @ self.prefix_task_rows[tasks])
 

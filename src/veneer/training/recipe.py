@@ -100,6 +100,16 @@ class Recipe:
                 yield "quantize", str(e)
         if self.schedule not in SCHEDULES:
             yield "schedule", f"Unknown schedule {self.schedule!r}: {', '.join(SCHEDULES)}.{hint(self.schedule, SCHEDULES)}"
+        if self.method_fields.get("inference_mode"):
+            yield "inference_mode", "method_fields: with inference_mode nothing trains. Leave it out."
+        if self.method_fields.get("init_lora_weights") == "eva":
+            text = (
+                "init_lora_weights='eva' needs data before the training, and a recipe gives it none: it would start as a plain LoRA. Call "
+            )
+            yield (
+                "init_lora_weights",
+                text + "initialize_lora_eva_weights in a loop of your own, or let `veneer suggest --search eva` deal out the ranks.",
+            )
         yield from problems_of(self)
         for name in ("batch_size", "accumulate", "length", "learning_rate", "epochs"):
             if getattr(self, name) <= 0:
