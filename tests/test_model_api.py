@@ -713,10 +713,14 @@ def test_push_to_hub_saves_before_it_makes_anything(monkeypatch: pytest.MonkeyPa
     model = two()
     assert model.push_to_hub("name", token="t", private=True, selected_adapters=["b"], commit_message="hello") == "address"
     assert calls == [("token", "t"), ("create", True), ("upload", ("me/name", ["README.md", "b"], "hello"))]
+    calls.clear()
+    assert model.peft_config["b"].push_to_hub("name", private=False) == "address"
+    assert calls == [("token", None), ("create", False), ("upload", ("me/name", ["adapter_config.json"], "Upload config"))]
+    calls.clear()
     model.up.lora_A["b"].weight.data.fill_(float("nan"))
     with pytest.raises(V.SaveError):
         model.push_to_hub("name")
-    assert [c[0] for c in calls[3:]] == ["token"]
+    assert [c[0] for c in calls] == ["token"]
 
 
 # ---------------------------------------------------------------- AutoPeftModel

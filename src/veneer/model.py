@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import LoadReport, folder_of, load_into, read_adapter, save_adapter, update_card
+from .checkpoint.hub import upload
 from .checkpoint.load import for_loading, hub_options, warn_unused
 from .config import PeftConfig
 from .engine import inject
@@ -545,39 +546,13 @@ class PeftModel(nn.Module):
             pipeline_tag="text-generation" if name_of(config.task_type) == "CAUSAL_LM" else None,
         )
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        **kwargs: Any,
-    ) -> str:
+    def push_to_hub(self, repo_id: str, *, token: bool | str | None = None, **kwargs: Any) -> str:
         """Save into a temporary folder and upload it to the Hub (needs huggingface_hub); returns the commit's address.
 
         Args:
-            kwargs: for `save_pretrained`.
+            kwargs: `commit_message`, `commit_description`, `private`, `revision`, `create_pr`; others are for `save_pretrained`.
         """
-        import tempfile
-
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **kwargs)  # before anything is made on the Hub
-            repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if revision is not None and not create_pr:
-                api.create_branch(repo, branch=revision, exist_ok=True)
-            return str(
-                api.upload_folder(
-                    repo_id=repo, folder_path=folder, revision=revision, create_pr=create_pr,
-                    commit_message=commit_message or "Upload model", commit_description=commit_description,
-                )
-            )  # fmt: skip
+        return upload(self.save_pretrained, repo_id, "Upload model", token, **kwargs)
 
     # ---------------------------------------------------------------- training aids
 
