@@ -46,6 +46,16 @@ SITES: dict[str, Any] = {  # on the parts of `Mixed`, as "method@part"
     "ia3in": lambda target_modules: veneer.IA3Config(target_modules=target_modules, feedforward_modules=target_modules),
     "oft": lambda **at: veneer.OFTConfig(oft_block_size=8, **at),
 }
+KINDS: dict[str, Any] = {  # other models than Llama, as "method/kind", with what their configs need beside the sizes
+    "qwen2": {}, "qwen3": {"head_dim": 8}, "gemma3_text": {"head_dim": 8}, "phi3": {}, "gpt_neox": {}, "glm": {"head_dim": 8},
+    "gpt_oss": {"head_dim": 8, "num_local_experts": 4, "layer_types": ["full_attention"] * 2},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "deepseek_v3": {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,
+        "v_head_dim": 8, "qk_nope_head_dim": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    },
+}  # fmt: skip
 VOCAB, LENGTH, STEPS, LINEAR = 64, 12, 20, nn.functional.linear
 
 
@@ -66,6 +76,8 @@ class Mixed(nn.Module):
 
 
 def config_of(method: str) -> Any:
+    if "/" in method:
+        return veneer.LoraConfig(r=4, target_modules="all-linear", use_dora=method.startswith("dora"), task_type="CAUSAL_LM")
     if "@" not in method:
         return CONFIGS[method]()
     name, _, part = method.partition("@")
@@ -73,16 +85,17 @@ def config_of(method: str) -> Any:
 
 
 def bare_model(method: str) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     if "@" in method:
         return Mixed()
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-        tie_word_embeddings=method == "tied", attention_bias=True,
+    kind = method.partition("/")[2] or "llama"
+    config = AutoConfig.for_model(
+        kind, vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        tie_word_embeddings=method == "tied", pad_token_id=0, **KINDS.get(kind, {"attention_bias": True}),
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model: nn.Module = AutoModelForCausalLM.from_config(config)
     for p in model.parameters():  # biases that are not zero
         p.data += 0.02 * torch.randn_like(p)
     return model
@@ -259,12 +272,13 @@ def run(method: str, layout: str, out: Path) -> dict[str, Any]:
     if layout == "tp":
         base = parallel(bare_model(method))
     if layout == "tp_plan":
-        base = planned(bare_model(method), out / f"base-{method}")
+        base = planned(bare_model(method), out / f"base-{method.replace('/', '-')}")
     model = adapted(method, base)
     KEPT.extend([model] if method == "adalora" else [])
     engine = wrapped(model, layout)
     got = train(engine, layout, batches())
-    folder = out / f"{method}-{layout}-{world}"
+    name = method.replace("/", "-")
+    folder = out / f"{name}-{layout}-{world}"
     with gathered(engine) if layout == "fsdp1" else nullcontext():
         model.save_pretrained(folder, is_main_process=rank == 0)
         tensors = {k: t.clone() for k, t in veneer.get_peft_model_state_dict(model).items()}
@@ -279,7 +293,7 @@ def run(method: str, layout: str, out: Path) -> dict[str, Any]:
         else 1e9,
     }
     if method not in ("prompt",):
-        merged = out / f"merged-{method}-{layout}-{world}"
+        merged = out / f"merged-{name}-{layout}-{world}"
         save_merged(engine if layout == "fsdp1" else model, merged)
         dist.barrier()
         if layout != "fsdp1":
@@ -330,11 +344,14 @@ def refusals(method: str, layout: str, out: Path) -> dict[str, Any]:
         "bias": lambda: veneer.LoraConfig(r=4, target_modules=QV, bias="lora_only"),
         "block": lambda: veneer.LoraConfig(r=4, target_modules=QV, modules_to_save=["mlp"]),
         "parameter": lambda: veneer.LoraConfig(r=4, target_modules=[], target_parameters=["self_attn.q_proj.weight"]),
+        "cache": lambda: veneer.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+        "norm": lambda: veneer.LNTuningConfig(target_modules=["q_norm"]),
+        "copy": lambda: veneer.LoraConfig(r=4, target_modules=QV, modules_to_save=["k_norm"]),
         "piece": CONFIGS[method],
     }
     said: dict[str, Any] = {}
     for name, config in refused.items():
-        base = bare_model(method)
+        base = bare_model("lora/qwen3" if name in ("norm", "copy") else method)
         if name == "piece":
             weight = base.model.layers[0].self_attn.q_proj.weight  # type: ignore[union-attr]
             weight.data = weight.data[:16].clone()
