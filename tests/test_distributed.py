@@ -426,14 +426,30 @@ def test_four_processes_under_zero_draw_dropout_and_train_as_one_does(tmp_path: 
 
 
 @pytest.mark.slow
-def test_zero_goes_on_from_its_checkpoint_and_one_process_reads_the_adapter(tmp_path: Path) -> None:
-    for task in ("zero_first", "zero_second"):
-        found = launch_zero([("zero2", task), ("zero3", task)], 2, "lora,saved", tmp_path)
-        for layout, results in found.items():
+@pytest.mark.parametrize(("processes", "task"), [(2, "zero_second"), (4, "zero_universal")])
+def test_zero_goes_on_from_its_checkpoint_and_one_process_reads_the_adapter(processes: int, task: str, tmp_path: Path) -> None:
+    """On another number of processes by way of DeepSpeed's universal checkpoint."""
+    layouts, methods = ("zero2", "zero3"), ("lora", "saved")
+    found = {"zero_first": launch_zero([(layout, "zero_first") for layout in layouts], 2, ",".join(methods), tmp_path)}
+    if task == "zero_universal":
+        states = [tmp_path / f"{method}-{layout}-state" for method in methods for layout in layouts]
+        options = ["--inject_missing_state", "--num_extract_workers=1", "--num_merge_workers=1"]
+        for state in states:
+            convert = [
+                "-m",
+                "deepspeed.checkpoint.ds_to_universal",
+                f"--input_folder={state / 'ten'}",
+                f"--output_folder={state / 'universal'}",
+            ]
+            [done] = start([*convert, *options], DS_ACCELERATOR="cpu")
+            assert done.code == 0, done.said[-6000:]
+    found[task] = launch_zero([(layout, task) for layout in layouts], processes, ",".join(methods), tmp_path)
+    for part, of_part in found.items():
+        for layout, results in of_part.items():
             for method, r in results.items():
-                assert "error" not in r, (task, layout, method, r)
-                assert r["losses"] < 1e-5, (task, layout, method, r)
-                assert r.get("logits", 0.0) < 1e-4, (task, layout, method, r)
+                assert "error" not in r, (part, layout, method, r)
+                assert r["losses"] < 1e-5, (part, layout, method, r)
+                assert r.get("logits", 0.0) < 1e-4, (part, layout, method, r)
 
 
 @pytest.mark.slow

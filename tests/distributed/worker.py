@@ -167,7 +167,7 @@ class Bytes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def deepspeed_engine(model: nn.Module, stage: int) -> Any:
+def deepspeed_engine(model: nn.Module, stage: int, **config: Any) -> Any:
     import deepspeed
 
     engine, *_ = deepspeed.initialize(
@@ -179,6 +179,7 @@ def deepspeed_engine(model: nn.Module, stage: int) -> Any:
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
+            **config,
         },
     )
     return engine
@@ -528,13 +529,18 @@ def zero_first(method: str, layout: str, out: Path) -> dict[str, Any]:
     return {"losses": max(abs(a - b) for a, b in zip(losses, single(method, 10)[1], strict=True))}
 
 
-def zero_second(method: str, layout: str, out: Path) -> dict[str, Any]:
+def zero_universal(method: str, layout: str, out: Path) -> dict[str, Any]:
+    """`zero_second`, on however many processes, from DeepSpeed's universal checkpoint."""
+    return zero_second(method, layout, out, tag="universal", checkpoint={"load_universal": True})
+
+
+def zero_second(method: str, layout: str, out: Path, tag: str = "ten", **config: Any) -> dict[str, Any]:
     """The other ten, of an adapter that was drawn anew, so that everything that trains has to come from the checkpoint; a plain model reads what is saved."""
     base = cut(bare_model(method)) if layout == "zero3" else bare_model(method)
     torch.manual_seed(5)
     model = veneer.get_peft_model(base, config_of(method))
-    engine = wrapped(model, layout)
-    read, _ = engine.load_checkpoint(out / f"{method}-{layout}-state", tag="ten", load_module_strict=False)
+    engine = deepspeed_engine(model, int(layout[-1]), **config)
+    read, _ = engine.load_checkpoint(out / f"{method}-{layout}-state", tag=tag, load_module_strict=False)
     assert read is not None
     losses = train(engine, layout, batches()[10:])
     folder = out / f"{method}-{layout}-whole"
@@ -604,6 +610,7 @@ TASKS = {
     "packed": packed,
     "zero_first": zero_first,
     "zero_second": zero_second,
+    "zero_universal": zero_universal,
 }
 
 
