@@ -154,6 +154,21 @@ def test_packed_weights_that_a_plan_has_cut_are_refused(tmp_path: Path) -> None:
         assert said.keys() == words.keys() and all(word in said[name] for name, word in words.items()), said
 
 
+@pytest.mark.slow
+def test_what_comes_too_late_to_a_sharded_model_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    said = launch("fsdp2", 2, "lora", tmp_path, "late")["lora"]
+    assert said.pop("combined") < 1e-5
+    words = {
+        "trained": "the adapter 'other' comes to layers that FSDP2 has sharded",
+        "first": "the adapter 'default' comes to layers that FSDP2 has sharded",
+        "unloaded": "save_merged",
+        "int8": "have lost their scales",
+    }
+    assert said.keys() == words.keys(), said
+    assert all(word in said[name] for name, word in words.items()), said
+
+
 @pytest.mark.parametrize(
     "storage", ["torchao_int8", *(pytest.param(s, marks=pytest.mark.slow) for s in ("nf4", "llm_int8", "quanto_int8"))]
 )

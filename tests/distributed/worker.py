@@ -394,6 +394,44 @@ def packed(method: str, layout: str, out: Path) -> dict[str, Any]:
     return said
 
 
+def late(method: str, layout: str, out: Path) -> dict[str, Any]:
+    """What is said of what comes to a model that FSDP2 has sharded, or that it cannot shard; and a combined adapter, against one process."""
+    import transformers
+
+    one, model = adapted(method), shard(adapted(method))
+    for m in (one, model):
+        torch.manual_seed(2)
+        m.add_adapter("other", CONFIGS[method]())
+        for _, p in sorted(p for p in m.named_parameters() if "lora_" in p[0] and ".default." in p[0]):
+            p.data += 0.1
+        m.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both", combination_type="svd")
+        m.set_adapter("both", inference_mode=True)
+    ids = batches(1)[0]
+    with torch.no_grad():
+        result: dict[str, Any] = {"combined": float((model(input_ids=ids).logits - one(input_ids=ids).logits).abs().max())}
+
+    def int8() -> None:
+        if dist.get_rank() == 0:
+            bare_model(method).save_pretrained(out / "base-late")  # type: ignore[operator]
+        dist.barrier()
+        eight = transformers.BitsAndBytesConfig(load_in_8bit=True)
+        base = transformers.AutoModelForCausalLM.from_pretrained(out / "base-late", quantization_config=eight)
+        shard(adapted(method, base))(input_ids=ids)
+
+    for name, act in {
+        "trained": lambda: model.set_adapter("other"),
+        "first": lambda: adapted(method, shard(bare_model(method))),
+        "unloaded": lambda: shard(adapted(method)).merge_and_unload(),
+        "int8": int8,
+    }.items():
+        try:
+            act()
+            result[name] = "nothing"
+        except (veneer.ConfigError, veneer.MergeError) as e:
+            result[name] = str(e)
+    return result
+
+
 def off_by(merged: Path, reference: Any) -> float:
     """How far the merged file is from a single process' model, merged by itself; infinite where the file lacks a tensor."""
     from safetensors.torch import load_file
@@ -608,6 +646,7 @@ TASKS = {
     "merging": merging,
     "refusals": refusals,
     "packed": packed,
+    "late": late,
     "zero_first": zero_first,
     "zero_second": zero_second,
     "zero_universal": zero_universal,
