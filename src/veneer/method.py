@@ -254,7 +254,11 @@ class Method(PeftConfig):
         return None
 
     def acts(self) -> bool:
-        """Whether there is anything to do when an optimizer steps: without it, the hooks above are not called."""
+        """Whether there is anything to do when an optimizer steps, or to remember: without it, the hooks above are not called, and nothing is carried."""
+        return self.hooks_in()
+
+    def hooks_in(self) -> bool:
+        """Whether the method has any of the hooks above."""
         return any(getattr(type(self), n) is not getattr(Method, n) for n in ("before_step", "after_step", "penalty"))
 
     def check_saving(self, sites: Sequence[Place], step: int) -> None:

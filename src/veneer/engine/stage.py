@@ -16,7 +16,7 @@ from ..errors import ConfigError, PeftWarning, hint
 from ..method import Leaf, Method
 from ..sites import Adaptable, ParameterSite, Site, adaptable
 from ..sites.module import ModuleSite
-from ..sites.parallel import check_cut, check_piece
+from ..sites.parallel import check_cut, check_packed, check_piece, check_runs_as_copy
 from .holders import Attached
 from .layer import AdaptedLayer
 from .modules import Part, parts_of
@@ -108,12 +108,14 @@ def _check_storage(layer: AdaptedLayer, path: str) -> None:
     module, kind = layer.get_base_layer(), layer.site.kind
     if isinstance(layer.site, ModuleSite):
         check_cut(module, layer.site, path)  # its tensors are copied now
+        check_runs_as_copy(module, path)
         codec = next((c for c in map(codec_for, module.modules()) if not c.plain), codec_for(module))
     elif isinstance(layer.site, Site):
         codec = layer.site.codec
     else:
         return  # it acts around a module and changes nothing in it
     try:
+        check_packed(module, codec)
         codec.check(module)
         if kind == "linear":
             check_piece(module, layer.site)
