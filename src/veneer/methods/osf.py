@@ -54,6 +54,14 @@ class OSFConfig(Targeted, peft_type="OSF"):
         fixed = min(max(fixed, 1), d)
         return fixed, d - fixed
 
+    def check(self, site: Any) -> None:
+        kept, rest = self._split(site)
+        if not rest and not self.inference_mode:
+            raise ConfigError(
+                f"`effective_rank` keeps all {kept} directions of {site.name!r} ({site.n_out} x {site.n_in}) as they are: nothing of it trains. Lower it there "
+                "(rank_pattern), or leave the layer out of target_modules."
+            )
+
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
         k, rest = self._split(site)
         shapes = {"U_low": (site.n_out, rest), "S_low": (rest,), "V_low": (rest, site.n_in)}
