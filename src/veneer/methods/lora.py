@@ -97,6 +97,8 @@ class LoraConfig(Varied, peft_type="LORA"):
     def __post_init__(self) -> None:
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         super().__post_init__()
+        if isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, (int, float)):
+            raise ConfigError(f"`lora_alpha` should be a number but the value passed is {self.lora_alpha!r}.")
         read_start(self)
         if isinstance(self.runtime_config, dict):
             self.runtime_config = LoraRuntimeConfig(**self.runtime_config)
