@@ -215,7 +215,7 @@ class Prompts(Keyed):
             if mask is not None and mask.shape[1] == kw["encoder_outputs"][0].shape[1] - first.n:
                 kw["attention_mask"] = torch.cat([first.mask(mask), mask], 1)
             return kw
-        return as_tokens(model, first, kw)
+        return as_tokens(model, first, kw, name_of(config.task_type))
 
     def for_generate(
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], copies: int
