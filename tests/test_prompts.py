@@ -361,7 +361,7 @@ def test_a_classifier_of_every_token_keeps_their_places() -> None:
 
 def test_padding_takes_up_no_place_of_a_sliding_window_in_generate() -> None:
     config = MistralConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, sliding_window=5,
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=5,
     )  # fmt: skip
     pm = model(_made(MistralForCausalLM, config), "prompt")
     asked: dict[str, Any] = {
