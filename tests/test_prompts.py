@@ -359,6 +359,15 @@ def test_a_classifier_of_every_token_keeps_their_places() -> None:
     torch.testing.assert_close(got[:1, : N + 3], alone, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
+def test_what_a_prompt_cannot_stand_before_is_an_error(name: str) -> None:
+    pm = model(llama(), name)
+    with pytest.raises(V.RouteError, match="start anew"):
+        pm(input_ids=IDS[:1], position_ids=torch.tensor([[0, 1, 2, 0, 1]]), use_cache=False)
+    with pytest.raises(V.PeftError, match="for 8 tokens, and the input has 5"):
+        pm(input_ids=IDS, attention_mask=torch.ones(2, N + 5))
+
+
 def test_padding_takes_up_no_place_of_a_sliding_window_in_generate() -> None:
     config = MistralConfig(
         vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=5,

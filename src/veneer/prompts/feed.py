@@ -74,6 +74,18 @@ def embedded(model: nn.Module, kw: dict[str, Any]) -> Tensor:
     return out
 
 
+def check_one_text(kw: Mapping[str, Any]) -> None:
+    """Raise where texts lie end to end in a row and the model would keep them apart by their positions: a prompt stands before the first alone."""
+    positions = kw.get("position_ids")
+    if positions is None or positions.ndim != 2 or kw.get("attention_mask") is not None or torch.compiler.is_compiling():
+        return
+    if bool((positions.diff(dim=1) < 0).any()):
+        raise RouteError(
+            "The positions start anew within a row, so several texts lie end to end there, and a prompt stands before one. "
+            "Pad them instead, a row for each text (no packing, no padding_free)."
+        )
+
+
 def with_front(mask: Tensor | None, drawn: Drawn, length: int) -> Tensor | None:
     """An attention mask (batch, length) with the prompt's in front; None where there is nothing to hide."""
     if mask is None:
@@ -83,6 +95,10 @@ def with_front(mask: Tensor | None, drawn: Drawn, length: int) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         said = f"has {mask.ndim} dimensions" if isinstance(mask, Tensor) else f"is a {type(mask).__name__}"
         raise PeftError(f"With a prompt the attention mask has to be (batch, tokens); this one {said}. Leave the rest to the model.")
+    if mask.shape[1] != length:
+        raise PeftError(
+            f"The attention mask is for {mask.shape[1]} tokens, and the input has {length}. Leave the prompt's {drawn.n} out: they are put in front."
+        )
     return torch.cat([drawn.mask(mask), mask], 1)
 
 

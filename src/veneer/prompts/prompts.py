@@ -17,7 +17,7 @@ from ..errors import ConfigError, PeftWarning, RouteError
 from ..types import name_of
 from .base import Prompt, PromptModule
 from .cpt import CPTConfig
-from .feed import Drawn, as_cache, as_tokens, continued, in_decoder, key_values, named, seen
+from .feed import Drawn, as_cache, as_tokens, check_one_text, continued, in_decoder, key_values, named, seen
 from .generate import for_generate
 from .shape import embedding_table, is_encoder_decoder
 
@@ -204,6 +204,7 @@ class Prompts(Keyed):
         """The arguments of the model's forward with the prompt put in."""
         if seen(kw):
             return continued(kw, drawn, both and (config.into == "cache" or config.in_decoder))
+        check_one_text(kw)
         if config.into == "cache":
             return as_cache(model, drawn, config, kw)
         n = config.num_virtual_tokens
