@@ -204,6 +204,7 @@ def _collect(
     given = {
         wanted_key: state_dict[name] for name, wanted_key in match(state_dict, found, foreign=False).slot_of.items() if wanted_key in wanted
     }
+    given |= {k: s.kept for k, s in wanted.items() if s.kept is not None}  # a merged model's state dict has other values
     missing = [k for k, s in wanted.items() if k not in given and (s.required or all_embeddings)]
     if missing:
         some = ", ".join(map(repr, missing[:3])) + ", ..." * (len(missing) > 3)
