@@ -319,6 +319,24 @@ def test_embeddings_are_saved_where_they_have_to_be(tmp_path: Path) -> None:
     assert not _names(resized) & tables
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_of_the_base_that_go_along_are_the_frozen_ones_while_merged(tied: bool) -> None:
+    cfg = config(target_modules=["q_proj", "embed_tokens"], bias="all")
+    model = adapted(cfg, model=Tokens(tied))
+    before, inner = get_peft_model_state_dict(model), model.get_base_model()
+    merge(inner, ["default"])
+    while_merged = model(IDS)
+    for after in (get_peft_model_state_dict(model), get_peft_model_state_dict(model, state_dict=model.state_dict())):
+        assert before.keys() == after.keys() and all(torch.equal(before[k], t) for k, t in after.items())
+    attach(inner, cfg, "other")
+    model.peft_config["other"] = cfg
+    load_into(model, "other", before)  # another adapter's file with the same base
+    assert torch.equal(model(IDS), while_merged)
+    key = "base_model.model.embed_tokens.base_layer.weight"
+    with pytest.raises(LoadError, match="unmerge_adapter"):
+        load_into(model, "other", {**before, key: before[key] + 1})
+
+
 def test_saved_embeddings_are_loaded_and_keep_the_models_dtype() -> None:
     source = adapted(config(target_modules=["q_proj"]), model=Tokens())
     with torch.no_grad():

@@ -47,13 +47,13 @@ def words(todo: list[tuple[str, str]], methods: str, out: Path) -> list[str]:
     return [str(WORKER), "--layout", layouts, "--methods", methods, "--out", str(out), "--task", tasks]
 
 
-def check(results: dict[str, dict[str, Any]], adapter: float = 1e-4) -> None:
+def check(results: dict[str, dict[str, Any]], adapter: float = 1e-4, losses: float = 1e-5) -> None:
     for method, r in results.items():
         assert "error" not in r, (method, r)
         assert r["keys"], method
-        assert r["losses"] < 1e-5, (method, r)
+        assert r["losses"] < losses, (method, r)
         assert r["adapter"] < adapter, (method, r)  # 20 AdamW steps blow roundings up
-        assert r.get("merged", 0.0) < 1e-4, (method, r)
+        assert r.get("merged", 0.0) < adapter, (method, r)
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +113,21 @@ def test_what_a_plan_leaves_no_place_for_is_refused(tmp_path: Path) -> None:
         "bias": "cannot be trained beside",
         "block": "only a linear layer can",
         "parameter": "adapted in its parameter",
+        "cache": "keys and values of all heads",
+        "norm": "Qwen3RMSNorm has been given a forward of its own",
+        "copy": "Qwen3RMSNorm has been given a forward of its own",
         "piece": "shape (16, 32), and the layer's is (32, 32)",
     }
     assert said.keys() == words.keys(), said
     assert all(word in said[name] for name, word in words.items()), said
+
+
+@pytest.mark.slow
+def test_the_plans_of_other_models_than_llamas(tmp_path: Path) -> None:
+    kinds = ["qwen2", "qwen3", "gemma3_text", "phi3", "gpt_neox", "glm", "gpt_oss", "mixtral", "qwen3_moe", "deepseek_v3"]
+    results = launch("tp_plan", 2, ",".join(f"dora/{kind}" for kind in kinds), tmp_path)
+    check({"qwen2": results.pop("dora/qwen2")}, adapter=1e-3, losses=1e-4)  # 3.1e-4 and 7.9e-6 were measured
+    check(results)
 
 
 @pytest.mark.slow
@@ -125,14 +136,37 @@ def test_packed_weights_that_a_plan_has_cut_are_refused(tmp_path: Path) -> None:
     for library in ("bitsandbytes", "torchao", "optimum.quanto"):
         pytest.importorskip(library)
     found = launch_all([("tp_plan", "packed"), ("tp", "packed")], 2, "lora", tmp_path)
-    cut, unknown = "a tensor-parallel plan has cut this", "in a way that veneer does not know"
+    cut, unknown = (
+        "a tensor-parallel plan has cut this",
+        "a tensor-parallel plan (tp_plan, parallelize_module) or FSDP2 has cut the packed weight of this",
+    )
     wanted = {
-        "tp_plan": {"nf4": unknown, "int8": unknown, "torchao": f"{cut} Linear, stored as 'torchao'", "quanto": f"{cut} QLinear, stored as 'quanto'"},
-        "tp": {"nf4": unknown, "int8": unknown, "quanto": "frozen before it is adapted"},
-    }  # fmt: skip
+        "tp_plan": {
+            "nf4": f"{unknown} Linear4bit",
+            "int8": f"{unknown} Linear8bitLt",
+            "torchao": f"{cut} Linear, stored as 'torchao'",
+            "quanto": f"{cut} QLinear, stored as 'quanto'",
+        },
+        "tp": {"nf4": f"{unknown} Linear4bit", "int8": f"{unknown} Linear8bitLt", "quanto": f"{unknown} QLinear"},
+    }
     for layout, words in wanted.items():
         said = found[layout]["lora"]
         assert said.keys() == words.keys() and all(word in said[name] for name, word in words.items()), said
+
+
+@pytest.mark.slow
+def test_what_comes_too_late_to_a_sharded_model_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    said = launch("fsdp2", 2, "lora", tmp_path, "late")["lora"]
+    assert said.pop("combined") < 1e-5
+    words = {
+        "trained": "the adapter 'other' comes to layers that FSDP2 has sharded",
+        "first": "the adapter 'default' comes to layers that FSDP2 has sharded",
+        "unloaded": "save_merged",
+        "int8": "have lost their scales",
+    }
+    assert said.keys() == words.keys(), said
+    assert all(word in said[name] for name, word in words.items()), said
 
 
 @pytest.mark.parametrize(
@@ -407,14 +441,30 @@ def test_four_processes_under_zero_draw_dropout_and_train_as_one_does(tmp_path: 
 
 
 @pytest.mark.slow
-def test_zero_goes_on_from_its_checkpoint_and_one_process_reads_the_adapter(tmp_path: Path) -> None:
-    for task in ("zero_first", "zero_second"):
-        found = launch_zero([("zero2", task), ("zero3", task)], 2, "lora,saved", tmp_path)
-        for layout, results in found.items():
+@pytest.mark.parametrize(("processes", "task"), [(2, "zero_second"), (4, "zero_universal")])
+def test_zero_goes_on_from_its_checkpoint_and_one_process_reads_the_adapter(processes: int, task: str, tmp_path: Path) -> None:
+    """On another number of processes by way of DeepSpeed's universal checkpoint."""
+    layouts, methods = ("zero2", "zero3"), ("lora", "saved")
+    found = {"zero_first": launch_zero([(layout, "zero_first") for layout in layouts], 2, ",".join(methods), tmp_path)}
+    if task == "zero_universal":
+        states = [tmp_path / f"{method}-{layout}-state" for method in methods for layout in layouts]
+        options = ["--inject_missing_state", "--num_extract_workers=1", "--num_merge_workers=1"]
+        for state in states:
+            convert = [
+                "-m",
+                "deepspeed.checkpoint.ds_to_universal",
+                f"--input_folder={state / 'ten'}",
+                f"--output_folder={state / 'universal'}",
+            ]
+            [done] = start([*convert, *options], DS_ACCELERATOR="cpu")
+            assert done.code == 0, done.said[-6000:]
+    found[task] = launch_zero([(layout, task) for layout in layouts], processes, ",".join(methods), tmp_path)
+    for part, of_part in found.items():
+        for layout, results in of_part.items():
             for method, r in results.items():
-                assert "error" not in r, (task, layout, method, r)
-                assert r["losses"] < 1e-5, (task, layout, method, r)
-                assert r.get("logits", 0.0) < 1e-4, (task, layout, method, r)
+                assert "error" not in r, (part, layout, method, r)
+                assert r["losses"] < 1e-5, (part, layout, method, r)
+                assert r.get("logits", 0.0) < 1e-4, (part, layout, method, r)
 
 
 @pytest.mark.slow

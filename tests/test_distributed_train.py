@@ -93,6 +93,15 @@ def test_two_processes_of_accelerate_do_what_one_does_and_speak_with_one_voice(r
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("storage", ["nf4", "torchao-int8"])
+def test_packed_weights_train_on_two_processes_as_on_one(storage: str, recipe: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes" if storage == "nf4" else "torchao")
+    one, _ = train(recipe, tmp_path / "one", "--batch-size", "4", "--quantize", storage, by=[])
+    two, _ = train(recipe, tmp_path / "two", "--batch-size", "2", "--quantize", storage)
+    same(tmp_path / "one", tmp_path / "two", one, two)
+
+
+@pytest.mark.slow
 def test_a_run_of_two_processes_is_resumed_exactly(recipe: Path, tmp_path: Path) -> None:
     whole, _ = train(recipe, tmp_path / "whole", "--batch-size", "2", "--save-every", "4")
     for path in (tmp_path / "whole" / "checkpoints").glob("checkpoint-*"):

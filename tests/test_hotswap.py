@@ -331,3 +331,17 @@ def test_further_configs_are_brought_up_to_the_rank() -> None:
     assert {n: other.at(n).scale() for n in scales} == scales
     assert (model.peft_config["default"].r, model.peft_config["default"].lora_alpha) == (8, 16)
     assert {f.name for f in dataclasses.fields(other)}  # it stays a config
+
+
+def test_a_module_that_only_the_new_adapter_trains_whole_is_left_alone(tmp_path: Path) -> None:
+    class Told(Net):  # tells its embeddings, so that a file may hold them
+        def get_input_embeddings(self) -> nn.Module:
+            return self.table
+
+    one = saved(tmp_path, "one", Told(), target_modules=["lin0"])
+    two = saved(tmp_path, "two", Told(), target_modules=["lin0"], modules_to_save=["table"])
+    model = fresh(one, Told())
+    before = out(model)
+    with pytest.raises(SwapError, match="trains 'table' whole"):
+        hotswap_adapter(model, two, "default")
+    assert torch.equal(out(model), before) and torch.equal(model.get_base_model().table.weight, Told().table.weight)

@@ -15,6 +15,7 @@ from veneer.kernels.derived import derived_linear
 from veneer.kernels.dropout import dropped, survivors
 from veneer.kernels.lowrank import lowrank_linear
 from veneer.kernels.norms import row_norm_sq
+from veneer.kernels.packed import packed_linear
 
 
 def _tensors(dtype: torch.dtype, rows: int = 5, n_in: int = 7, n_out: int = 6, r: int = 3) -> dict[str, Tensor]:
@@ -37,6 +38,7 @@ def test_gradients_are_those_of_finite_differences(gained: bool, biased: bool, d
         )
 
     assert torch.autograd.gradcheck(run, [t[n].requires_grad_() for n in names])
+    assert torch.autograd.gradgradcheck(run, [t[n] for n in names])
 
 
 def test_a_scale_that_is_a_tensor_is_the_number() -> None:
@@ -236,6 +238,7 @@ def test_a_derived_matrix_has_the_gradients_of_finite_differences(biased: bool, 
             return derived_linear(v["x"], w, v.get("b"), _made, (v["a"], v["up"]))
 
         assert torch.autograd.gradcheck(run, [t[n].requires_grad_() for n in names])
+        assert torch.autograd.gradgradcheck(run, [t[n] for n in names])
     t = {k: v.detach().float() if k in "xb" else v.detach().requires_grad_() for k, v in t.items()}
     t["x"].requires_grad_()
     results = []
@@ -331,3 +334,20 @@ def test_rows_with_adapters_of_their_own(owner: list[int], scales: tuple[float, 
             assert (g is None) == (w is None)
             if w is not None:
                 torch.testing.assert_close(g, w)
+
+
+def test_a_packed_weight_s_gradients_have_gradients() -> None:
+    t = _tensors(torch.float64)
+
+    class Held:
+        def times(self, x: Tensor) -> Tensor:
+            return x @ t["w"].mT
+
+        def whole(self, dtype: torch.dtype) -> Tensor:
+            return t["w"].to(dtype)
+
+    def run(x: Tensor, a: Tensor, up: Tensor) -> Tensor:
+        return lowrank_linear(x, Held(), None, a, up, 1.7) + packed_linear(x.square(), Held())
+
+    given = [t[n].requires_grad_() for n in ("x", "a", "up")]
+    assert torch.autograd.gradcheck(run, given) and torch.autograd.gradgradcheck(run, given)

@@ -713,10 +713,14 @@ def test_push_to_hub_saves_before_it_makes_anything(monkeypatch: pytest.MonkeyPa
     model = two()
     assert model.push_to_hub("name", token="t", private=True, selected_adapters=["b"], commit_message="hello") == "address"
     assert calls == [("token", "t"), ("create", True), ("upload", ("me/name", ["README.md", "b"], "hello"))]
+    calls.clear()
+    assert model.peft_config["b"].push_to_hub("name", private=False) == "address"
+    assert calls == [("token", None), ("create", False), ("upload", ("me/name", ["adapter_config.json"], "Upload config"))]
+    calls.clear()
     model.up.lora_A["b"].weight.data.fill_(float("nan"))
     with pytest.raises(V.SaveError):
         model.push_to_hub("name")
-    assert [c[0] for c in calls[3:]] == ["token"]
+    assert [c[0] for c in calls] == ["token"]
 
 
 # ---------------------------------------------------------------- AutoPeftModel
@@ -1015,3 +1019,20 @@ def test_encoders_of_torch_do_not_pass_adapters_by_in_eval_mode(targets: str, ma
 def test_encoders_without_adapters_keep_their_short_way() -> None:
     model = V.get_peft_model(_encoder(), V.LoraConfig(target_modules=["layers.1.linear1"]))
     assert [layer.activation_relu_or_gelu for layer in model.get_base_model().layers] == [1, 0, 1]
+
+
+def test_tensors_of_other_shapes_keep_their_start_values_where_asked(tmp_path: Path) -> None:
+    """A layer that is wider than the one an adapter was trained on."""
+    fill(model := V.get_peft_model(mlp(), small()))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(V.LoadError, match=r"up\.lora_B"):
+        V.PeftModel.from_pretrained(mlp(16), tmp_path)
+    with pytest.warns(V.PeftWarning, match="not the base model"):
+        wide = V.PeftModel.from_pretrained(mlp(16), tmp_path, ignore_mismatched_sizes=True)
+        report = wide.load_adapter(tmp_path, "again", ignore_mismatched_sizes=True)
+    assert {name.removeprefix("base_model.model.") for name, *_ in report.mismatched} == {"up.lora_B.weight", "down.lora_A.weight"}
+    for name in ("default", "again"):
+        up, down, trained = wide.base_model.model.up, wide.base_model.model.down, model.base_model.model
+        assert torch.equal(up.lora_A[name].weight, trained.up.lora_A["default"].weight)
+        assert torch.equal(down.lora_B[name].weight, trained.down.lora_B["default"].weight)
+        assert not up.lora_B[name].weight.any() and 0 < down.lora_A[name].weight.abs().max() < 1

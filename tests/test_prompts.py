@@ -26,6 +26,9 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    MistralConfig,
+    MistralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -347,6 +350,40 @@ def test_a_classifier_of_the_last_token_does_not_read_padding(name: str, padding
         positions = (mask.cumsum(1) - 1).clamp_min(0)
     got = pm(input_ids=ids, attention_mask=mask, position_ids=positions).logits
     torch.testing.assert_close(got, torch.cat(alone), atol=1e-5, rtol=1e-4)
+
+
+def test_a_classifier_of_every_token_keeps_their_places() -> None:
+    pm = model(llama(LlamaForTokenClassification), "prompt", "TOKEN_CLS")
+    alone = pm(input_ids=IDS[:1, :3]).logits
+    got = pm(input_ids=IDS, attention_mask=MASK.flip(1)).logits  # padding on the right
+    torch.testing.assert_close(got[:1, : N + 3], alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
+def test_what_a_prompt_cannot_stand_before_is_an_error(name: str) -> None:
+    pm = model(llama(), name)
+    with pytest.raises(V.RouteError, match="start anew"):
+        pm(input_ids=IDS[:1], position_ids=torch.tensor([[0, 1, 2, 0, 1]]), use_cache=False)
+    with pytest.raises(V.PeftError, match="for 8 tokens, and the input has 5"):
+        pm(input_ids=IDS, attention_mask=torch.ones(2, N + 5))
+
+
+def test_padding_takes_up_no_place_of_a_sliding_window_in_generate() -> None:
+    config = MistralConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=5,
+    )  # fmt: skip
+    pm = model(_made(MistralForCausalLM, config), "prompt")
+    asked: dict[str, Any] = {
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "eos_token_id": None,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    got = pm.generate(input_ids=IDS, attention_mask=MASK, **asked)
+    alone = pm.generate(input_ids=IDS[:1, 2:], **asked)
+    torch.testing.assert_close(got.logits[0][:1], alone.logits[0], atol=1e-5, rtol=1e-4)
+    assert torch.equal(got.sequences[:1, 2:], alone.sequences)
 
 
 # ---------------------------------------------------------------- several prompts

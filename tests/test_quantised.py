@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import veneer
 from veneer.bases import codec_for, stored_bytes
+from veneer.distributed import save_merged
 from veneer.errors import ConfigError, MergeError, PeftWarning
 from veneer.method import Method, load_methods
 from veneer.testing import examples
@@ -522,6 +523,22 @@ def test_a_dense_merged_model_is_saved_as_what_it_is(llama: Path, tmp_path: Path
         torch.testing.assert_close(again(input_ids=ids).logits, logits, atol=0.02 * float(logits.abs().max()), rtol=0)
         assert codec_for(again.model.layers[0].self_attn.q_proj).plain
         assert codec_for(again.model.layers[0].mlp.up_proj).plain is not quantised
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8", "torchao-int8", "quanto-int8"])
+def test_save_merged_writes_packed_weights_dense(storage: str, llama: Path, tmp_path: Path) -> None:
+    """Those without an adapter too, and a config that says so; a plain model reads it."""
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(6).view(1, 6)
+    model = veneer.get_peft_model(load(llama, storage), veneer.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    logits = model(input_ids=ids).logits.detach()
+    save_merged(model, tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert all(codec_for(m).plain for m in again.modules())
+    near = 0.1 if storage == "int8" else 0.03
+    torch.testing.assert_close(again(input_ids=ids).logits.to(logits), logits, atol=near * float(logits.abs().max()), rtol=0)
 
 
 def test_prepare_model_for_kbit_training(llama: Path) -> None:

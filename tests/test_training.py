@@ -345,15 +345,19 @@ def test_a_run_learns_and_leaves_everything_behind(model_folder: Path, data: Pat
         run(None, _given(model_folder, data, out))
 
 
-@pytest.mark.parametrize("method", ["lora", "adalora"])
+@pytest.mark.parametrize("method", ["lora", "adalora", "pvera"])
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(method: str, model_folder: Path, data: Path, tmp_path: Path) -> None:
-    """AdaLoRA is stopped after its first cut of ranks, which files lack, and before its last."""
+    """AdaLoRA is stopped after its first cut of ranks, which files lack, and before its last; PVeRA draws from generators of its own."""
     import shutil
 
     from safetensors.torch import load_file
 
-    fields = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 1, "total_step": 6} if method == "adalora" else {"r": 4}
-    given = {"steps": 6, "save_every": 3, "method": method, "method_fields": fields}
+    fields = {
+        "lora": {"r": 4},
+        "adalora": {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 1, "total_step": 6},
+        "pvera": {"r": 4, "generator_seed": 3, "d_initial": 1.0},
+    }
+    given = {"steps": 6, "save_every": 3, "method": method, "method_fields": fields[method]}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     full = run(None, _given(model_folder, data, whole, **given))
     shutil.copytree(whole, cut)

@@ -149,3 +149,44 @@ def test_what_follows_may_write_into_the_output(case: Case, dtype: torch.dtype) 
         for a, b in zip(got, want, strict=True):
             if a is not None and b is not None:
                 _close(a, b, 1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("square", [False, True])
+@each
+def test_gradients_have_gradients(case: Case, square: bool) -> None:
+    """As a gradient penalty wants them, or a step of meta-learning; also of a loss that is linear in the output."""
+    case = Case(case.config, case.site, torch.float64)
+    model, leaves = _trained(case)
+    if case.mixes:
+        pytest.skip("what chooses the mixture sees the weight too, without gradients")
+    if getattr(case.config, "use_dora", False):
+        pytest.skip("its norms are constants to gradients")
+    x, generator = case.inputs().requires_grad_(), torch.Generator().manual_seed(0)
+    values = [x, *leaves.values()]
+    weights = torch.randn(case.run(model, x).shape, dtype=x.dtype, generator=generator)
+
+    def penalty() -> Tensor:
+        y = case.run(model, x)
+        loss = (y * weights).sum() + (y.square().sum() if square else 0)
+        grads = torch.autograd.grad(loss, values, create_graph=True, allow_unused=True)
+        return torch.stack([g.square().sum() for g in grads if g is not None]).sum()
+
+    if getattr(case.config, "velora_config", None) is not None:
+        model.train()
+        with pytest.raises(RuntimeError, match="VeLoRA"):
+            penalty()
+        return
+    got = torch.autograd.grad(penalty(), values, allow_unused=True)
+    steps = [1e-4 * torch.randn(v.shape, dtype=v.dtype, generator=generator) for v in values]
+    sides = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for v, step in zip(values, steps, strict=True):
+                v.add_(sign * step)
+        sides.append(penalty().detach())
+        with torch.no_grad():
+            for v, step in zip(values, steps, strict=True):
+                v.sub_(sign * step)
+    expected = (sides[0] - sides[1]) / 2
+    total = torch.stack([(g * step).sum() for g, step in zip(got, steps, strict=True) if g is not None]).sum()
+    torch.testing.assert_close(total, expected, rtol=5e-3, atol=1e-7 * float(sides[0].abs()))  # some tensors are float32 all the same

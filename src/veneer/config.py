@@ -116,6 +116,16 @@ class PeftConfigMixin:
         finally:
             beside.unlink(missing_ok=True)
 
+    def push_to_hub(self, repo_id: str, *, token: bool | str | None = None, **kwargs: Any) -> str:
+        """Upload adapter_config.json to the Hub (needs huggingface_hub); returns the commit's address.
+
+        Args:
+            kwargs: `commit_message`, `commit_description`, `private`, `revision`, `create_pr`; others are for `save_pretrained`.
+        """
+        from .checkpoint.hub import upload
+
+        return upload(self.save_pretrained, repo_id, "Upload config", token, **kwargs)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any) -> Any:
         """The config of a saved adapter, as the class of its method.

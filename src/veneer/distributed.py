@@ -17,11 +17,12 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .bases import codec_for
 from .blocks.saved import ModulesToSaveWrapper
 from .checkpoint.keys import base_root, join_path, walk
 from .checkpoint.save import replacing
 from .engine.layer import AdaptedLayer, adapted_layers
-from .engine.merge import merged_tensors
+from .engine.merge import check_packed_whole, merged_tensors
 from .engine.wrapper import Wrapper
 from .errors import ConfigError, MergeError, SaveError, hint
 from .sharding import gathered, whole
@@ -89,7 +90,7 @@ def save_merged(
     is_main_process: bool | None = None,
 ) -> Path | None:
     """Write the model with its active adapters merged in, as transformers reads it, from whatever layout: one layer is whole at a time, and
-    the model stays as it is.
+    the model stays as it is. Packed weights are written dense.
 
     Args:
         adapter_names: merge these; by default those that act.
@@ -151,6 +152,8 @@ def _merged(root: nn.Module, adapter_names: Sequence[str] | None) -> Iterator[tu
         for name in names:
             if why := layer.attached[name].config.unmergeable:
                 raise MergeError(f"{path}: the adapter {name!r} cannot be merged: {why}. Keep it unmerged.")
+        if layer.quantised and names:
+            check_packed_whole(path, layer.get_base_layer())
         for key, t in merged_tensors(path, layer, names)[0].items() if names else ():
             owner, _, last = f"{path}.base_layer.{key}".rpartition(".")
             done.add(join_path(owner, last))
@@ -162,7 +165,15 @@ def _merged(root: nn.Module, adapter_names: Sequence[str] | None) -> Iterator[tu
             for name, t in module.modules_to_save[mine[-1]].state_dict(keep_vars=True).items() if mine else ():
                 done.add(join_path(f"{spot.memory}.original_module", name))
                 yield join_path(spot.origin, name), whole(t)
-        for name, held in [*module._parameters.items(), *module._buffers.items()]:
+        held_here = {**module._parameters, **module._buffers}
+        if not (codec := codec_for(module)).plain:
+            check_packed_whole(spot.memory, module)
+            if (memory := join_path(spot.memory, "weight")) not in done:
+                done.add(memory)
+                yield join_path(spot.origin, "weight"), codec.weight(module)
+            b = getattr(module, "bias", None)
+            held_here = {"bias": b if isinstance(b, Tensor) else None}
+        for name, held in held_here.items():
             memory = join_path(spot.memory, name)
             if held is None or memory in done or id(held) in seen or name in module._non_persistent_buffers_set:
                 continue
@@ -176,6 +187,8 @@ def _write_config(root: nn.Module, written: set[str], folder: Path) -> None:
     if not hasattr(config, "save_pretrained"):
         return
     config = copy.deepcopy(config)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # what is written is dense
     tied = getattr(root, "_tied_weights_keys", None) or ()
     parts: list[Any] = [config, getattr(config, "text_config", None)]
     for c in parts:

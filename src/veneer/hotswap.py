@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .checkpoint.keys import Slot, bare, base_root, slots
+from .checkpoint.keys import Slot, adapters_of, bare, base_root, slots
 from .checkpoint.load import config_of, read_adapter
 from .checkpoint.match import match, plain
 from .config import PeftConfig
@@ -218,6 +218,12 @@ def _swap(model: nn.Module, tensors: Mapping[str, Tensor], adapter: str, config:
         )
     loras = {layer: a for layer, a in layers.items() if isinstance(a.config, LoraConfig)}
     hit = select(root, config, supports=lambda m: adaptable(m, config.kinds) is not None, strict=False) if _targets(config) else None
+    untrained = [path for path, m in hit.to_save.items() if adapter not in adapters_of(m)] if hit is not None else []
+    if untrained:
+        raise SwapError(
+            f"The new adapter trains {untrained[0]!r} whole (modules_to_save), and the one that is there does not: its copy would go into the base "
+            "model. Load it afresh. Nothing was changed."
+        )
     aimed = {layer for layer, a in loras.items() if hit is None or _aimed(a, hit)}
     found = slots(model, adapter, old) | slots(model, adapter, old, start=True)
     given = _given({**tensors, **(start or {})}, found, adapter)

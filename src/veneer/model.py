@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import LoadReport, folder_of, load_into, read_adapter, save_adapter, update_card
+from .checkpoint.hub import upload
 from .checkpoint.load import for_loading, hub_options, warn_unused
 from .config import PeftConfig
 from .engine import inject
@@ -389,15 +390,15 @@ class PeftModel(nn.Module):
             ephemeral_gpu_offload: noted in the config's `runtime_config`.
             low_cpu_mem_usage: allocate the tensors only when the file's are there.
             key_mapping: regular expression -> text, for the names of another version of the model.
-            kwargs: `subfolder, revision, cache_dir, token, ...`, and for X-LoRA `adapters`, its experts by name, where they are not the config's.
-                Others are not used, which a warning says.
+            kwargs: `subfolder, revision, cache_dir, token, ...`; `ignore_mismatched_sizes`: tensors whose shape differs keep their start values;
+                for X-LoRA `adapters`, its experts by name, where they are not the config's. Others are not used, which a warning says.
 
         Raises:
             LoadError: unless every tensor of the file finds its place and every place its tensor. The model is as it was then.
             ConfigError, NoMatchingPeftModuleError: if the config does not fit the model.
             PeftError: if the model has adapters already.
         """
-        experts = kwargs.pop("adapters", None)
+        experts, ignore_mismatched_sizes = kwargs.pop("adapters", None), kwargs.pop("ignore_mismatched_sizes", False)
         hub = hub_options(kwargs, "from_pretrained")
         if isinstance(model, (PeftModel, Tuner)):
             raise PeftError(f"The model is a {type(model).__name__} already. Call model.load_adapter(folder, name) for a further adapter.")
@@ -413,10 +414,16 @@ class PeftModel(nn.Module):
             mixing.adapters, mixing.origin = dict(experts), None
         file = read_adapter(model_id, key_mapping=key_mapping or getattr(model, "_checkpoint_conversion_mapping", None), **hub)
         out = cls._class_for(config)(
-            model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage, empty=True
+            model,
+            config,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            empty=not ignore_mismatched_sizes,
         )
+        upcast = is_trainable and autocast_adapter_dtype
         try:
-            load_into(out, adapter_name, file, config, upcast=is_trainable and autocast_adapter_dtype)
+            load_into(out, adapter_name, file, config, upcast=upcast, ignore_mismatched_sizes=ignore_mismatched_sizes)
         except BaseException:
             inject.unload(model) if out._prompts is None else out._prompts.take_off()
             raise
@@ -440,6 +447,7 @@ class PeftModel(nn.Module):
         Further adapters act once `set_adapter` says so. Unless `is_trainable`, the model is put into eval mode. The other arguments and the
         errors are those of `from_pretrained`.
         """
+        ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
         hub = hub_options(kwargs, "load_adapter")
         new, before = adapter_name not in self.peft_config, set(self.peft_config)
         if new:
@@ -448,9 +456,10 @@ class PeftModel(nn.Module):
         mapping = key_mapping or getattr(self.get_base_model(), "_checkpoint_conversion_mapping", None)
         file = read_adapter(model_id, device=torch_device or "cpu", key_mapping=mapping, **hub)
         if new:
-            self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype, empty=True)
+            self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype, empty=not ignore_mismatched_sizes)
+        upcast = is_trainable and autocast_adapter_dtype
         try:
-            report = load_into(self, adapter_name, file, upcast=is_trainable and autocast_adapter_dtype)
+            report = load_into(self, adapter_name, file, upcast=upcast, ignore_mismatched_sizes=ignore_mismatched_sizes)
         except BaseException:
             for name in set(self.peft_config) - before:  # it may have brought others
                 self._tuner.delete_adapter(name)
@@ -537,39 +546,13 @@ class PeftModel(nn.Module):
             pipeline_tag="text-generation" if name_of(config.task_type) == "CAUSAL_LM" else None,
         )
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        **kwargs: Any,
-    ) -> str:
+    def push_to_hub(self, repo_id: str, *, token: bool | str | None = None, **kwargs: Any) -> str:
         """Save into a temporary folder and upload it to the Hub (needs huggingface_hub); returns the commit's address.
 
         Args:
-            kwargs: for `save_pretrained`.
+            kwargs: `commit_message`, `commit_description`, `private`, `revision`, `create_pr`; others are for `save_pretrained`.
         """
-        import tempfile
-
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **kwargs)  # before anything is made on the Hub
-            repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if revision is not None and not create_pr:
-                api.create_branch(repo, branch=revision, exist_ok=True)
-            return str(
-                api.upload_folder(
-                    repo_id=repo, folder_path=folder, revision=revision, create_pr=create_pr,
-                    commit_message=commit_message or "Upload model", commit_description=commit_description,
-                )
-            )  # fmt: skip
+        return upload(self.save_pretrained, repo_id, "Upload model", token, **kwargs)
 
     # ---------------------------------------------------------------- training aids
 

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 _ORDINARY = (Tensor, nn.Parameter)
@@ -117,6 +118,14 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "set_modules_to_forward_prefetch"):
             module.reshard()  # type: ignore[operator]
+
+
+def sharded_modules(model: nn.Module) -> set[int]:
+    """The ids of all modules whose tensors FSDP2 keeps."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return set()
+    units = [m for m in model.modules() if hasattr(m, "set_modules_to_forward_prefetch")]
+    return {id(m) for unit in units for m in unit.modules()}
 
 
 def is_flat(model: nn.Module) -> bool:

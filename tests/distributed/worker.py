@@ -46,6 +46,16 @@ SITES: dict[str, Any] = {  # on the parts of `Mixed`, as "method@part"
     "ia3in": lambda target_modules: veneer.IA3Config(target_modules=target_modules, feedforward_modules=target_modules),
     "oft": lambda **at: veneer.OFTConfig(oft_block_size=8, **at),
 }
+KINDS: dict[str, Any] = {  # other models than Llama, as "method/kind", with what their configs need beside the sizes
+    "qwen2": {}, "qwen3": {"head_dim": 8}, "gemma3_text": {"head_dim": 8}, "phi3": {}, "gpt_neox": {}, "glm": {"head_dim": 8},
+    "gpt_oss": {"head_dim": 8, "num_local_experts": 4, "layer_types": ["full_attention"] * 2},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "deepseek_v3": {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,
+        "v_head_dim": 8, "qk_nope_head_dim": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    },
+}  # fmt: skip
 VOCAB, LENGTH, STEPS, LINEAR = 64, 12, 20, nn.functional.linear
 
 
@@ -66,6 +76,8 @@ class Mixed(nn.Module):
 
 
 def config_of(method: str) -> Any:
+    if "/" in method:
+        return veneer.LoraConfig(r=4, target_modules="all-linear", use_dora=method.startswith("dora"), task_type="CAUSAL_LM")
     if "@" not in method:
         return CONFIGS[method]()
     name, _, part = method.partition("@")
@@ -73,16 +85,17 @@ def config_of(method: str) -> Any:
 
 
 def bare_model(method: str) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     if "@" in method:
         return Mixed()
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-        tie_word_embeddings=method == "tied", attention_bias=True,
+    kind = method.partition("/")[2] or "llama"
+    config = AutoConfig.for_model(
+        kind, vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        tie_word_embeddings=method == "tied", pad_token_id=0, **KINDS.get(kind, {"attention_bias": True}),
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model: nn.Module = AutoModelForCausalLM.from_config(config)
     for p in model.parameters():  # biases that are not zero
         p.data += 0.02 * torch.randn_like(p)
     return model
@@ -154,7 +167,7 @@ class Bytes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def deepspeed_engine(model: nn.Module, stage: int) -> Any:
+def deepspeed_engine(model: nn.Module, stage: int, **config: Any) -> Any:
     import deepspeed
 
     engine, *_ = deepspeed.initialize(
@@ -166,6 +179,7 @@ def deepspeed_engine(model: nn.Module, stage: int) -> Any:
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
+            **config,
         },
     )
     return engine
@@ -259,12 +273,13 @@ def run(method: str, layout: str, out: Path) -> dict[str, Any]:
     if layout == "tp":
         base = parallel(bare_model(method))
     if layout == "tp_plan":
-        base = planned(bare_model(method), out / f"base-{method}")
+        base = planned(bare_model(method), out / f"base-{method.replace('/', '-')}")
     model = adapted(method, base)
     KEPT.extend([model] if method == "adalora" else [])
     engine = wrapped(model, layout)
     got = train(engine, layout, batches())
-    folder = out / f"{method}-{layout}-{world}"
+    name = method.replace("/", "-")
+    folder = out / f"{name}-{layout}-{world}"
     with gathered(engine) if layout == "fsdp1" else nullcontext():
         model.save_pretrained(folder, is_main_process=rank == 0)
         tensors = {k: t.clone() for k, t in veneer.get_peft_model_state_dict(model).items()}
@@ -279,7 +294,7 @@ def run(method: str, layout: str, out: Path) -> dict[str, Any]:
         else 1e9,
     }
     if method not in ("prompt",):
-        merged = out / f"merged-{method}-{layout}-{world}"
+        merged = out / f"merged-{name}-{layout}-{world}"
         save_merged(engine if layout == "fsdp1" else model, merged)
         dist.barrier()
         if layout != "fsdp1":
@@ -330,11 +345,14 @@ def refusals(method: str, layout: str, out: Path) -> dict[str, Any]:
         "bias": lambda: veneer.LoraConfig(r=4, target_modules=QV, bias="lora_only"),
         "block": lambda: veneer.LoraConfig(r=4, target_modules=QV, modules_to_save=["mlp"]),
         "parameter": lambda: veneer.LoraConfig(r=4, target_modules=[], target_parameters=["self_attn.q_proj.weight"]),
+        "cache": lambda: veneer.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+        "norm": lambda: veneer.LNTuningConfig(target_modules=["q_norm"]),
+        "copy": lambda: veneer.LoraConfig(r=4, target_modules=QV, modules_to_save=["k_norm"]),
         "piece": CONFIGS[method],
     }
     said: dict[str, Any] = {}
     for name, config in refused.items():
-        base = bare_model(method)
+        base = bare_model("lora/qwen3" if name in ("norm", "copy") else method)
         if name == "piece":
             weight = base.model.layers[0].self_attn.q_proj.weight  # type: ignore[union-attr]
             weight.data = weight.data[:16].clone()
@@ -374,6 +392,44 @@ def packed(method: str, layout: str, out: Path) -> dict[str, Any]:
             said[name] = str(e)
         dist.barrier()  # a process that is gone closes connections that the others still read from
     return said
+
+
+def late(method: str, layout: str, out: Path) -> dict[str, Any]:
+    """What is said of what comes to a model that FSDP2 has sharded, or that it cannot shard; and a combined adapter, against one process."""
+    import transformers
+
+    one, model = adapted(method), shard(adapted(method))
+    for m in (one, model):
+        torch.manual_seed(2)
+        m.add_adapter("other", CONFIGS[method]())
+        for _, p in sorted(p for p in m.named_parameters() if "lora_" in p[0] and ".default." in p[0]):
+            p.data += 0.1
+        m.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both", combination_type="svd")
+        m.set_adapter("both", inference_mode=True)
+    ids = batches(1)[0]
+    with torch.no_grad():
+        result: dict[str, Any] = {"combined": float((model(input_ids=ids).logits - one(input_ids=ids).logits).abs().max())}
+
+    def int8() -> None:
+        if dist.get_rank() == 0:
+            bare_model(method).save_pretrained(out / "base-late")  # type: ignore[operator]
+        dist.barrier()
+        eight = transformers.BitsAndBytesConfig(load_in_8bit=True)
+        base = transformers.AutoModelForCausalLM.from_pretrained(out / "base-late", quantization_config=eight)
+        shard(adapted(method, base))(input_ids=ids)
+
+    for name, act in {
+        "trained": lambda: model.set_adapter("other"),
+        "first": lambda: adapted(method, shard(bare_model(method))),
+        "unloaded": lambda: shard(adapted(method)).merge_and_unload(),
+        "int8": int8,
+    }.items():
+        try:
+            act()
+            result[name] = "nothing"
+        except (veneer.ConfigError, veneer.MergeError) as e:
+            result[name] = str(e)
+    return result
 
 
 def off_by(merged: Path, reference: Any) -> float:
@@ -511,13 +567,18 @@ def zero_first(method: str, layout: str, out: Path) -> dict[str, Any]:
     return {"losses": max(abs(a - b) for a, b in zip(losses, single(method, 10)[1], strict=True))}
 
 
-def zero_second(method: str, layout: str, out: Path) -> dict[str, Any]:
+def zero_universal(method: str, layout: str, out: Path) -> dict[str, Any]:
+    """`zero_second`, on however many processes, from DeepSpeed's universal checkpoint."""
+    return zero_second(method, layout, out, tag="universal", checkpoint={"load_universal": True})
+
+
+def zero_second(method: str, layout: str, out: Path, tag: str = "ten", **config: Any) -> dict[str, Any]:
     """The other ten, of an adapter that was drawn anew, so that everything that trains has to come from the checkpoint; a plain model reads what is saved."""
     base = cut(bare_model(method)) if layout == "zero3" else bare_model(method)
     torch.manual_seed(5)
     model = veneer.get_peft_model(base, config_of(method))
-    engine = wrapped(model, layout)
-    read, _ = engine.load_checkpoint(out / f"{method}-{layout}-state", tag="ten", load_module_strict=False)
+    engine = deepspeed_engine(model, int(layout[-1]), **config)
+    read, _ = engine.load_checkpoint(out / f"{method}-{layout}-state", tag=tag, load_module_strict=False)
     assert read is not None
     losses = train(engine, layout, batches()[10:])
     folder = out / f"{method}-{layout}-whole"
@@ -585,8 +646,10 @@ TASKS = {
     "merging": merging,
     "refusals": refusals,
     "packed": packed,
+    "late": late,
     "zero_first": zero_first,
     "zero_second": zero_second,
+    "zero_universal": zero_universal,
 }
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import ConfigError
 from .base import Codec, class_names, twin
 
 
@@ -25,9 +26,18 @@ class Bnb8bit(Codec):
         return any(n == "Int8Params" for n, _ in class_names(module._parameters.get("weight")))
 
     def _parts(self, module: Any) -> tuple[Tensor, Tensor | None]:
-        """(the integers, the rows' scales); no scales before it was moved to the device, which is when it is quantised."""
+        """(the integers, the rows' scales); no scales before it was moved to the device, which is when it is quantised.
+
+        Raises:
+            ConfigError: if the integers have lost their scales, which FSDP does not know of.
+        """
         holders = (module.weight, getattr(module, "state", None))
         scales = next((s for s in (getattr(h, "SCB", None) for h in holders) if s is not None), None)
+        if scales is None and module.weight.dtype == torch.int8:
+            raise ConfigError(
+                f"The integers of this {type(module).__name__} have lost their scales: FSDP keeps the ones without the others. Take DDP, or NF4 "
+                "(load_in_4bit), which FSDP2 shards."
+            )
         return module.weight.data, scales
 
     def weight(self, module: Any, name: str = "weight", dtype: torch.dtype | None = None) -> Tensor:

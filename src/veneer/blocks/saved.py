@@ -14,7 +14,7 @@ from ..engine.route import BASE, Choice, Switch
 from ..engine.wrapper import Wrapper
 from ..errors import RouteError
 from ..sharding import copied
-from ..sites.parallel import Plan, check_copied, is_cut, whole_copy
+from ..sites.parallel import Plan, check_copied, check_runs_as_copy, is_cut, whole_copy
 
 
 class ModulesToSaveWrapper(Wrapper):
@@ -39,6 +39,8 @@ class ModulesToSaveWrapper(Wrapper):
         self.cut = is_cut(module)
         if self.cut:
             check_copied(module, name)
+        else:
+            check_runs_as_copy(module, name)
         self.plan: Plan | None = None
 
     def attach(self, adapter: str, tied_to: nn.Module | None = None) -> None:

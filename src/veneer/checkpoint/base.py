@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..engine.layer import get_slot
 from ..errors import LoadError, PeftWarning, nearest
-from .keys import Spot, adapters_of, bare, base_root, embedding_modules, walk
+from .keys import Spot, adapters_of, bare, base_root, embedding_modules, kept, walk
 
 BASE_KEY = "veneer_base"
 SCALING_KEY = "veneer_scaling"
@@ -72,14 +72,8 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def _frozen(spot: Spot, key: str) -> Tensor:
     """A tensor of the base, as it was before adapters were merged into it."""
-    path = ""
-    for wrapper, child in reversed(spot.wrappers):
-        kept = getattr(wrapper, "originals", {}).get(f"{path}.{key}" if path else key)
-        if kept is not None and kept[1] is not None:
-            frozen: Tensor = kept[1]
-            return frozen
-        path = f"{child}.{path}" if path else child
-    return get_slot(spot.module, key)
+    values = kept(spot, key)
+    return get_slot(spot.module, key) if values is None else values
 
 
 def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True) -> BaseKeys:

@@ -1,10 +1,12 @@
-"""Loading from the Hugging Face Hub what is not a local folder: nothing else loads from there, and only `push_to_hub` writes."""
+"""The Hugging Face Hub: nothing else loads from there what is not a local folder, and only `push_to_hub` writes to it."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,41 @@ def resolve_file(
     except Exception as e:  # whatever the Hub or the network answers
         raise LoadError(f"There is no folder {given!r}, and the Hub gave no {filename!r}: {type(e).__name__}: {e}") from e
     return Path(str(found))
+
+
+def upload(
+    save: Callable[..., Any],
+    repo_id: str,
+    message: str,
+    token: bool | str | None = None,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    **for_saving: Any,
+) -> str:
+    """Let `save` write into a temporary folder, and upload that; returns the commit's address.
+
+    Args:
+        save: called with the folder and `for_saving`, before anything is made on the Hub.
+        message: where there is no `commit_message`.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder, **for_saving)
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        return str(
+            api.upload_folder(
+                repo_id=repo, folder_path=folder, revision=revision, create_pr=create_pr,
+                commit_message=commit_message or message, commit_description=commit_description,
+            )
+        )  # fmt: skip
 
 
 def _cached_anything(repo_id: str, cache_dir: str | os.PathLike[str] | None) -> bool:

@@ -53,6 +53,7 @@ class Slot:
         required: whether the adapter is incomplete without it.
         saved: whether it is written; others are only accepted from a file.
         base: whether it is a weight of the base model (a trained bias, a saved embedding), whose dtype a file does not change.
+        kept: of a weight of the base model that adapters are merged into, its frozen values.
         tied_with: the slot whose tensor this one shares, transposed if `transposed`.
     """
 
@@ -65,12 +66,13 @@ class Slot:
     required: bool = True
     saved: bool = True
     base: bool = False
+    kept: Tensor | None = None
     tied_with: Slot | None = None
     transposed: bool = False
 
     @property
     def tensor(self) -> Tensor:
-        return get_slot(self.owner, self.attribute)
+        return get_slot(self.owner, self.attribute) if self.kept is None else self.kept
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -118,6 +120,18 @@ def walk(model: nn.Module) -> Iterator[Spot]:
             if base is not None and has_slots(module):
                 around = (*spot.wrappers, (module, name))
             stack.append(Spot(path, memory, origin, child, around))
+
+
+def kept(spot: Spot, key: str) -> Tensor | None:
+    """The frozen values of a tensor of the base that adapters are merged into."""
+    path = ""
+    for wrapper, child in reversed(spot.wrappers):
+        held = getattr(wrapper, "originals", {}).get(join_path(path, key))
+        if held is not None and held[1] is not None:
+            frozen: Tensor = held[1]
+            return frozen
+        path = join_path(child, path)
+    return None
 
 
 def has_slots(module: nn.Module) -> TypeGuard[HasSlots]:
@@ -252,7 +266,9 @@ def _biases(spots: Sequence[Spot], adapter: str, config: Any, prefix: str) -> It
         if targeted or mode == "all":
             replaced = any(child == "original_module" and adapter in adapters_of(w) for w, child in spot.wrappers)
             key, memory = prefix + join_path(spot.path, "bias"), join_path(spot.memory, "bias")
-            yield Slot(key, memory, spot.module, "bias", spot.module, required=not replaced, saved=not replaced, base=True)
+            yield Slot(
+                key, memory, spot.module, "bias", spot.module, required=not replaced, saved=not replaced, base=True, kept=kept(spot, "bias")
+            )
 
 
 def _embeddings(
@@ -276,7 +292,7 @@ def _embeddings(
         for name, tensor in [*spot.module._parameters.items(), *spot.module._buffers.items()]:
             if tensor is not None and name not in spot.module._non_persistent_buffers_set:
                 key, memory = prefix + join_path(spot.path, name), join_path(spot.memory, name)
-                yield Slot(key, memory, spot.module, name, spot.module, required=False, saved=saved, base=True)
+                yield Slot(key, memory, spot.module, name, spot.module, required=False, saved=saved, base=True, kept=kept(spot, name))
 
 
 def embedding_modules(root: nn.Module) -> list[nn.Module]:

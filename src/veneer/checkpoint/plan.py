@@ -107,6 +107,10 @@ def plan_load(
             report.mismatched.append((name, tuple(value.shape), slot.shape))
         elif not _castable(value, slot.tensor.dtype):
             problems.append(f"{name!r} is {value.dtype} in the file, and the model needs {slot.tensor.dtype}")
+        elif slot.kept is not None and not _same(slot.kept, value):
+            problems.append(
+                f"{name!r} is another weight of the base than the one that adapters are merged into: call unmerge_adapter() first"
+            )
         elif key not in chosen:
             chosen[key] = name
         elif not _same(tensors[chosen[key]], value):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..change import Change
+from ..kernels.autograd import transformed
 from ..kernels.norms import checksum
-from ..kernels.precision import transformed
 from ..method import Method
 from ..ops import LowRank, Switched
 from ..sites import Site

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, RouteError
 from ..method import Method
+from ..sharding import reshard, whole
 from ..sites import adaptable
+from .holders import opened
 from .layer import AdaptedLayer, adapted_layers
 from .parts import AS_LORA, ON_DELTA, Combined, Parts, Recipe, united
 from .route import check_known
@@ -77,7 +79,7 @@ class Combination:
                     a, name, _ = a.derived[name]
                 store, key = a.source[name]
                 old: Tensor = store[key]
-                new = t.detach().to(old.device).reshape(old.shape).clone(memory_format=torch.contiguous_format)
+                new = whole(t.detach()).to(old.device).reshape(old.shape).clone(memory_format=torch.contiguous_format)
                 store[key] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
         for module, other in self.beside.items():
             if module not in rows:
@@ -105,6 +107,7 @@ def combine(
     """
     check_known(weights, list(configs))
     recipe.check()
+    reshard(model)
     mine = {n: configs[n] for n in weights}
     _check_methods(mine, like)
     config = next(iter(mine.values())) if like is None else like
@@ -115,8 +118,9 @@ def combine(
     gains, shifts = any(t.gain for t in traits), any(t.shift for t in traits)
     report, here, tensors = CombineReport(), {}, {}
     for layer, path in layers.items():
-        parts = Parts.of(layer, weights, mine, recipe, gains, shifts)
-        here[parts.site.called], tensors[layer] = config.combine(parts, parts.site)
+        with opened(layer.attached[n] for n in mine if n in layer.attached):
+            parts = Parts.of(layer, weights, mine, recipe, gains, shifts)
+            here[parts.site.called], tensors[layer] = config.combine(parts, parts.site)
         report.layers[path] = parts.done
     return finished(model, config.over(here), mine, tensors, report)
 

@@ -12,8 +12,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, PeftWarning
+from ..errors import ConfigError, MergeError, PeftWarning
 from ..method import Method
+from ..sharding import is_dtensor, reshard, sharded_modules
 from ..sites import adaptable, site_for
 from .fused import FIELDS, take_fused
 from .holders import Holder, Tensors, hold, visited
@@ -160,6 +161,9 @@ def _attach(
         if not options.empty:
             settle_staged(config, staged, held)
         parts = stage_parts(model, config, staged, home, options)
+        trains = adapter_name in (switch.chosen().names or ()) and not config.inference_mode
+        if trains and (inside := sharded_modules(model)) and (late := [s for s in staged if id(s.layer.get_base_layer()) in inside]):
+            raise _after_sharding(adapter_name, late[0].path)
         tell_dry(staged, adapter_name)
     except BaseException:
         for s in staged:
@@ -196,8 +200,6 @@ def _attach(
         plan.tokens.append(s.path.removesuffix(".token_adapter"))
     close_shortcuts(model, switch)
     watch(switch, adapter_name, config, [s.attached for s in staged] + ([shared] if shared is not None else []))
-    acting = switch.chosen().names or ()
-    trains = adapter_name in acting and not config.inference_mode
     for wrapper in [*(s.layer for s in staged), *(s.layer for s, _ in tokens), *(w for _, w, *_ in saved)]:
         wrapper.set_requires_grad(adapter_name, trains)
     return plan
@@ -295,10 +297,12 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bo
 
     Raises:
         RouteError: for a name that is not there.
+        ConfigError: if one that is to train was put on layers that FSDP2 had sharded before.
     """
     names = [names] if isinstance(names, str) else list(names)
     found = [module for _, module in adapter_modules(model)]
     check_there(names, found)
+    _check_late(model, [] if inference_mode else names)
     merged = [m for m in found if isinstance(m, AdaptedLayer) and m.merged_adapters]
     if merged and any(set(layer.merged_adapters) != {n for n in names if n in layer.attached} for layer in merged):
         from .merge import unmerge
@@ -309,8 +313,33 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bo
 
 
 def choose(model: nn.Module, switch: Switch, names: Sequence[str], inference_mode: bool = False) -> None:
-    """Let these adapters act on every layer and module of the model, and train (none in inference mode)."""
+    """Let these adapters act on every layer and module of the model, and train (none in inference mode).
+
+    Raises:
+        ConfigError: if one that is to train was put on layers that FSDP2 had sharded before.
+    """
+    _check_late(model, [] if inference_mode else names)
     _choose([module for _, module in adapter_modules(model)], switch, names, inference_mode)
+
+
+def _check_late(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise ConfigError if one of these adapters, which are to train, was put on layers that FSDP2 had sharded before."""
+    inside = sharded_modules(model) if names else set()
+    if not inside:
+        return
+    reshard(model)
+    for path, module in adapter_modules(model):
+        for name in names if id(module) in inside else ():
+            tensors = [owner._parameters.get(key) for *_, key, owner in module.adapter_slots(name)]
+            if any(t is not None and t.is_floating_point() and not is_dtensor(t) for t in tensors):
+                raise _after_sharding(name, path)
+
+
+def _after_sharding(name: str, path: str) -> ConfigError:
+    return ConfigError(
+        f"{path}: the adapter {name!r} comes to layers that FSDP2 has sharded, which does not know its tensors: every process would train a copy of its own. "
+        "Add all adapters before the model is sharded; one that came later can act without training (set_adapter(..., inference_mode=True))."
+    )
 
 
 def _choose(found: Sequence[Wrapper], switch: Switch, names: Sequence[str], inference_mode: bool) -> None:
@@ -362,8 +391,21 @@ def unload(model: nn.Module) -> nn.Module:
     """Take all adapters and wrappers off; merged layers get their frozen weights back, and what trained before trains again."""
     from .merge import unmerge
 
+    check_root(model)
     unmerge(model)
     return unwrap(model, lambda wrapper: wrapper.inside())
+
+
+def check_root(model: nn.Module) -> None:
+    """Raise MergeError if FSDP2 keeps tensors of the model by a module around it, without which they stay in pieces."""
+    inside = sharded_modules(model)
+    if inside and any(
+        id(m) not in inside and any(p is not None and is_dtensor(p) for p in m._parameters.values()) for m in model.modules()
+    ):
+        raise MergeError(
+            "FSDP2 has sharded the PeftModel, and the model inside cannot run without it. To serve the merged model take "
+            "veneer.distributed.save_merged(model, folder); merge_adapter() and unmerge_adapter() work in place."
+        )
 
 
 def unwrap(model: nn.Module, inner: Any) -> nn.Module:

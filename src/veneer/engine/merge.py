@@ -13,7 +13,7 @@ from ..change import bias
 from ..errors import MergeError
 from ..sharding import is_dtensor, is_partitioned, reshard, spread_like
 from .holders import opened
-from .inject import active_adapters, unwrap
+from .inject import active_adapters, check_root, unwrap
 from .layer import AdaptedLayer, adapted_layers
 from .loss import LayerReport, MergeReport, check_finite, loss
 from .merge_packed import Into, merged_packed, originals
@@ -89,6 +89,7 @@ def merge_layers(
             )
         merged: dict[str, Tensor] | nn.Module
         if layer.quantised:
+            check_packed_whole(path, layer.get_base_layer())
             merged, report.layers[path] = merged_packed(path, layer, mine, into, model, original)
         else:
             with brought_in(layer.get_base_layer()):
@@ -111,6 +112,15 @@ def merge_layers(
     if model is not None and ready:
         ready[0][0].switch.untied += untie_config(model)
     return report
+
+
+def check_packed_whole(path: str, module: nn.Module) -> None:
+    """Raise MergeError if a packed weight is in pieces over processes."""
+    if any(p is not None and is_dtensor(p) for p in module._parameters.values()):
+        raise MergeError(
+            f"{path}: a packed weight that FSDP2 keeps in pieces cannot be merged. Save the adapter (save_pretrained), and merge it in one process, "
+            "into the same model loaded whole."
+        )
 
 
 @torch.no_grad()
@@ -241,6 +251,7 @@ def merge_and_unload(
     from ..blocks.saved import ModulesToSaveWrapper
 
     names = _names(model, names)
+    check_root(model)
     merge(model, names, safe_merge=safe_merge, progressbar=progressbar, into=into, for_good=True)
 
     def inner(wrapper: Any) -> nn.Module:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..change import Change, Stacking
-from ..kernels.precision import autocast_dtype
+from ..kernels.autograd import autocast_dtype
 from ..sites.base import hooked
 from .holders import Attached, Kept
 from .route import Choice

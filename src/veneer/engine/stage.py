@@ -16,7 +16,7 @@ from ..errors import ConfigError, PeftWarning, hint
 from ..method import Leaf, Method
 from ..sites import Adaptable, ParameterSite, Site, adaptable
 from ..sites.module import ModuleSite
-from ..sites.parallel import check_cut, check_piece
+from ..sites.parallel import check_cut, check_packed, check_piece, check_runs_as_copy
 from .holders import Attached
 from .layer import AdaptedLayer
 from .modules import Part, parts_of
@@ -108,12 +108,14 @@ def _check_storage(layer: AdaptedLayer, path: str) -> None:
     module, kind = layer.get_base_layer(), layer.site.kind
     if isinstance(layer.site, ModuleSite):
         check_cut(module, layer.site, path)  # its tensors are copied now
+        check_runs_as_copy(module, path)
         codec = next((c for c in map(codec_for, module.modules()) if not c.plain), codec_for(module))
     elif isinstance(layer.site, Site):
         codec = layer.site.codec
     else:
         return  # it acts around a module and changes nothing in it
     try:
+        check_packed(module, codec)
         codec.check(module)
         if kind == "linear":
             check_piece(module, layer.site)
@@ -234,10 +236,9 @@ def settle_staged(config: Method, staged: Sequence[Staged], held: Mapping[str, T
 
 
 def stage_out_proj(outer: Staged, config: Method, adapter: str, switch: Switch) -> Staged:
-    mha = outer.layer.base_layer
-    staged = stage(
-        cast(nn.Module, mha.out_proj), f"{outer.path}.base_layer.out_proj", config, adapter, switch, name=f"{outer.path}.out_proj"
-    )
+    mha, name = outer.layer.base_layer, cast(Place, outer.attached.place).called
+    here = config.at(name)  # as in PEFT, patterns for the attention hold for its out_proj, too
+    staged = stage(cast(nn.Module, mha.out_proj), f"{outer.path}.base_layer.out_proj", here, adapter, switch, name=f"{name}.out_proj")
     # PEFT applies the change of out_proj twice; adapters trained with it mean just that
     staged.layer.factor = 2.0
     return staged

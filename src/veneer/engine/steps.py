@@ -165,7 +165,7 @@ def _check_flat(optimizer: Optimizer) -> None:
     pieces = [p for group in optimizer.param_groups for p in group["params"]] if _switches else []
     if not pieces or any(p.ndim != 1 for p in pieces):
         return
-    for w in (w for s in list(_switches) for w in s.watched.values()):
+    for w in (w for s in list(_switches) for w in s.watched.values() if w.config.hooks_in()):
         for a in w.attached:
             for n, leaf in a.leaves.items():
                 t = a.tensor(n) if n not in a.derived else None

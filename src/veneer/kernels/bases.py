@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .precision import backward_as_is, transformed
+from .autograd import transformed, written_out
 
 
 def scaled_bases(a: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -22,6 +23,11 @@ def scaled_bases(a: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return out
 
 
+def _again(ctx: Any, _: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
+    a, rows, columns = ctx.saved_tensors
+    return rows.unsqueeze(-1) * a * columns, (None, rows, columns)
+
+
 class _ScaledBases(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -29,7 +35,7 @@ class _ScaledBases(torch.autograd.Function):
         return (rows.unsqueeze(-1) * a).mul_(columns)
 
     @staticmethod
-    @backward_as_is
+    @written_out(_again)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, rows, columns = ctx.saved_tensors
         part = grad * a

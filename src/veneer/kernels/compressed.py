@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .precision import backward_as_is, no_autocast
+from .autograd import no_autocast, written_out
 
 
 def grouped(x: Tensor, size: int) -> Tensor:
@@ -38,7 +38,7 @@ class _Compressed(torch.autograd.Function):
             return F.linear(x, a)
 
     @staticmethod
-    @backward_as_is
+    @written_out(None)
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         along, a, v = ctx.saved_tensors  # (tokens, groups)
         rows = dh.reshape(-1, dh.shape[-1])

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import reference
+from .autograd import autocast_dtype, no_autocast, stand_in, written_out
 from .lowrank import by_hand, shaped_like
-from .precision import autocast_dtype, backward_as_is, no_autocast
 
 Make = Callable[..., Tensor]
 
@@ -56,6 +56,12 @@ def _forward(x: Tensor, w: Tensor, b: Tensor | None, d: Tensor) -> Tensor:
     return F.linear(rows, w, b).addmm_(rows, d.to(x.dtype).mT)
 
 
+def _again(ctx: Any, dy: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
+    x, w, *parts = ctx.saved_tensors
+    b = stand_in(dy.shape[-1], dy, ctx.b_dtype)
+    return reference.derived_linear(x, w, b, ctx.make, parts), (None, x, None, b, *parts)
+
+
 class _DerivedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, make: Make, x: Tensor, w: Tensor, b: Tensor | None, *parts: Tensor) -> Tensor:
@@ -64,7 +70,7 @@ class _DerivedLinear(torch.autograd.Function):
         return _forward(x, w, b, make(*parts))
 
     @staticmethod
-    @backward_as_is
+    @written_out(_again)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w, *parts = ctx.saved_tensors
         _, need_x, _, need_b, *need = ctx.needs_input_grad

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from .precision import transformed
+from .autograd import transformed
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers, by the bytes of a floating number
 
@@ -21,7 +21,12 @@ def dropped(x: Tensor, rate: float) -> Tensor:
     plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.is_floating_point() and x.element_size() in _BITS
     if not plain or not 0 < rate < 1 or torch.compiler.is_compiling() or transformed():
         return F.dropout(x, rate)
-    out: Tensor = _Dropped.apply(x, rate, new_seed(x))  # type: ignore[no-untyped-call]
+    return dropped_by(x, rate, new_seed(x))
+
+
+def dropped_by(x: Tensor, rate: float, seed: int) -> Tensor:
+    """The same by the mask of a seed."""
+    out: Tensor = _Dropped.apply(x, rate, seed)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from . import reference
+from .autograd import autocast_dtype, no_autocast, stand_in, transformed, written_out
 from .dropout import masked, new_seed, survivors
 from .packed import Packed, product
-from .precision import autocast_dtype, backward_as_is, no_autocast, transformed
 
 _FEW = 8  # rows
 _LOW = (torch.float16, torch.bfloat16)
@@ -137,6 +138,15 @@ def _times(x: Tensor, w: Tensor, b: Tensor | None, d: Tensor) -> Tensor:
     return F.linear(x, w, b).addmm_(x, d.mT) if x.dtype in _LOW else F.linear(x, d.add_(w), b)
 
 
+def _again(ctx: Any, dy: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
+    x, w, a, up, _, gain, _, s = ctx.saved_tensors
+    b = stand_in(dy.shape[-1], dy, ctx.b_dtype)
+    y = reference.lowrank_linear(
+        x, w if ctx.packed is None else ctx.packed, b, a, up, ctx.scale if s is None else s, dropout=ctx.rate, gain=gain, seed=ctx.seed
+    )
+    return y, (x, None, b, a, up, None, None, gain, None)
+
+
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -163,7 +173,7 @@ class _LowRankLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @backward_as_is
+    @written_out(_again)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w, a, up, h, gain, u, s = ctx.saved_tensors
         scale = ctx.scale if s is None else s

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .precision import autocast_dtype, backward_as_is, no_autocast
+from .autograd import autocast_dtype, no_autocast, written_out
 
 
 class Packed(Protocol):
@@ -46,6 +47,12 @@ def packed_linear(x: Tensor, w: Packed) -> Tensor:
             return w.times(x)
 
 
+def _again(ctx: Any, dy: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
+    w = ctx.w.whole(dy.dtype)
+    x = dy.new_zeros(*dy.shape[:-1], w.shape[1]).requires_grad_()  # in its place: dy W does not depend on it
+    return F.linear(x, w), (x, None)
+
+
 class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Packed) -> Tensor:
@@ -53,6 +60,6 @@ class _PackedLinear(torch.autograd.Function):
         return w.times(x)
 
     @staticmethod
-    @backward_as_is
+    @written_out(_again)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return dy @ ctx.w.whole(dy.dtype), None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .precision import backward_as_is, transformed
+from .autograd import transformed, written_out
 
 
 def turned(x: Tensor, a: Tensor, b: Tensor, half: int) -> Tensor:
@@ -17,7 +18,7 @@ def turned(x: Tensor, a: Tensor, b: Tensor, half: int) -> Tensor:
         x: (..., n);  a, b: (n,), in any floating dtype.
     """
     if torch.compiler.is_compiling() or transformed():
-        return x * a.to(x.dtype) + swapped(x, half) * b.to(x.dtype)
+        return _ordinary(x, a, b, half)
     out: Tensor = _Turned.apply(x, a, b, half)  # type: ignore[no-untyped-call]
     return out
 
@@ -28,6 +29,15 @@ def swapped(x: Tensor, half: int) -> Tensor:
     return torch.stack((groups[..., 1, :], groups[..., 0, :]), -2).flatten(-3)
 
 
+def _ordinary(x: Tensor, a: Tensor, b: Tensor, half: int) -> Tensor:
+    return x * a.to(x.dtype) + swapped(x, half) * b.to(x.dtype)
+
+
+def _again(ctx: Any, _: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
+    x, a, b = ctx.saved_tensors
+    return _ordinary(x, a, b, ctx.half), (x, a, b, None)
+
+
 class _Turned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, half: int) -> Tensor:
@@ -36,7 +46,7 @@ class _Turned(torch.autograd.Function):
         return (x * a.to(x.dtype)).addcmul_(swapped(x, half), b.to(x.dtype))
 
     @staticmethod
-    @backward_as_is
+    @written_out(_again)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b = ctx.saved_tensors
         dx = da = db = None

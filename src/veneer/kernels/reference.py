@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .dropout import dropped_by
 from .packed import Packed, packed_linear
 
 
@@ -21,9 +23,11 @@ def lowrank_linear(
     *,
     dropout: float = 0.0,
     gain: Tensor | None = None,
+    seed: int | None = None,
 ) -> Tensor:
-    """y = gain ⊙ (x Wᵀ + scale · (drop(x) Aᵀ) Bᵀ) + b, by ordinary autograd."""
-    dropped = F.dropout(x, dropout) if dropout > 0 else x
+    """y = gain ⊙ (x Wᵀ + scale · (drop(x) Aᵀ) Bᵀ) + b, by ordinary autograd; with a seed, dropout by the fused function's mask."""
+    drop = F.dropout if seed is None else functools.partial(dropped_by, seed=seed)
+    dropped = drop(x, dropout) if dropout > 0 else x
     y = (F.linear(x, w) if isinstance(w, Tensor) else packed_linear(x, w)) + scale * F.linear(
         F.linear(dropped, a.to(x.dtype)), up.to(x.dtype)
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .precision import no_autocast
+from .autograd import no_autocast
 
 Factors = tuple[Tensor, Tensor, float | Tensor]  # A (r, n_in), B (n_out, r), s
 

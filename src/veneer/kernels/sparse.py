@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import reference
+from .autograd import autocast_dtype, no_autocast, stand_in, transformed, written_out
 from .lowrank import by_hand
-from .precision import autocast_dtype, backward_as_is, no_autocast, transformed
 
 _LOW = (torch.float16, torch.bfloat16)
 _FEW = 8  # rows for which the entries are gone through one by one
@@ -44,6 +45,12 @@ def sparse_linear(x: Tensor, w: Tensor | None, b: Tensor | None, index: Tensor, 
     return out.view(*x.shape[:-1], shape[0])
 
 
+def _again(ctx: Any, dy: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
+    x, w, index, values = ctx.saved_tensors
+    b = stand_in(dy.shape[-1], dy, ctx.b_dtype)
+    return reference.sparse_linear(x, w, b, index, values, ctx.shape), (x, None, b, None, values, None)
+
+
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor | None, b: Tensor | None, index: Tensor, values: Tensor, shape: Shape) -> Tensor:
@@ -57,7 +64,7 @@ class _SparseLinear(torch.autograd.Function):
         return F.linear(x, _whole(w, index, values), b)
 
     @staticmethod
-    @backward_as_is
+    @written_out(_again)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w, index, values = ctx.saved_tensors
         dx = db = dvalues = None
@@ -84,6 +91,11 @@ def sparse_left(index: Tensor, values: Tensor, shape: Shape, z: Tensor) -> Tenso
     return out
 
 
+def _again_left(ctx: Any, _: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
+    index, values, z = ctx.saved_tensors
+    return reference.sparse_linear(z.mT, None, None, index, values, ctx.shape).mT, (None, values, None, z)
+
+
 class _SparseLeft(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, index: Tensor, values: Tensor, shape: Shape, z: Tensor) -> Tensor:
@@ -92,7 +104,7 @@ class _SparseLeft(torch.autograd.Function):
         return _left(z, *_rows_and_columns(index, shape), values, shape)
 
     @staticmethod
-    @backward_as_is
+    @written_out(_again_left)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         index, values, z = ctx.saved_tensors
         n, m = ctx.shape

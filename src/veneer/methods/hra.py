@@ -13,7 +13,7 @@ from torch import Tensor
 from ..change import Change
 from ..errors import PeftWarning
 from ..inits.base import kaiming_
-from ..kernels.precision import no_autocast
+from ..kernels.autograd import no_autocast
 from ..method import Leaf, Targeted
 from ..ops import Reflections
 

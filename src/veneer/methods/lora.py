@@ -91,7 +91,6 @@ class LoraConfig(Varied, peft_type="LORA"):
     shares: ClassVar[Any] = ("lora_dropout",)
     choices: ClassVar[Any] = {"bias": ("none", "all", "lora_only")}
     patterns: ClassVar[Mapping[str, str]] = MappingProxyType({"r": "rank_pattern", "lora_alpha": "alpha_pattern"})
-    stacking: ClassVar[Literal["sum", "chain"]] = "sum"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv", "attention", "parameter"})
     examples: ClassVar[Any] = tuple({"r": 4, "lora_alpha": 8, **fields} for fields in ({}, *(v.example for v in VARIANTS.values())))
 

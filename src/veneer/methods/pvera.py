@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..change import Change
+from ..errors import LoadError
 from ..inits.seeded import kaiming, seeded
 from ..method import Leaf, Targeted
 from ..ops import Between, Vectored
@@ -67,6 +68,21 @@ class PveraConfig(Targeted, peft_type="PVERA"):
 
         up, _ = mean_of.factors()
         return Change(add=Between(b.unsqueeze(1) * up, p.pvera_A[:, : site.n_in], draw, site.scaling, site.dropout, whole=mean_of))
+
+    def acts(self) -> bool:
+        return self.generator_seed is not None  # it remembers where its generators are
+
+    def carried(self, sites: Sequence[Any]) -> Mapping[str, Tensor | float]:
+        return {f"{s.name}.generator": s.memory["state"] for s in sites if "state" in s.memory}
+
+    def carry_on(self, sites: Sequence[Any], carried: Mapping[str, Any]) -> None:
+        known = {f"{s.name}.generator" for s in sites}
+        if unknown := sorted({k for k in carried if k.endswith(".generator")} - known):
+            raise LoadError(f"The state's {unknown[0]!r} is of another layer than this adapter's. Take another state.")
+        for s in sites:
+            s.memory.clear()
+            if (state := carried.get(f"{s.name}.generator")) is not None:
+                s.memory["state"] = state.cpu().clone()
 
     def _noise(self, like: Tensor, site: Any) -> Tensor:
         if self.generator_seed is None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..kernels.autograd import autocast_dtype
 from ..kernels.dropout import dropped
-from ..kernels.precision import autocast_dtype
 
 
 class Geometry(Protocol):

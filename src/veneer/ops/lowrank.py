@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels.precision import transformed
+from ..kernels.autograd import transformed
 from .base import Geometry, Op
 
 

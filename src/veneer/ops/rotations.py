@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.autograd import no_autocast
 from ..kernels.pairs import swapped, turned
-from ..kernels.precision import no_autocast
 from .base import Geometry, Op
 
 

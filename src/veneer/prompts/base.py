@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..config import PromptLearningConfig
 from ..errors import ConfigError
 from ..method import METHODS
+from ..sites.parallel import is_planned
 from ..types import PeftType, name_of
 from .shape import read_shape
 
@@ -146,6 +147,11 @@ class Prompt(PromptLearningConfig):
         Raises:
             ConfigError: if something stays unknown.
         """
+        if self.into == "cache" and is_planned(model):
+            raise ConfigError(
+                f"{type(self).__name__} gives every layer keys and values of all heads, and a tensor-parallel plan leaves a process some of them. "
+                "Use prompt tuning, or FSDP2 (veneer.distributed.shard) or DDP."
+            )
         found = read_shape(model, self.into, name_of(self.task_type))
         for name, value in found.items():
             if getattr(self, name) is None:

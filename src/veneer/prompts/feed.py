@@ -74,6 +74,18 @@ def embedded(model: nn.Module, kw: dict[str, Any]) -> Tensor:
     return out
 
 
+def check_one_text(kw: Mapping[str, Any]) -> None:
+    """Raise where texts lie end to end in a row and the model would keep them apart by their positions: a prompt stands before the first alone."""
+    positions = kw.get("position_ids")
+    if positions is None or positions.ndim != 2 or kw.get("attention_mask") is not None or torch.compiler.is_compiling():
+        return
+    if bool((positions.diff(dim=1) < 0).any()):
+        raise RouteError(
+            "The positions start anew within a row, so several texts lie end to end there, and a prompt stands before one. "
+            "Pad them instead, a row for each text (no packing, no padding_free)."
+        )
+
+
 def with_front(mask: Tensor | None, drawn: Drawn, length: int) -> Tensor | None:
     """An attention mask (batch, length) with the prompt's in front; None where there is nothing to hide."""
     if mask is None:
@@ -83,6 +95,10 @@ def with_front(mask: Tensor | None, drawn: Drawn, length: int) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         said = f"has {mask.ndim} dimensions" if isinstance(mask, Tensor) else f"is a {type(mask).__name__}"
         raise PeftError(f"With a prompt the attention mask has to be (batch, tokens); this one {said}. Leave the rest to the model.")
+    if mask.shape[1] != length:
+        raise PeftError(
+            f"The attention mask is for {mask.shape[1]} tokens, and the input has {length}. Leave the prompt's {drawn.n} out: they are put in front."
+        )
     return torch.cat([drawn.mask(mask), mask], 1)
 
 
@@ -103,16 +119,17 @@ def continued(kw: dict[str, Any], drawn: Drawn, decoder: bool) -> dict[str, Any]
     return kw
 
 
-def as_tokens(model: nn.Module, drawn: Drawn, kw: dict[str, Any]) -> dict[str, Any]:
+def as_tokens(model: nn.Module, drawn: Drawn, kw: dict[str, Any], task: str) -> dict[str, Any]:
     """Put the prompt before the input's embeddings; everything that goes along with the tokens is prolonged."""
     x = embedded(model, kw)
     batch, length = x.shape[:2]
     n, both = drawn.n, is_encoder_decoder(model)
     kw["inputs_embeds"] = torch.cat([drawn.prompt.to(x), x], 1)
     mask = kw["attention_mask"] = with_front(kw.get("attention_mask"), drawn, length)
-    last = not both and hasattr(model, "score")  # a classifier that reads the last position, which must not be padding
+    scored = not both and hasattr(model, "score")
+    last = scored and task != "TOKEN_CLS"  # a classifier that reads the last position, which must not be padding
     ragged = drawn.own is not None or (last and mask is not None and bool((mask[:, -1] == 0).any()))
-    causal = not both and (last or hasattr(model, "prepare_inputs_for_generation"))
+    causal = not both and (scored or hasattr(model, "prepare_inputs_for_generation"))
     positions = kw.get("position_ids")
     if positions is not None:
         front = torch.arange(n, device=x.device).expand(*positions.shape[:-1], n)
@@ -136,14 +153,20 @@ def as_tokens(model: nn.Module, drawn: Drawn, kw: dict[str, Any]) -> dict[str, A
         # causal: what is not the row's own comes first, and for `last` padding before the tokens. Else positions count from the first own
         # token, so what is not the row's own goes to the end.
         front, rest = (own, 2 + (mask[:, n:] != 0).long() * last) if causal else (1 - own, own.new_zeros(batch, length))
-        rank = torch.cat([front, rest], 1)
-        order = rank.sort(dim=1, stable=True).indices
-        for name in ("inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "labels"):
-            value = kw.get(name)
-            if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == n + length:
-                value = value.expand(batch, *value.shape[1:])
-                kw[name] = value.gather(1, order.view(*order.shape, *[1] * (value.ndim - 2)).expand(value.shape))
+        kw |= moved(kw, torch.cat([front, rest], 1))
     return {k: v for k, v in kw.items() if v is not None}
+
+
+def moved(kw: dict[str, Any], ranks: Tensor) -> dict[str, Any]:
+    """What goes along with the prompt and the tokens, each row sorted by `ranks` (batch, n + tokens)."""
+    batch, length = ranks.shape
+    order, out = ranks.sort(dim=1, stable=True).indices, {}
+    for name in ("inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "labels"):
+        value = kw.get(name)
+        if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == length:
+            value = value.expand(batch, *value.shape[1:])
+            out[name] = value.gather(1, order.view(batch, length, *[1] * (value.ndim - 2)).expand(value.shape))
+    return out
 
 
 def key_values(model: nn.Module, drawn: Drawn, config: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PeftError
-from .feed import Drawn, embedded, key_values, seen, with_front
+from .feed import Drawn, embedded, key_values, moved, seen, with_front
 from .shape import is_encoder_decoder
 
 
@@ -40,7 +40,10 @@ def for_generate(model: Any, drawn: Drawn, config: Any, kw: dict[str, Any], copi
     kw |= {"inputs_embeds": torch.cat([drawn.prompt.to(x), x], 1), "use_cache": True}
     if "token_type_ids" in kw:
         kw["token_type_ids"] = torch.cat([kw["token_type_ids"].new_zeros(len(x), drawn.n), kw["token_type_ids"]], 1)
-    return kw | asked | {"attention_mask": with_front(mask, drawn, x.shape[1])}
+    kw["attention_mask"] = with_front(mask, drawn, x.shape[1])
+    # padding on the left goes before the prompt: between it and the tokens it would take up places of a sliding window
+    padding = (mask == 0).long().cumprod(1)
+    return kw | asked | moved(kw, torch.cat([drawn.mask(), 2 - 2 * padding], 1))
 
 
 def _encoder_decoder(model: Any, drawn: Drawn, config: Any, kw: dict[str, Any], copies: int) -> dict[str, Any]:

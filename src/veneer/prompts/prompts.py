@@ -17,7 +17,7 @@ from ..errors import ConfigError, PeftWarning, RouteError
 from ..types import name_of
 from .base import Prompt, PromptModule
 from .cpt import CPTConfig
-from .feed import Drawn, as_cache, as_tokens, continued, in_decoder, key_values, named, seen
+from .feed import Drawn, as_cache, as_tokens, check_one_text, continued, in_decoder, key_values, named, seen
 from .generate import for_generate
 from .shape import embedding_table, is_encoder_decoder
 
@@ -204,6 +204,7 @@ class Prompts(Keyed):
         """The arguments of the model's forward with the prompt put in."""
         if seen(kw):
             return continued(kw, drawn, both and (config.into == "cache" or config.in_decoder))
+        check_one_text(kw)
         if config.into == "cache":
             return as_cache(model, drawn, config, kw)
         n = config.num_virtual_tokens
@@ -215,7 +216,7 @@ class Prompts(Keyed):
             if mask is not None and mask.shape[1] == kw["encoder_outputs"][0].shape[1] - first.n:
                 kw["attention_mask"] = torch.cat([first.mask(mask), mask], 1)
             return kw
-        return as_tokens(model, first, kw)
+        return as_tokens(model, first, kw, name_of(config.task_type))
 
     def for_generate(
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], copies: int

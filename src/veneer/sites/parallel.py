@@ -5,6 +5,7 @@ Every process holds the whole adapter and forms the same gradients of it, so not
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..bases import Codec
 from ..errors import ConfigError
-from ..sharding import shape_of, whole
+from ..sharding import is_dtensor, shape_of, whole
 
 
 def is_parallel(module: nn.Module, w: Any) -> bool:
@@ -24,6 +26,21 @@ def is_parallel(module: nn.Module, w: Any) -> bool:
 def is_cut(module: nn.Module) -> bool:
     """Whether a plan has cut one of the module's tensors. Not to be asked at rest of modules that FSDP2 keeps."""
     return any(is_parallel(m, p) for m in module.modules() for p in m._parameters.values() if p is not None)
+
+
+def is_planned(model: nn.Module) -> bool:
+    """Whether a plan has cut one of the model's tensors; asked at any time, FSDP2's modules are told apart."""
+    return not any(hasattr(m, "set_modules_to_forward_prefetch") for m in model.modules()) and is_cut(model)
+
+
+def check_runs_as_copy(module: nn.Module, path: str) -> None:
+    """Raise ConfigError if a copy of the module with other tensors would run the original: its forward is a function that knows the original alone."""
+    for m in module.modules():
+        if isinstance(m.__dict__.get("forward"), FunctionType):
+            raise ConfigError(
+                f"{path}: this {type(m).__name__} has been given a forward of its own, as a tensor-parallel plan does with norms between cut layers; "
+                "it runs the original, so a trained copy would never act. Leave it out of the targets, or use FSDP2 (veneer.distributed.shard) or DDP."
+            )
 
 
 def check_copied(module: nn.Module, path: str) -> None:
@@ -55,21 +72,31 @@ def check_piece(module: nn.Module, site: Any) -> None:
         )
 
 
+def check_packed(module: nn.Module, codec: Codec) -> None:
+    """Raise ConfigError if a packed weight has been cut as if its bytes were a matrix: no library reads such pieces, and no codec can tell them."""
+    w = module._parameters.get("weight")
+    if w is not None and is_dtensor(w) and not (codec.plain and w.is_floating_point()):
+        raise ConfigError(
+            f"a tensor-parallel plan (tp_plan, parallelize_module) or FSDP2 has cut the packed weight of this {type(module).__name__}, and its storage "
+            "cannot be read from pieces. Under a plan load the model unquantised; with FSDP2 adapt the model before it is sharded; or use DDP."
+        )
+
+
 def check_cut(module: nn.Module, site: Any, path: str) -> bool:
     """Whether a tensor-parallel plan has cut the module, asked while it runs (then FSDP's tensors are whole).
 
     Raises:
         ConfigError: if it has, in a place where an adapter would act on a piece as if it were the whole, or not at all.
     """
-    packed = getattr(
-        module, "_hf_quantized_needs_local_tp", False
-    )  # transformers says so of every packed layer, and binds a forward to a cut one
+    # packed pieces may be no DTensors: transformers says so of every packed layer, or of every layer of its plan, and binds a forward to a cut one
+    packed = not site.codec.plain and any(getattr(module, said, False) for said in ("_hf_quantized_needs_local_tp", "_is_hooked"))
     if not is_cut(module) and not (packed and "forward" in module.__dict__ and "_hf_hook" not in module.__dict__):
         return False
     if site.kind not in ("linear", "embedding") or not site.codec.plain or site.own_forward:
+        base = getattr(module, "get_base_layer", lambda: module)()
         what = f"stored as {site.codec.name!r}" if not site.codec.plain else f"which is adapted in its {site.kind}"
         raise ConfigError(
-            f"{path}: a tensor-parallel plan has cut this {type(module).__name__}, {what}; there an adapter would act on a piece as if it were the whole. "
+            f"{path}: a tensor-parallel plan has cut this {type(base).__name__}, {what}; there an adapter would act on a piece as if it were the whole. "
             "Under tensor parallel adapters take linear layers and embeddings: leave this one out of the targets, or use FSDP2 (veneer.distributed.shard)."
         )
     return True

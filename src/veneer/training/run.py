@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..bases import codec_for
 from ..checkpoint import load_into, read_adapter
 from ..control import Control, FreezingSchedule, LayerStatistics, picture_of_schedule, picture_of_statistics, trainer_callback
 from ..engine.route import find_switch
@@ -291,6 +292,10 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
         disable_tqdm=True,
         log_level="error",
     )
+    # every process has read the same packed weights, and torchao's cannot be broadcast
+    layers = [(path, m) for path, m in prepared.model.named_modules() if not codec_for(m).plain]
+    packed = [f"{path}.{n}" for path, m in layers for n, p in m._parameters.items() if p is not None and not p.requires_grad]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(prepared.model, packed)
     own = optimizer_of(recipe, prepared.model)
     steering = controls_of(recipe, prepared.model)
     trainer = AdapterTrainer(
