@@ -14,7 +14,8 @@ PAGE = FOLDER.with_suffix(".md")
 
 def text() -> str:
     """The page."""
-    runs = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(FOLDER.glob("*.json")) if f.stem.isdigit()]
+    files = [f for f in FOLDER.glob("*.json") if f.stem.partition("-")[0].isdigit()]  # `768.json`; of a further machine `768-xeon.json`
+    runs = [(f.stem.partition("-")[2], json.loads(f.read_text(encoding="utf-8"))) for f in files]
     parts = [
         "# Measured",
         "Written by `python -m benchmarks.page` from the runs in `docs/benchmarks` (`python -m benchmarks --out docs/benchmarks/768.json`). A figure is the "
@@ -22,8 +23,8 @@ def text() -> str:
         "figure is what it is: [performance.md](performance.md).",
         "![training steps](benchmarks/768.png)",
     ]
-    for run in sorted(runs, key=lambda r: r["hidden"]):
-        parts += _run(run)
+    for further, run in sorted(runs, key=lambda r: (r[0], r[1]["hidden"])):
+        parts += _run(run, ", a processor without 16-bit products" if further else "")
     if (FOLDER / "compiled.json").is_file():
         parts += _compiled(json.loads((FOLDER / "compiled.json").read_text(encoding="utf-8")))
     if (FOLDER / "train.json").is_file():
@@ -72,9 +73,9 @@ def _train(run: dict[str, Any]) -> list[str]:
     ]
 
 
-def _run(run: dict[str, Any]) -> list[str]:
+def _run(run: dict[str, Any], where: str) -> list[str]:
     out = [
-        f"## Hidden {run['hidden']}",
+        f"## Hidden {run['hidden']}{where}",
         f"torch {run['torch']}, {run['machine']}, {run['threads']} thread(s), {run['layers']} layer(s) of a Llama.",
     ]
     if run.get("step"):

@@ -453,3 +453,7 @@ def test_the_command_line(base: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert code == 1 and "use_dora" in text
     code, text = run("check", "--runtime", "vllm")
     assert code == 2 and "--method" in text
+    code, text = run("check", "--runtime", "vllm", "--method", "lora", "--use-dorra")
+    assert code == 2 and "Did you mean 'use_dora'" in text
+    code, text = run("convert", str(tmp_path / "a"), str(tmp_path), "--to", "gguf", "--model", str(base))
+    assert code == 2 and "could not be written" in text

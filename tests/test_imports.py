@@ -54,6 +54,9 @@ def test_all_public_names_resolve() -> None:
     for name in veneer.__all__:
         assert getattr(veneer, name) is not None
     assert set(veneer.__all__) <= set(dir(veneer))
+    assert (
+        _python("import veneer; print(veneer.distributed.shard.__name__, veneer.kernels.sparse.__name__)") == "shard veneer.kernels.sparse"
+    )
     with pytest.raises(AttributeError, match="LoraConfg"):
         veneer.LoraConfg  # noqa: B018
 

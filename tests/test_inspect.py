@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import veneer
-from veneer.errors import LoadError
+from veneer.errors import ConfigError, LoadError
 from veneer.planning import inspect_adapter
 
 
@@ -103,6 +103,8 @@ def _spoil(folder: Path, how: str) -> None:
         fields["lora_alhpa"] = 3
     elif how == "value":
         fields["lora_dropout"] = 3
+    elif how == "alpha":
+        fields["lora_alpha"] = "x"
     elif how == "target":
         fields["target_modules"] = ["up", "down", "upp"]
     elif how == "json":
@@ -131,6 +133,7 @@ def _spoil(folder: Path, how: str) -> None:
         ("nan", "not finite", True), ("half", "no 'lora_A.weight'", True), ("shape", "no factors of one rank", True),
         ("named", "hold an adapter's name", True), ("rank", "the config says rank 7, and the tensors have 4", True),
         ("method", "'LORA'", True), ("field", "Did you mean 'lora_alpha'", False), ("value", "lora_dropout", True),
+        ("alpha", "`lora_alpha` should be a number", True),
         ("target", "Did you mean 'up'", False), ("json", "not JSON", True), ("gone", "There is no adapter_config.json", True),
         ("cut", "adapter_model.safetensors", True), ("zero", "the adapter does nothing", True), ("thin", "effective rank of 1.0 of 4", False),
     ],
@@ -153,6 +156,10 @@ def test_files_of_any_kind_and_what_is_not_there(tmp_path: Path) -> None:
     torch.save(load_file(tmp_path / "adapter_model.safetensors"), alone / "a.bin")
     found = inspect_adapter(alone / "a.bin")
     assert found.ok and found.ranks == {4: 2} and found.method == "?" and "no adapter_config.json" in found.problems[0].text
+    save_file({k: t.to(torch.float8_e4m3fn) for k, t in load_file(tmp_path / "adapter_model.safetensors").items()}, alone / "b.safetensors")
+    assert inspect_adapter(alone / "b.safetensors").ranks == {4: 2}
+    with pytest.raises(ConfigError, match="could not be drawn"):
+        found.picture(tmp_path / "nowhere" / "x.png")
     with pytest.raises(LoadError, match="Did you mean 'alone'"):
         inspect_adapter(tmp_path / "alnoe")
 

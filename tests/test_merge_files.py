@@ -98,13 +98,15 @@ def test_files_are_those_of_a_model_merged_in_memory(kind: str, shards: int, tmp
         assert index["metadata"]["total_size"] == sum(t.numel() * t.itemsize for t in got.values())
 
 
-def test_conv1d_of_transformers_is_known_by_fan_in_fan_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("targets", "flag"), [(["c_attn", "c_proj"], True), (["c_attn", "c_proj"], False), (["attn.c_proj"], False)])
+def test_conv1d_of_transformers_is_known(targets: list[str], flag: bool, tmp_path: Path) -> None:
+    """By fan_in_fan_out, or by the biases of the base: attn.c_proj is square, and its own shape tells nothing."""
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=16)
     torch.manual_seed(0)
     base = transformers.GPT2LMHeadModel(config)
     base.save_pretrained(tmp_path / "base")
-    model = veneer.get_peft_model(base, veneer.LoraConfig(r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True))
+    model = veneer.get_peft_model(base, veneer.LoraConfig(r=4, target_modules=targets, fan_in_fan_out=flag))
     move(model)
     model.save_pretrained(tmp_path / "adapter")
     veneer.merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
@@ -112,6 +114,31 @@ def test_conv1d_of_transformers_is_known_by_fan_in_fan_out(tmp_path: Path) -> No
     ids = torch.arange(8)[None]
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head", "q_proj"]])
+def test_tables_that_the_adapters_file_holds_whole(targets: list[str], tmp_path: Path) -> None:
+    """As PEFT does, an adapter's file keeps the embeddings that it adapts."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=False))
+    base.save_pretrained(tmp_path / "base")
+    model = veneer.get_peft_model(base, veneer.LoraConfig(r=4, target_modules=targets))
+    move(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert any(".base_layer." in k for k in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    veneer.merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits, atol=1e-4, rtol=1e-5)
+
+
+def test_a_place_that_cannot_be_written_to_is_said(tmp_path: Path) -> None:
+    base, adapter = trained(tmp_path)
+    with pytest.raises(MergeError, match="could not be written"):
+        veneer.merge_files(base, adapter, base / "config.json" / "out")
 
 
 def trained(tmp_path: Path, config: Any = None, **fields: Any) -> tuple[Path, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -370,8 +371,29 @@ def test_osf_starts_at_random_on_demand() -> None:
     torch.testing.assert_close(w - high @ high.T @ w, w - torch.linalg.svd(w).U[:, :3] @ torch.linalg.svd(w).U[:, :3].T @ w)
 
 
+@pytest.mark.parametrize("orthogonal", [True, False])
+def test_psoft_starts_at_random_on_demand(orthogonal: bool) -> None:
+    _, layer = adapted(V.PsoftConfig(r=4, psoft_orth=orthogonal, init_weights=False), moved=0)
+    assert float((weight(layer) - frozen(layer)).abs().max()) > 1e-3
+
+
+def test_psoft_of_rank_one_has_no_rotation_and_is_saved_all_the_same(tmp_path: Path) -> None:
+    x, base = rand(3, 8).float(), nn.Sequential(nn.Linear(8, 6))
+    model = V.get_peft_model(copy.deepcopy(base), V.PsoftConfig(r=1, target_modules=["0"]))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 if p.requires_grad else 0)
+    model.save_pretrained(tmp_path)
+    again = V.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(again(x), model(x))
+    assert (again(x) - base(x)).abs().max() > 1e-3
+
+
 def test_bias_is_checked() -> None:
     assert V.BOFTConfig(bias="boft_only").bias == "boft_only"
+    for config, as_documented in ((V.FourierFTConfig, "fourier_only"), (V.MissConfig, "MiSS_only")):  # PEFT's names for it
+        model = V.get_peft_model(nn.Sequential(nn.Linear(64, 64)), config(target_modules=["0"], bias=as_documented))
+        assert model.get_base_model()[0].base_layer.bias.requires_grad
     for wrong in ("lora_only", "All", "yes"):
         with pytest.raises(ConfigError, match="`bias` is one of none, all, oft_only"):
             V.OFTConfig(bias=wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -37,3 +38,15 @@ def test_the_frozen_rank_as_a_number_a_share_and_a_pattern() -> None:
     assert sizes(effective_rank=0.3) == [3, 1, 1]
     assert sizes(effective_rank=4, rank_pattern={"0": 2}) == [2, 4, 4]
     assert sizes(effective_rank=4, rank_pattern={"0": 0.25}) == [3, 4, 4]
+
+
+def test_a_pattern_is_searched_for_anywhere_in_a_name() -> None:
+    base = nn.ModuleDict({"layers": nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 12))})
+    model = veneer.get_peft_model(base, veneer.OSFConfig(target_modules=["0", "1"], effective_rank=4, rank_pattern={"ers.0": 2}))
+    assert [tuple(layer.leaf("default", "S_low").shape) for layer in model.get_base_model()["layers"]] == [(10,), (8,)]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("n_out", "rank"), [(1, None), (6, 1.0), (6, 8)])
+def test_a_layer_of_which_nothing_would_train_is_refused(n_out: int, rank: float | None) -> None:
+    with pytest.raises(veneer.ConfigError, match="nothing of it trains"):
+        veneer.get_peft_model(nn.Sequential(nn.Linear(8, n_out)), veneer.OSFConfig(target_modules=["0"], effective_rank=rank))

@@ -59,6 +59,24 @@ def test_a_variant_is_read_from_its_file_and_refuses_other_sites(name: str, tmp_
         )
 
 
+@pytest.mark.parametrize("order", [["default", "dora"], ["dora", "default"]])
+def test_dora_scales_what_the_adapters_before_it_give(order: list[str]) -> None:
+    model = adapted()
+    model.add_adapter("dora", V.LoraConfig(target_modules=["lin"], r=2, lora_alpha=4, use_dora=True))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".dora." in name:
+                p.add_(torch.randn(p.shape) * 0.3)
+    w, x = layer(model).base_layer.weight.detach().clone(), torch.randn(3, 12)
+    plain, own = (layer(model).lora_B[n].weight @ layer(model).lora_A[n].weight * 2 for n in ("default", "dora"))
+    gain = layer(model).lora_magnitude_vector["dora"].weight / (w + own).norm(dim=1)
+    expected = gain.unsqueeze(1) * (w + plain + own) if order[-1] == "dora" else gain.unsqueeze(1) * (w + own) + plain
+    model.base_model.set_adapter(order)
+    torch.testing.assert_close(model(x), x @ expected.T + layer(model).base_layer.bias)
+    model.merge_adapter()
+    torch.testing.assert_close(layer(model).base_layer.weight.detach(), expected.detach())
+
+
 def test_bdlora_has_blocks() -> None:
     for side, blocks in (("target_modules_bd_a", (2, 6)), ("target_modules_bd_b", (4, 2))):
         low = layer(adapted(use_bdlora=V.BdLoraConfig(nblocks=2, **{side: ["lin"]}))).change("default").add

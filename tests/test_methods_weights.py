@@ -265,6 +265,11 @@ def test_waveft_shares_out_in_proportion() -> None:
     assert {k: len(leaf(m, "waveft_spectrum")) for k, m in layers.items()} == {"a": 37, "b": 112, "c": 1}
 
 
+def test_a_waveft_pattern_may_be_an_expression_for_a_whole_name() -> None:
+    model = V.get_peft_model(nn.Sequential(nn.Linear(10, 10)), V.WaveFTConfig(target_modules=["0"], n_frequency_pattern={".*0": 9}))
+    assert len(leaf(model.get_base_model()[0], "waveft_spectrum")) == 9
+
+
 def test_waveft_names_wavelets_and_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in ("db39", "sym1", "bior2.2", "haar", "coif"):
         with pytest.raises(ConfigError, match="wavelet_family"):

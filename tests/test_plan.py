@@ -244,6 +244,8 @@ def test_the_command_plans_without_weights(folder: Path, tmp_path: Path, monkeyp
     assert found["memory"]["weights"] > 0 and found["memory"]["peak"] > found["memory"]["activations"] > 0
     assert _run(monkeypatch, "--model", str(folder), "--method", "ia3") == 0
     shown = capsys.readouterr().out
+    assert _run(monkeypatch, "--model", str(folder), "--method", "prompt-tuning", "--num-virtual-tokens", "3", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["memory"]["peak"] > 0  # the step runs, with the loss that the prompt leaves
     assert "IA3: hit" in shown and "IA3Config cannot adapt a LlamaRMSNorm" in shown and "GFLOP" in shown
 
 

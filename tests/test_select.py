@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+import veneer
 from veneer.config import PeftConfig
 from veneer.engine import defaults
 from veneer.engine.select import Coverage, Selection, match, minimal_targets, places, select, suffixes
@@ -658,6 +659,14 @@ def test_out_proj_belongs_to_its_attention() -> None:
         pick(encoder(), target_modules=["out_proj"])
     with pytest.raises(ConfigError, match="would not act"):
         pick(nn.MultiheadAttention(8, 2), target_modules=["out_proj"])
+
+
+def test_patterns_for_an_attention_hold_for_its_out_proj() -> None:
+    config = veneer.LoraConfig(target_modules=["0"], rank_pattern={"0": 3}, alpha_pattern={"0": 6})
+    model = veneer.get_peft_model(nn.Sequential(nn.MultiheadAttention(8, 2)), config)
+    outer = model.get_base_model()[0]
+    for layer in (outer, outer.base_layer.out_proj):
+        assert layer.lora_A["default"].weight.shape == (3, 8) and layer.scaling["default"] == 2
 
 
 def test_out_proj_of_an_old_adapter_can_be_read() -> None:

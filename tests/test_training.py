@@ -87,12 +87,27 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
         ("broken.jsonl", '{"text": "a"}\n{"text": \n', "line 2"),
         ("latin.txt", b"\xff\xfe\xfa", "cannot be read"),
         ("empty.csv", "", "is empty"),
+        ("list.jsonl", '{"text": "a"}\n[1, 2]\n', "row 2 has to be a table"),
     ],
 )
 def test_data_that_cannot_be_read_say_why(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=message):
         read_rows(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("lines.jsonl", '{"text": "a\u2028b\u0085c"}\r\n{"text": "d"}\n', ["a\u2028b\u0085c", "d"]),
+        ("mark.jsonl", '\ufeff{"text": "a"}', ["a"]),
+        ("mark.txt", "\ufeffa", ["a"]),
+        ("numbers.csv", "text\n007\nNone\n1.50\n", ["007", "None", "1.50"]),
+    ],
+)
+def test_texts_are_read_as_they_stand(tmp_path: Path, name: str, content: str, texts: list[str]) -> None:
+    (tmp_path / name).write_bytes(content.encode())
+    assert [r["text"] for r in read_rows(str(tmp_path / name))] == texts
 
 
 def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
@@ -137,10 +152,32 @@ def test_only_what_the_assistant_says_counts(tokenizer: Any) -> None:
     assert pair.counts == [False, False, True, True]
 
 
+def test_answers_of_a_template_that_writes_earlier_turns_otherwise(tokenizer: Any) -> None:
+    """Like Qwen3's, which writes thoughts into the last turn alone; and like others, which refuse messages without a user."""
+    refuse = "{% if messages[-1]['role'] == 'system' %}{{ raise_exception('no user') }}{% endif %}"
+    tokenizer.chat_template = refuse + TEMPLATE.replace(
+        "{{ m['content'] }}", "{{ 'on ' if loop.last and m['role'] != 'user' }}{{ m['content'] }}"
+    )
+    turns = [("system", "no"), ("user", "hello"), ("assistant", "yes you"), ("user", "how are you"), ("assistant", "fine")]
+    chat = [{"role": r, "content": c} for r, c in turns]
+    try:
+        found = language_examples([{"messages": chat}], tokenizer, "data")
+        said = [[WORDS[i] for i, c in zip(e.ids, e.counts, strict=True) if c] for e in found]
+        assert said == [["on", "yes", "you", "<eos>"], ["on", "fine", "<eos>"]]
+        with pytest.raises(ConfigError, match=r"data: row 1: .*no user"):
+            language_examples([{"messages": [chat[0], chat[2]]}], tokenizer, "data")
+        with pytest.raises(ConfigError, match=r"row 1: messages are a list of turns"):
+            language_examples([{"messages": [{"content": "x"}]}], tokenizer, "data")
+    finally:
+        tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match=r"row 1 has no text in the column 'text', but 3"):
+        language_examples([{"text": 3}], tokenizer, "data")
+
+
 def test_batches_are_padded_where_they_have_to_be() -> None:
     batch = collate(9)([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4], "labels": [4]}])
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
-    assert batch["labels"].tolist() == [[1, 2, 3], [4, -100, -100]]
+    assert batch["labels"].tolist() == [[-100, 2, 3], [-100, -100, -100]]  # nothing predicts the first
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
@@ -334,6 +371,48 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(method: str, mo
     assert all(torch.equal(v, b[k]) for k, v in a.items())
 
 
+def test_a_run_goes_on_from_the_last_whole_checkpoint(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given = _given(model_folder, data, out, save_every=3)
+    full = run(None, given)
+    with pytest.raises(ConfigError, match="6 steps on, and the recipe asks for 6"):
+        run(None, {**given, "resume": True})
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (out / name).unlink()
+    with pytest.raises(ConfigError, match="holds checkpoint-6 of a run that did not come to its end"):
+        run(None, given)
+    last = run(None, {**given, "resume": True})  # all that lacks is the end
+    assert (last["losses"], last["after"]) == ([], full["after"])
+    (out / "adapter_config.json").unlink()
+    state = out / "checkpoints" / "checkpoint-6" / "trainer_state.json"
+    state.write_text(state.read_text()[:40])  # killed while it was written
+    assert [x["step"] for x in run(None, {**given, "resume": True})["losses"]] == [4, 5, 6]
+    with pytest.raises(ValueError, match="lora_alpha is 64"):
+        run(None, {**given, "resume": True, "steps": 9, "method_fields": {"r": 4, "lora_dropout": 0.1, "lora_alpha": 64}})
+
+
+def test_gpt2_counts_the_labels_it_predicts_and_knows_its_positions(tokenizer: Any, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gpt2"
+    config = transformers.GPT2Config(vocab_size=len(WORDS), n_embd=16, n_layer=1, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    fields = {"r": 4}
+    record = run(
+        None, _given(folder, data, tmp_path / "out", method_fields=fields, eval_data=str(data), batch_size=100, steps=1, learning_rate=1e-9)
+    )
+    assert record["losses"][0]["loss"] == pytest.approx(record["before"]["loss"], rel=0.02)  # dropout of the model
+    with pytest.raises(ConfigError, match="rows of 9 tokens, and the model has 8 positions"):
+        run(None, _given(folder, data, tmp_path / "more", method_fields=fields, length=9))
+
+
+def test_a_decoder_classifies_without_a_padding_token(model_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    texts = ["the cat sat", "hello how are you"] * 8
+    data.write_text("".join(json.dumps({"text": t, "label": len(t)}) + "\n" for t in texts), encoding="utf-8")
+    given = _given(model_folder, data, tmp_path / "out", task="sequence-classification", eval_data=str(data), steps=30)
+    assert run(None, given)["after"]["accuracy"] == 1.0
+
+
 def test_classification_trains_a_head_that_is_saved(tokenizer: Any, tmp_path: Path) -> None:
     folder, data = tmp_path / "bert", tmp_path / "data.csv"
     torch.manual_seed(0)
@@ -436,6 +515,18 @@ def test_fields_of_the_method_come_as_options() -> None:
         ({"eval_fraction": 1.5}, "eval_fraction"),
         ({"dtype": "float8"}, "float8"),
         ({"resume": True}, "no checkpoint"),
+        ({"epochs": 0}, "epochs has to be positive"),
+        ({"warmup": 5}, "share of the steps"),
+        ({"weight_decay": -1}, "weight_decay is 0 or more"),
+        ({"seed": -1}, "seed lies in"),
+        ({"schedule": "linaer"}, "Did you mean 'linear'"),
+        ({"steps": 2.5}, "steps has to be a whole number"),
+        ({"batch_size": True}, "batch_size has to be a whole number"),
+        ({"learning_rate": float("nan")}, "learning_rate has to be a number"),
+        ({"gradient_checkpointing": "no"}, "true or false"),
+        ({"method": 3}, "Put it in quotes"),
+        ({"rates": 3}, "rates has to be keys and values"),
+        ({"method": "trainable_tokens", "method_fields": {}}, "token_indices is empty"),
     ],
 )
 def test_bad_input_is_one_error_and_writes_nothing(
@@ -472,6 +563,15 @@ def test_the_command_exits_with_two_and_says_why(data: Path, tmp_path: Path) -> 
     assert "config.json" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_messages_keep_what_stands_in_brackets(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from veneer.cli import main
+
+    monkeypatch.setattr("sys.argv", ["veneer", "train", "--model", "./[bold]x[/y]", "--data", str(data), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="2"):
+        main.main()
+    assert "./[bold]x[/y]" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- control
@@ -546,6 +646,13 @@ def test_controls_go_on_where_a_run_was_cut(model_folder: Path, data: Path, tmp_
         ("freezing: {evry: 3}", "Did you mean 'every'"),
         ("freezing: [{step: 0, layers: [7]}]", r"layers \[7\]"),
         ("statistics: {every: 0}", "1 or more"),
+        ("optimizer_fields: {betas: [2, 3]}", "Invalid beta"),
+        ("rates: {bands: 3}", "bands are factors"),
+        ("rates: {patterns: [lora_B]}", "patterns is a table"),
+        ("clipping: {norm: 1, patterns: 3}", "patterns is a table"),
+        ("freezing: {every: a}", "whole numbers"),
+        ("freezing: [{step: x}]", "whole number as its step"),
+        ("freezing: [{only: lora_B}]", r"such as \[lora_B\]"),
     ],
 )
 def test_wrong_controls_are_one_error_and_write_nothing(text: str, message: str, model_folder: Path, data: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Every public name is loaded when it is first asked for: `import veneer` costs wh
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 from ._version import __version__ as __version__
@@ -53,7 +54,11 @@ def __getattr__(name: str) -> Any:
         return ["__version__", *sorted({*_HOME, *_methods().public_names()})]
     if name in _HOME:
         value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    elif not name[:1].isalpha() or (value := _methods().public_name(name)) is None:
+    elif not name[:1].isalpha():
+        raise AttributeError(f"module 'veneer' has no attribute {name!r}")
+    elif importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        value = importlib.import_module(f"{__name__}.{name}")
+    elif (value := _methods().public_name(name)) is None:
         raise AttributeError(f"module 'veneer' has no attribute {name!r}")
     globals()[name] = value
     return value

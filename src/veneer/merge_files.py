@@ -6,13 +6,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .blocks.saved import ModulesToSaveWrapper
@@ -194,39 +195,61 @@ def _skeleton(stored: Mapping[str, Stored], adapter: Path) -> nn.Module:
     tensors = read_adapter(adapter).tensors
     tables = {k.partition(".lora_embedding_")[0].removeprefix("base_model.model.") for k in tensors if ".lora_embedding_" in k}
     tables |= {k.partition(".token_adapter")[0].removeprefix("base_model.model.") for k in tensors if ".token_adapter" in k}
-    flipped = bool(_config(adapter, "adapter_config.json").get("fan_in_fan_out"))
-    root = nn.Module()
+    flipped = bool(_config(adapter, "adapter_config.json").get("fan_in_fan_out")) or any(_is_flipped(name, stored) for name in stored)
+    root = _Skeleton()
     for name, place in stored.items():
         path, _, leaf = name.rpartition(".")
         module = _module(root, path) if path else root
-        if leaf == "weight" and (made := _typed(place, f"{path}.bias" in stored, path in tables, flipped)) is not None:
+        if leaf == "weight" and (made := _typed(place, stored.get(f"{path}.bias"), path in tables, flipped)) is not None:
             for key, child in module._modules.items():
                 made.add_module(key, child)
             _replace(root, path, made)
         elif leaf not in module._parameters:
             t = torch.empty(place.shape, dtype=DTYPES.get(place.dtype, torch.uint8), device="meta")
             module.register_parameter(leaf, nn.Parameter(t, requires_grad=False))
+    held = {
+        k.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".base_layer") for k in tensors if k.endswith(".weight")
+    }
+    root.held = sorted((p for p in held if f"{p}.weight" in stored), key=lambda p: p not in tables)
     return root
 
 
-def _typed(place: Stored, has_bias: bool, table: bool, flipped: bool) -> nn.Module | None:
+class _Skeleton(nn.Module):
+    """It tells, as transformers' models do, which tables the adapter's file may hold whole: the embeddings first, if there are any."""
+
+    held: Sequence[str] = ()
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        return self.get_submodule(self.held[0]) if self.held else None
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.get_submodule(self.held[1]) if len(self.held) > 1 else None
+
+
+def _is_flipped(name: str, stored: Mapping[str, Stored]) -> bool:
+    """Whether a bias shows that a weight is stored as (n_in, n_out), as transformers' Conv1D has it; of a square one nothing does."""
+    shape, bias = stored[name].shape, stored.get(f"{name.removesuffix('.weight')}.bias")
+    return name.endswith(".weight") and len(shape) == 2 and bias is not None and bias.shape == shape[1:] and shape[0] != shape[1]
+
+
+def _typed(place: Stored, bias: Stored | None, table: bool, flipped: bool) -> nn.Module | None:
     """The layer that a weight of this shape is most likely to belong to; None for a vector."""
     shape, dtype = place.shape, DTYPES.get(place.dtype, torch.float32)
     if not dtype.is_floating_point:
         return None
     more: dict[str, Any] = {"device": "meta", "dtype": dtype}
-    if len(shape) == 2 and (table and not flipped):
+    if len(shape) == 2 and table:
         return nn.Embedding(*shape, **more)
-    if len(shape) == 2 and flipped and has_bias:
+    if len(shape) == 2 and flipped and bias is not None and bias.shape == shape[1:]:
         from transformers.pytorch_utils import Conv1D
 
         with torch.device("meta"):
             conv: nn.Module = Conv1D(shape[1], shape[0])
         return conv.to(dtype)
     if len(shape) == 2:
-        return nn.Linear(shape[1], shape[0], bias=has_bias, **more)
+        return nn.Linear(shape[1], shape[0], bias=bias is not None, **more)
     kind: Any = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}.get(len(shape))
-    return kind(shape[1], shape[0], shape[2:], bias=has_bias, **more) if kind is not None else None
+    return kind(shape[1], shape[0], shape[2:], bias=bias is not None, **more) if kind is not None else None
 
 
 def _module(root: nn.Module, path: str) -> nn.Module:
@@ -261,14 +284,18 @@ def _check_base(remembered: str, stored: Mapping[str, Stored], base: Path) -> No
 @contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
     """A folder beside `target` that takes its place in the end, and goes away if something fails."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    beside = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         yield beside
         beside.chmod(0o755)
         if target.exists():
             target.rmdir()
         os.replace(beside, target)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+    except BaseException as e:
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(e, (OSError, SafetensorError)):
+            raise MergeError(f"{target} could not be written: {e}. Nothing of it is there.") from e
         raise

@@ -299,12 +299,17 @@ class Method(PeftConfig):
         if not any(getattr(self, pattern) for pattern in self.patterns.values()):
             return self
         tables = ((field, getattr(self, pattern), getattr(self, field)) for field, pattern in self.patterns.items())
-        other = {field: value for field, table, usual in tables if (value := by_pattern(table, name, usual)) != usual}
+        other = {field: value for field, table, usual in tables if (value := by_pattern(table, name, usual, self.fits)) != usual}
         if not other:
             return self
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PeftWarning)  # said when the config was made
             return dataclasses.replace(self, **other)
+
+    @staticmethod
+    def fits(key: str, name: str) -> bool:
+        """Whether a key of the `patterns` means the module called `name`."""
+        return fits(key, name)
 
     def over(self, here: Mapping[str, Mapping[str, Any]]) -> Method:
         """This config with the fields that `here` gives by module; what differs between modules goes into the `patterns`. Undoes `at`.
@@ -351,15 +356,21 @@ def ending(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")
 
 
-def by_pattern(table: Mapping[str, T] | None, name: str, default: T) -> T:
+def fits(key: str, name: str) -> bool:
+    """Whether a name ends with what a key of a pattern table means."""
+    return ending(key).match(name) is not None
+
+
+def by_pattern(table: Mapping[str, T] | None, name: str, default: T, fits: Callable[[str, str], bool] = fits) -> T:
     """The value for a module in a `rank_pattern` or `alpha_pattern`: that of the first key that its name ends with.
 
     Args:
         table: key (a regular expression) -> value.
         name: the module's name, or the parameter's for target_parameters.
         default: where no key fits.
+        fits: what fitting means, if it is not that.
     """
-    return next((value for key, value in (table or {}).items() if ending(key).match(name)), default)
+    return next((value for key, value in (table or {}).items() if fits(key, name)), default)
 
 
 def spread_out(config: Method, here: Mapping[str, Mapping[str, Any]], patterns: Mapping[str, str]) -> Any:
@@ -461,9 +472,11 @@ class Targeted(Method):
     fan_in_fan_out: bool = False
     init_weights: Any = True
 
+    also_only: ClassVar[tuple[str, ...]] = ()  # what PEFT's documentation calls "<method>_only"
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = list(dict.fromkeys(("none", "all", f"{self.prefix}only", f"{self._peft_type_name.lower()}_only")))
+        known = list(dict.fromkeys(("none", "all", f"{self.prefix}only", f"{self._peft_type_name.lower()}_only", *self.also_only)))
         if self.bias not in known:
             raise ConfigError(f"`bias` is one of {', '.join(known)}, got {self.bias!r}.{hint(str(self.bias), known)}")
 

@@ -9,7 +9,7 @@ import os
 import struct
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..engine.layer import adapted_layers
 from ..engine.route import find_switch
 from ..engine.steps import check_saving
 from ..errors import LoadError, SaveError, hint
@@ -114,6 +115,7 @@ def save_adapter(
         directory,
         start=start,
         metadata={BASE_KEY: base, NESTING_KEY: NESTING} if base else {},
+        empty_ones=_empty_ones(model, found, adapter_name),
         safe_serialization=safe_serialization,
         verify=verify,
     )
@@ -126,15 +128,19 @@ def write_adapter(
     *,
     start: Mapping[str, Tensor] | None = None,
     metadata: Mapping[str, str] | None = None,
+    empty_ones: Collection[str] = (),
     safe_serialization: bool = True,
     verify: bool = False,
 ) -> Path:
     """Write tensors under these very keys, and the config, as an adapter's folder: `save_adapter` without a model.
 
+    Args:
+        empty_ones: keys of tensors that have no numbers by design, as a rotation of one coordinate.
+
     Raises:
         SaveError: if there are no tensors, or one is empty, on the meta device or not finite, or the disk refuses.
     """
-    check_tensors(tensors)
+    check_tensors(tensors, empty_ones)
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
         raise SaveError(f"{str(folder)!r} should be a folder, and is a file. Give another name.")
@@ -224,8 +230,15 @@ def _encoded(config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return encode(tensors) if encode is not None else tensors
 
 
-def check_tensors(tensors: Mapping[str, Tensor]) -> None:
-    """Raise SaveError unless there are tensors, and all of them are there, not empty and finite."""
+def _empty_ones(model: nn.Module, found: Mapping[str, Slot], adapter: str) -> list[str]:
+    """The keys of tensors that have no numbers by design."""
+    here = [layer.attached[adapter] for _, layer in adapted_layers(model) if adapter in layer.attached]
+    places = {(id(a.source[n][0]), a.source[n][1]) for a in here for n, leaf in a.leaves.items() if 0 in leaf.shape and n in a.source}
+    return [k for k, s in found.items() if (id(s.owner._parameters), s.attribute) in places]
+
+
+def check_tensors(tensors: Mapping[str, Tensor], empty_ones: Collection[str] = ()) -> None:
+    """Raise SaveError unless there are tensors, and all of them are there, not empty (but for `empty_ones`, which have no numbers by design) and finite."""
     if not tensors:
         raise SaveError("There are no tensors to save: the adapter would be empty. Nothing was written.")
     meta = [k for k, t in tensors.items() if t.is_meta]
@@ -233,7 +246,7 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
         raise SaveError(
             f"{_some(meta)} on the meta device: there are no values to save. Load the adapter first (low_cpu_mem_usage leaves it empty)."
         )
-    empty = [k for k, t in tensors.items() if t.ndim == 1 and t.numel() == 0]
+    empty = [k for k, t in tensors.items() if t.ndim == 1 and t.numel() == 0 and k not in empty_ones]
     if empty:
         raise SaveError(
             f"{_some(empty)} of size 0: the values are on other processes (ZeRO-3, FSDP). Gather them first "

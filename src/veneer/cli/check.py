@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated
 
 import typer
@@ -19,8 +20,9 @@ def check(
 ) -> None:
     """Say what a runtime can't serve of an adapter and what to change; the exit code is 1 then."""
     from ..config import PeftConfig
-    from ..errors import ConfigError, PeftError
+    from ..errors import ConfigError, PeftError, hint
     from ..formats import check as run
+    from ..method import config_class
     from .train import method_fields
 
     words = [*([adapter] if adapter else []), *context.args]  # an option that typer does not know is taken for the adapter
@@ -31,7 +33,15 @@ def check(
             raise ConfigError("Give an adapter's folder or file, or else --method with its fields, and not both.")
         if path is not None and fields:
             raise ConfigError(f"Fields such as --{next(iter(fields))} go with --method; {path!r} has a config of its own.")
-        asked = path if path is not None else PeftConfig.from_peft_type(peft_type=str(method).upper(), **fields)
+        known = (
+            [f.name for f in dataclasses.fields(config_class(str(method).upper().replace("-", "_"))) if f.init]
+            if method is not None
+            else []
+        )
+        for name in fields:
+            if name not in known:
+                raise ConfigError(f"--method {method} has no field {name!r}.{hint(name, known)}")
+        asked = path if path is not None else PeftConfig.from_peft_type(peft_type=str(method).upper().replace("-", "_"), **fields)
         findings = run(asked, runtime, max_rank=max_rank, model_type=model_type)
     except (PeftError, ValueError, ImportError) as e:
         typer.echo(f"veneer check: {e}", err=True)

@@ -27,7 +27,7 @@ def inspect(
         if picture is not None:
             found.picture(picture)
     except PeftError as e:
-        Console(stderr=True).print(Panel(str(e), title="veneer inspect", border_style="red"))
+        Console(stderr=True, markup=False).print(Panel(str(e), title="veneer inspect", border_style="red"))
         raise typer.Exit(2) from None
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2, default=str))
@@ -44,8 +44,10 @@ def _base(name: str, path: str) -> Any:
 
     from ..training.recipe import TASKS
 
-    config = Path(path) / "adapter_config.json"
-    task = json.loads(config.read_text(encoding="utf-8")).get("task_type") if config.is_file() else None
+    try:
+        task = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))["task_type"]
+    except (OSError, ValueError, LookupError, TypeError):  # the inspection tells of a damaged one
+        task = None
     auto: Any = {
         TASKS["causal-lm"]: transformers.AutoModelForCausalLM, TASKS["sequence-classification"]: transformers.AutoModelForSequenceClassification,
         "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM, "TOKEN_CLS": transformers.AutoModelForTokenClassification,
@@ -61,8 +63,8 @@ def _number(x: float | None) -> str:
 
 
 def _show(found: Any) -> None:
-    out = Console()
-    lines = [f"[bold]{found.method}[/bold] on {found.base or 'an unknown base model'}"]
+    out = Console(markup=False)
+    lines = [f"{found.method} on {found.base or 'an unknown base model'}"]
     lines.append(
         f"{found.parameters:,} numbers in {len(found.layers)} layers, {found.bytes / 2**20:,.1f} MiB, {', '.join(found.dtypes) or 'no tensors'}"
     )

@@ -37,11 +37,11 @@ def _show(entries: list[Any], layer: str) -> None:
 
     if len(entries) == 1:
         (e,) = entries
-        lines = [f"[bold]{e.name}[/bold]  ({e.config})", e.formula, f"sites: {', '.join(e.sites)}"]
+        lines = [f"{e.name}  ({e.config})", e.formula, f"sites: {', '.join(e.sites)}"]
         lines += [f"numbers on {layer}: {e.numbers:,}"] if e.numbers is not None else []
         lines += [f"merges: {_said(e.merge)};  rows of one batch: {_said(e.rows)};  to LoRA: {_said(e.to_lora)}"]
         lines += [f"{text}: {address}" for text, address in e.papers]
-        Console().print("\n".join(lines), highlight=False)
+        Console(markup=False).print("\n".join(lines), highlight=False)
         return
     table = Table("method", "what it does", f"numbers\n{layer}", "sites", "merges", "to LoRA")
     for e in entries:
@@ -49,7 +49,7 @@ def _show(entries: list[Any], layer: str) -> None:
         table.add_row(
             e.name, e.formula, numbers, ", ".join(e.sites), "yes" if e.merge is True else "no", "yes" if e.to_lora is True else "no"
         )
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def _said(value: bool | str) -> str:

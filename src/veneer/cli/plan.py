@@ -13,7 +13,7 @@ from rich.table import Table
 from ..errors import PeftError
 from .train import method_fields
 
-_console = Console(stderr=True)
+_console = Console(stderr=True, markup=False)
 
 
 def plan(
@@ -58,7 +58,7 @@ def run(path: str | None, given: dict[str, Any]) -> Any:
 
 
 def _show(found: Any, every_module: bool) -> None:
-    out = Console()
+    out = Console(markup=False)
     hit = Table(title=f"{found.method}: hit", title_justify="left")
     for column in ("module", "kind", "weight", "rank", "layers", "trained parameters"):
         hit.add_column(column, justify="left" if column in ("module", "kind") else "right")

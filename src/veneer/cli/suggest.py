@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.panel import Panel
 
-from ..errors import PeftError
+from ..errors import ConfigError, PeftError
 
 _ROWS = 4  # of a batch of the rank search
 
@@ -28,17 +28,19 @@ def suggest(
 ) -> None:
     """Propose method, targets, rank per layer, learning rate and batch, with reasons, predicted memory and time."""
     try:
+        if out is not None and (Path(out).is_dir() or not Path(out).absolute().parent.is_dir()):
+            raise ConfigError(f"--out {out!r} is no file in a folder that is there.")
         found, recipe = run(model, data, memory, parameters, length, search, batches, task, dtype)
     except PeftError as e:
-        Console(stderr=True).print(Panel(str(e), title="veneer suggest", border_style="red"))
+        Console(stderr=True, markup=False).print(Panel(str(e), title="veneer suggest", border_style="red"))
         raise typer.Exit(2) from None
     import yaml
 
-    Console(stderr=True).print(Panel(str(found), title="why", border_style="green"))
+    Console(stderr=True, markup=False).print(Panel(str(found), title="why", border_style="green"))
     text = yaml.safe_dump(recipe, sort_keys=False)
+    typer.echo(text, nl=False)
     if out is not None:
         Path(out).write_text(text, encoding="utf-8")
-    typer.echo(text, nl=False)
 
 
 def run(
@@ -65,7 +67,7 @@ def run(
     recipe.check(("model",))
     given: dict[str, Any] = {"memory": memory, "parameters": parameters, "length": length, "batches": batches, "task_type": TASKS[task]}
     if data is None:
-        found = propose(hollow_model(recipe), **given)
+        found = propose(hollow_model(recipe), search=search, **given)  # type: ignore[arg-type]
     else:
         loaded, rows = read_model(recipe, _ROWS * batches)
         found = propose(loaded, rows(_ROWS), search=search, **given)  # type: ignore[arg-type]

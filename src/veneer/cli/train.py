@@ -17,7 +17,7 @@ from rich.table import Table
 from ..errors import ConfigError, PeftError
 from ..training.processes import is_first, processes
 
-_console = Console(stderr=True, quiet=not is_first())  # of several processes one speaks
+_console = Console(stderr=True, markup=False, quiet=not is_first())  # of several processes one speaks
 
 
 def train(
@@ -55,7 +55,7 @@ def train(
         run(path, {**given, "method_fields": method_fields(words)})
     except (PeftError, KeyboardInterrupt) as e:
         if isinstance(e, KeyboardInterrupt):
-            _console.print("[yellow]Interrupted.[/yellow] What was saved stays; run the same command with --resume to go on.")
+            _console.print("Interrupted. What was saved stays; run the same command with --resume to go on.", style="yellow")
             raise typer.Exit(130) from None
         _console.print(Panel(str(e), title="veneer train", border_style="red"))
         raise typer.Exit(2) from None
@@ -99,9 +99,12 @@ def run(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
     logging.disable_progress_bar()
     recipe = read_recipe(path, given)
     recipe.check()
-    checkpoint = _checkpoint(recipe) if recipe.resume else None
+    checkpoint, at = _checkpoint(recipe) if recipe.resume else (None, 0)
     prepared = room.prepare(recipe)
     record = room.new_record(prepared, recipe)
+    steps = record["plan"]["steps"]
+    if at > steps or (at == steps and os.path.exists(os.path.join(recipe.out, "adapter_config.json"))):
+        raise ConfigError(f"--resume: {checkpoint!r} is {at} steps on, and the recipe asks for {steps}. Give more --steps to train on.")
     watcher = _watcher(record)
     trainer = watcher.trainer = room.make_trainer(prepared, recipe, [watcher])
     first = trainer.is_world_process_zero()
@@ -111,7 +114,10 @@ def run(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     with watcher.shown(first):
         try:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            if at < steps:
+                trainer.train(resume_from_checkpoint=checkpoint)
+            else:  # it was cut off between its last step and its end
+                trainer._load_from_checkpoint(checkpoint)
         except KeyboardInterrupt:
             if processes() == 1 and trainer.state.global_step:  # several may not all have come as far
                 trainer._save_checkpoint(trainer.model, trial=None)
@@ -129,14 +135,13 @@ def run(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _checkpoint(recipe: Any) -> str:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    folder = os.path.join(recipe.out, "checkpoints")
-    found = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+def _checkpoint(recipe: Any) -> tuple[str, int]:
+    """The last checkpoint that is whole, and its step."""
+    found = recipe.checkpoint()
     if found is None:
+        folder = os.path.join(recipe.out, "checkpoints")
         raise ConfigError(f"--resume: there is no checkpoint in {folder!r}. Leave --resume out to start anew, and save with --save-every.")
-    return str(found)
+    return str(found[0]), found[1]
 
 
 def _watcher(record: dict[str, Any]) -> Any:

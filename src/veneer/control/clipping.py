@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import ConfigError, hint
-from .depth import Trained, check_keys, fits, trained
+from .depth import Trained, check_keys, check_table, fits, trained
 from .hooks import Control
 
 
@@ -40,6 +40,7 @@ class LayerClipping(Control):
         patterns: Mapping[str, float] | None = None,
     ) -> None:
         patterns = patterns or {}
+        check_table("clipping: patterns", patterns)
         for name, value in (("norm", norm), *patterns.items()):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise ConfigError(f"clipping: {name} has to be a positive norm, got {value!r}.")

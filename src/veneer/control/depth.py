@@ -119,6 +119,12 @@ def fits(key: str, t: Trained) -> bool:
     return any(ending(key).match(n) is not None for n in (t.module, t.name))
 
 
+def check_table(what: str, table: Any) -> None:
+    """Raise ConfigError for what is no table of keys."""
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{what} is a table, such as {{lora_B: 0.5}}, got {table!r}.")
+
+
 def check_keys(what: str, keys: Collection[str], all_: Iterable[Trained]) -> None:
     """Raise ConfigError for keys that mean none of the tensors that train."""
     all_ = list(all_)

@@ -32,6 +32,15 @@ class Phase:
     only: Sequence[str] = ()
     freeze: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        layers = self.layers if isinstance(self.layers, Sequence) and not isinstance(self.layers, str) else [self.layers]
+        if not _whole(self.step) or not (isinstance(self.layers, str) or all(_whole(n) for n in layers)):
+            raise ConfigError(f"A phase has a whole number as its step and whole numbers or a range as its layers; got {self}.")
+        for what in ("only", "freeze"):
+            keys = getattr(self, what)
+            if isinstance(keys, str) or not isinstance(keys, Sequence) or not all(isinstance(k, str) for k in keys):
+                raise ConfigError(f"A phase's `{what}` is a list of keys, such as [lora_B], got {keys!r}.")
+
     def numbers(self, count: int) -> set[int]:
         """The layers that train, of `count`.
 
@@ -59,6 +68,10 @@ class Phase:
         return {n % count for n in asked}
 
 
+def _whole(n: object) -> bool:
+    return isinstance(n, int) and not isinstance(n, bool)
+
+
 def unfreezing(layers: int, every: int, at_a_time: int = 1, start: int = 0) -> list[Phase]:
     """Gradual unfreezing, Howard & Ruder 2018, arXiv:1801.06146, section 3.3: first the last layer, then one more from the end every so many steps.
 
@@ -66,6 +79,8 @@ def unfreezing(layers: int, every: int, at_a_time: int = 1, start: int = 0) -> l
         layers: how many the model has;  every: steps between two unfreezings;  at_a_time: layers thawed at each.
         start: the step from which the last layers train.
     """
+    if not all(_whole(n) for n in (layers, every, at_a_time, start)):
+        raise ConfigError(f"Unfreezing: every, at_a_time and start are whole numbers, got {every!r}, {at_a_time!r} and {start!r}.")
     if min(layers, every, at_a_time) < 1:
         raise ConfigError(f"Unfreezing: layers, every and at_a_time are 1 or more, got {layers}, {every} and {at_a_time}.")
     ends = range(at_a_time, layers + at_a_time, at_a_time)

@@ -27,8 +27,12 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, An
 
 def _save(pyplot: Any, figure: Any, path: str | os.PathLike[str]) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as e:  # the latter of an ending that matplotlib does not know
+        raise ConfigError(f"The picture {str(path)!r} could not be drawn: {e}") from e
+    finally:
+        pyplot.close(figure)
 
 
 def rates_by_step(

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError
-from .depth import Depths, Trained, check_keys, fits, trained
+from .depth import Depths, Trained, check_keys, check_table, fits, trained
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class Rates:
     weight_decay: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.bands, Sequence) or isinstance(self.bands, str):
+            raise ConfigError(f"rates: bands are factors, such as [0.5, 1.0], got {self.bands!r}.")
+        for what in ("patterns", "weight_decay"):
+            check_table(f"rates: {what}", getattr(self, what))
         named = [("decay", self.decay), *(("bands", b) for b in self.bands), *((f"patterns[{k!r}]", v) for k, v in self.patterns.items())]
         named += [(f"weight_decay[{k!r}]", v) for k, v in self.weight_decay.items()]
         for name, value in named:

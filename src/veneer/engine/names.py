@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from ..errors import ConfigError, hint
-from ..method import ending
+from ..method import fits
 
 _NUMBER = re.compile(r"(?:^|(?P<stack>.*?)\.)(?P<index>\d+)(?:\.|$)")
 
@@ -34,9 +34,10 @@ def match(names: Iterable[str], spec: str | Collection[str]) -> list[str]:
     return [n for n in names if not entries.isdisjoint(suffixes(n))]
 
 
-def check_pattern(field_name: str, pattern: Mapping[str, Any] | None, names: Collection[str]) -> None:
-    """Raise ConfigError for the keys of a `rank_pattern` and the like that fit none of the adapted `names`."""
-    dead = [k for k in pattern or {} if not any(ending(k).match(n) for n in names)]
+def check_pattern(field_name: str, pattern: Mapping[str, Any] | None, names: Collection[str], config: Any = None) -> None:
+    """Raise ConfigError for the keys of a config's `rank_pattern` and the like that fit none of the adapted `names`."""
+    means = getattr(config, "fits", fits)  # not every config is one of a method with patterns
+    dead = [k for k in pattern or {} if not any(means(k, n) for n in names)]
     if dead:
         raise ConfigError(
             f"{field_name}: {listed(dead)} fits none of the {len(names)} adapted modules, so it would do nothing."

@@ -431,7 +431,7 @@ class _Search:
             for name in ("rank_pattern", "alpha_pattern"):
                 # lists as values are the outcome of a training (AdaLoRA), not a wish
                 wishes = {k: v for k, v in (self.field(name) or {}).items() if isinstance(v, (int, float))}
-                check_pattern(name, wishes, names)
+                check_pattern(name, wishes, names, self.config)
         stacks: dict[str, set[str]] = {}
         for stack, index in filter(None, map(layer_of, self.names)):
             stacks.setdefault(stack, set()).add(index)

@@ -236,10 +236,9 @@ def settle_staged(config: Method, staged: Sequence[Staged], held: Mapping[str, T
 
 
 def stage_out_proj(outer: Staged, config: Method, adapter: str, switch: Switch) -> Staged:
-    mha = outer.layer.base_layer
-    staged = stage(
-        cast(nn.Module, mha.out_proj), f"{outer.path}.base_layer.out_proj", config, adapter, switch, name=f"{outer.path}.out_proj"
-    )
+    mha, name = outer.layer.base_layer, cast(Place, outer.attached.place).called
+    here = config.at(name)  # as in PEFT, patterns for the attention hold for its out_proj, too
+    staged = stage(cast(nn.Module, mha.out_proj), f"{outer.path}.base_layer.out_proj", here, adapter, switch, name=f"{name}.out_proj")
     # PEFT applies the change of out_proj twice; adapters trained with it mean just that
     staged.layer.factor = 2.0
     return staged

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
-from ..errors import ConversionError, LoadError, hint
+from ..errors import ConversionError, LoadError, SaveError, hint
 from . import diffusers, gguf, kohya, mlx, peft
 from .adapter import COMPONENTS, Adapter, one_scale, padded
 
@@ -90,6 +91,7 @@ def convert(
     Raises:
         LoadError: if the source cannot be read.
         ConversionError: if the other format has no place for what the source holds. Nothing is written then.
+        SaveError: if it cannot be written.
     """
     if to not in FORMATS:
         raise ConversionError(f"There is no format {to!r}; there are: {', '.join(FORMATS)}.{hint(to, FORMATS)}")
@@ -116,7 +118,10 @@ def convert(
             cast = [f for f in part.layers.values() if f.down.dtype != dtype]
             part.layers = {p: replace(f, down=f.down.to(dtype), up=f.up.to(dtype)) for p, f in part.layers.items()}
             notes += [f"{len(cast)} layers were cast from {cast[0].down.dtype} to {dtype}."] if cast else []
-    FORMATS[to].write(adapter, Path(out), notes, model=base)
+    try:
+        FORMATS[to].write(adapter, Path(out), notes, model=base)
+    except (OSError, SafetensorError) as e:  # the latter is how a full disk is told
+        raise SaveError(f"{str(out)!r} could not be written: {e}") from e
     return Conversion(name, to, {c: len(p.layers) for c, p in adapter.items()}, notes)
 
 

@@ -28,6 +28,7 @@ class FourierFTConfig(Targeted, peft_type="FOURIERFT"):
     init_weights: bool = False  # PEFT's meaning: True starts at zero
 
     prefix: ClassVar[str] = "fourierft_"
+    also_only: ClassVar[Any] = ("fourier_only",)
     stacking: ClassVar[Any] = "sum"
     linear_in: ClassVar[str] = "fourierft_spectrum"
     examples: ClassVar[Any] = ({"n_frequency": 20, "init_weights": True},)

@@ -91,13 +91,14 @@ class LoraConfig(Varied, peft_type="LORA"):
     shares: ClassVar[Any] = ("lora_dropout",)
     choices: ClassVar[Any] = {"bias": ("none", "all", "lora_only")}
     patterns: ClassVar[Mapping[str, str]] = MappingProxyType({"r": "rank_pattern", "lora_alpha": "alpha_pattern"})
-    stacking: ClassVar[Literal["sum", "chain"]] = "sum"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv", "attention", "parameter"})
     examples: ClassVar[Any] = tuple({"r": 4, "lora_alpha": 8, **fields} for fields in ({}, *(v.example for v in VARIANTS.values())))
 
     def __post_init__(self) -> None:
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         super().__post_init__()
+        if isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, (int, float)):
+            raise ConfigError(f"`lora_alpha` should be a number but the value passed is {self.lora_alpha!r}.")
         read_start(self)
         if isinstance(self.runtime_config, dict):
             self.runtime_config = LoraRuntimeConfig(**self.runtime_config)

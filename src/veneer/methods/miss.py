@@ -33,6 +33,7 @@ class MissConfig(Targeted, peft_type="MISS"):
     init_weights: Any = True
 
     prefix: ClassVar[str] = "miss_"
+    also_only: ClassVar[Any] = ("MiSS_only",)
     linear_in: ClassVar[str] = "miss_block"
     positive: ClassVar[Any] = ("r", "mini_r")
     choices: ClassVar[Any] = {"init_weights": (True, False, "bat", "mini")}

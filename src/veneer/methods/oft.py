@@ -24,6 +24,8 @@ class OFTConfig(Targeted, peft_type="OFT"):
     of its input. With `coft` ‖Q‖ of each block is kept within eps / √blocks, after each step too. In training `module_dropout` is the probability of each
     block to be the identity. Qiu et al. 2023, arXiv:2306.07280; OFTv2: arXiv:2506.19847.
 
+    Several active adapters turn the inputs in the order in which PEFT merges them, the first one next to W; PEFT's own forward has the other order.
+
     A convolution's inputs are channels times kernel, as PEFT merges it (its own forward adds overlapping patches up, and differs).
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ class OSFConfig(Targeted, peft_type="OSF"):
     """W' = U_h U_hᵀ W + U diag(S) V,  U_h (n_out, k) the first k left singular vectors of W.   Nayak et al. 2025, arXiv:2504.07097.
 
     U (n_out, d - k), S (d - k) and V (d - k, n_in), d = min(n_out, n_in), start as the rest of the decomposition and train; before each step
-    the gradients of U and V lose what points into the frozen directions. k is `effective_rank`, a number or a share of d, half if not given.
+    the gradients of U and V lose what points into the frozen directions. k is `effective_rank`, a number or a share of d, half if not given. A key of
+    `rank_pattern` is a regular expression that is searched for in the name, wherever it stands, as PEFT does for this method.
     """
 
     effective_rank: int | float | None = None
@@ -41,12 +43,24 @@ class OSFConfig(Targeted, peft_type="OSF"):
             if value is not None and value <= 0:
                 raise ConfigError(f"`effective_rank` should be a positive integer, or a share of the weight's smaller side; got {value}.")
 
+    @staticmethod
+    def fits(key: str, name: str) -> bool:
+        return re.search(key, name) is not None
+
     def _split(self, site: Any) -> tuple[int, int]:
         """(k, d - k)."""
         d, k = min(site.n_out, site.n_in), self.effective_rank
         fixed = d // 2 if k is None else int(d * k) if isinstance(k, float) and k <= 1 else int(k)
         fixed = min(max(fixed, 1), d)
         return fixed, d - fixed
+
+    def check(self, site: Any) -> None:
+        kept, rest = self._split(site)
+        if not rest and not self.inference_mode:
+            raise ConfigError(
+                f"`effective_rank` keeps all {kept} directions of {site.name!r} ({site.n_out} x {site.n_in}) as they are: nothing of it trains. Lower it there "
+                "(rank_pattern), or leave the layer out of target_modules."
+            )
 
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
         k, rest = self._split(site)

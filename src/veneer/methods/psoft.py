@@ -54,7 +54,7 @@ class PsoftConfig(Targeted, peft_type="PSOFT"):
         if self.psoft_orth:
             out = {"weight": Leaf((r * (r - 1) // 2,), nn.init.zeros_ if self.init_weights else _small, container="psoft_R", attr="weight")}
         else:
-            out = {"weight": Leaf((r, r), nn.init.eye_, container="psoft_R", attr="weight")}
+            out = {"weight": Leaf((r, r), nn.init.eye_ if self.init_weights else _near_one, container="psoft_R", attr="weight")}
         for side, wanted in (("b", self.psoft_mag_b), ("a", self.psoft_mag_a)):
             if wanted:
                 out[side] = Leaf((r,), nn.init.ones_, container="psoft_R", attr=f"vector_{side}")
@@ -94,3 +94,7 @@ class PsoftConfig(Targeted, peft_type="PSOFT"):
 
 def _small(t: Tensor) -> Tensor:
     return nn.init.normal_(t, std=0.1)
+
+
+def _near_one(t: Tensor) -> Tensor:
+    return _small(t).add_(torch.eye(len(t), dtype=t.dtype, device=t.device))

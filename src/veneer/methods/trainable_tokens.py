@@ -43,6 +43,8 @@ class TrainableTokensConfig(Method, peft_type="TRAINABLE_TOKENS"):
         return told or [n for n in modules if n.rpartition(".")[2] == "embed_tokens"] or None
 
     def check(self, site: Any) -> None:
+        if not self.token_indices:
+            raise ConfigError("token_indices is empty: name the tokens that train, such as token_indices=[5, 7].")
         rows = site.n_in if site.kind == "embedding" else site.n_out
         wrong = [i for i in self.token_indices if not 0 <= i < rows]
         if wrong:

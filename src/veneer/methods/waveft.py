@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..change import Change
 from ..errors import ConfigError, hint
-from ..method import Leaf, Targeted
+from ..method import Leaf, Targeted, by_pattern
 from ..ops import Derived
-from .fourierft import at_pattern, seeded_places
+from .fourierft import seeded_places
 
 LAST = {"db": 38, "sym": 20, "coif": 17}  # the families of wavelets, and the last of each
 
@@ -60,7 +60,7 @@ class WaveFTConfig(Targeted, peft_type="WAVEFT"):
         self._shares = {path: max(1, round(n / total * budget)) for path, n in sizes.items()} if self.proportional_parameters else {}
 
     def at(self, name: str) -> WaveFTConfig:
-        here = dataclasses.replace(self, n_frequency=at_pattern(self.n_frequency_pattern, name, self.n_frequency))
+        here = dataclasses.replace(self, n_frequency=by_pattern(self.n_frequency_pattern, name, self.n_frequency))
         here._shares = self._shares
         return here
 

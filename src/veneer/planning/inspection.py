@@ -220,6 +220,7 @@ def _read_layers(out: Inspection, file: AdapterFile, config: Any) -> None:
             a, b = pair
             view.rank = a.shape[0]
             scale = _scale(config, layer, tensors, view.rank)
+            a, b = a.double(), b.double()
             if bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all()):
                 up, down = b.flatten(1) * scale, a.flatten(1)
                 first = start.get(layer, {})
@@ -258,7 +259,11 @@ def _scale(config: Any, layer: str, tensors: Mapping[str, Tensor], rank: int) ->
 
 
 def _check_values(out: Inspection, file: AdapterFile) -> None:
-    broken = [k for k, t in file.tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    broken = [
+        k
+        for k, t in file.tensors.items()
+        if t.is_floating_point() and not bool(torch.isfinite(t if t.dtype.itemsize > 1 else t.float()).all())
+    ]
     if broken:
         more = f" and {len(broken) - 1} more tensors" if broken[1:] else ""
         out.problems.append(

@@ -284,6 +284,12 @@ def _runner(shape: Any, rows: int, length: int, loss: Any) -> Callable[[], Tenso
         if type(head) is not nn.Linear or not path or head.weight.requires_grad:
             return _own(shape, ids)
         headless = HeadlessLoss(inner, path)
+        if any(c.is_prompt_learning for c in getattr(shape, "peft_config", {}).values()):
+            with torch.no_grad():
+                if (
+                    headless.hidden(shape, {"input_ids": ids[:1]}).shape[1] != length
+                ):  # the prompt comes out too: training takes the model's own loss
+                    return _own(shape, ids)
 
         def run() -> Tensor:
             h = headless.hidden(shape, {"input_ids": ids})[:, :-1]

@@ -130,7 +130,7 @@ def against(model: nn.Module, config: Any) -> tuple[Any, list[Problem]]:
     for name in ("rank_pattern", "alpha_pattern"):
         for key in list(getattr(config, name, None) or {}) if names else ():
             try:
-                check_pattern(name, {key: 1}, names)
+                check_pattern(name, {key: 1}, names, config)
             except ConfigError as e:
                 problems.append(Problem(name, str(e)))
                 getattr(config, name).pop(key)

@@ -9,14 +9,14 @@ import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..bases import codec_for
 from ..engine.select import select
-from ..errors import ConfigError, PeftError
+from ..errors import ConfigError, PeftError, hint
 from ..methods.lora import LoraConfig
 from ..sites import supported
 from .footprint import held
@@ -98,9 +98,13 @@ def suggest(
         task_type: for the config; by default told from the model's class.
 
     Raises:
-        ConfigError: if the memory cannot be read or is too small for any of it, the model has no linear layers, or too few parameters may train.
+        ConfigError: if the memory cannot be read or is too small for any of it, there is no such search, the model has no linear layers,
+            or too few parameters may train.
     """
     room = _bytes(memory)
+    known = get_args(Search)
+    if search not in known:
+        raise ConfigError(f"Unknown search {search!r}: {' or '.join(known)}.{hint(search, known)}")
     reasons: list[str] = []
     layers = _linear_layers(model)
     costs = {n: sum(_sides(m)) for n, m in layers.items()}

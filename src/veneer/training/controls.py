@@ -49,7 +49,7 @@ def problems_of(recipe: Recipe) -> list[tuple[str, str]]:
         text = f"Unknown optimizer {recipe.optimizer!r}. There are {', '.join(OPTIMIZERS)}.{hint(str(recipe.optimizer), OPTIMIZERS)}"
         out.append(("optimizer", text))
     else:
-        tried("optimizer_fields", lambda: _known("optimizer_fields", recipe.optimizer_fields, OPTIMIZERS[recipe.optimizer]))
+        tried("optimizer_fields", lambda: _optimizer_fields(recipe))
         if recipe.rates and recipe.optimizer != "adamw":
             text = f"rates act with optimizer: adamw, not with {recipe.optimizer}, which makes groups of its own. LoRA+ with rates is "
             out.append(("rates", text + "optimizer: adamw, rates: {patterns: {lora_B: 16}}."))
@@ -69,6 +69,15 @@ def _known(what: str, given: Any, known: Sequence[str]) -> None:
     for key in given:
         if key not in known:
             raise ConfigError(f"{what}: unknown key {key!r}. There are {', '.join(known) or 'none'}.{hint(str(key), known)}")
+
+
+def _optimizer_fields(recipe: Recipe) -> dict[str, Any]:
+    _known("optimizer_fields", recipe.optimizer_fields, OPTIMIZERS[recipe.optimizer])
+    try:
+        torch.optim.AdamW([torch.zeros(1)], **{k: v for k, v in recipe.optimizer_fields.items() if k in _ADAM})
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ConfigError(f"optimizer_fields: AdamW does not take {recipe.optimizer_fields}: {e}.") from e
+    return dict(recipe.optimizer_fields)
 
 
 def _rates(recipe: Recipe) -> Rates | None:
@@ -103,7 +112,7 @@ def optimizer_of(recipe: Recipe, model: Any) -> torch.optim.Optimizer | None:
     Raises:
         ConfigError: if it does not fit the model.
     """
-    lr, fields = recipe.learning_rate, {**recipe.optimizer_fields}
+    lr, fields = recipe.learning_rate, _optimizer_fields(recipe)
     if "betas" in fields:
         fields["betas"] = tuple(fields["betas"])
     if recipe.optimizer == "loraplus":

@@ -15,6 +15,7 @@ from ..errors import ConfigError, hint
 
 Row = dict[str, Any]
 _ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".md")
+_UTF8 = "utf-8-sig"  # a mark at the beginning is no text
 
 
 def read_rows(source: str) -> list[Row]:
@@ -38,14 +39,19 @@ def read_rows(source: str) -> list[Row]:
     except (ValueError, UnicodeDecodeError) as e:
         raise ConfigError(f"{source!r} cannot be read as {path.suffix or 'text'}: {e}") from e
     if not rows:
-        raise ConfigError(f"{source!r} is empty: there is nothing to train on.")
+        raise ConfigError(f"{source!r} is empty: there is nothing in it to read.")
+    for i, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise ConfigError(f'{source!r}: row {i} has to be a table of columns, such as {{"text": "..."}}, and is {str(row)[:40]!r}.')
     return rows
 
 
 def _read(path: Path) -> list[Row]:
     if path.suffix == ".jsonl":
         rows = []
-        for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for i, line in enumerate(
+            path.read_text(encoding=_UTF8).split("\n"), 1
+        ):  # splitlines cuts at U+2028 and its like, which stand in texts
             if line.strip():
                 try:
                     rows.append(json.loads(line))
@@ -53,17 +59,18 @@ def _read(path: Path) -> list[Row]:
                     raise ValueError(f"line {i}: {e}") from e
         return rows
     if path.suffix == ".json":
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding=_UTF8))
         return list(found) if isinstance(found, list) else [found]
     if path.suffix in (".csv", ".parquet"):
         import pandas
 
         if path.stat().st_size == 0:
             return []
-        frame = pandas.read_csv(path) if path.suffix == ".csv" else pandas.read_parquet(path)
+        as_written: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_values": [""]}  # "007" and "None" are texts, too
+        frame = pandas.read_csv(path, **as_written) if path.suffix == ".csv" else pandas.read_parquet(path)
         out: list[Row] = frame.to_dict("records")
         return out
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding=_UTF8)
     return [{"text": text}] if text.strip() else []
 
 
@@ -115,17 +122,27 @@ def language_examples(rows: Sequence[Row], tokenizer: Any, source: str) -> list[
     Chat messages go through the tokenizer's chat template, and the turns of the assistant count.
     """
     columns = check_columns(rows, [["messages"], ["prompt", "completion"], ["text"]], source)
+    chat = bool(getattr(tokenizer, "chat_template", None))
+    if columns == ["messages"] and not chat:
+        raise ConfigError(
+            "The data are chat messages, and the model's tokenizer has no chat template. Give `prompt` and `completion`, or `text`."
+        )
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     out = []
-    for row in rows:
+    for i, row in enumerate(rows, 1):
+        where = f"{source}: row {i}"
+        if columns == ["messages"]:
+            out += _chat(row["messages"], tokenizer, where)
+            continue
+        for name in columns:
+            if not isinstance(row[name], str):
+                raise ConfigError(f"{where} has no text in the column {name!r}, but {str(row[name])[:40]}. Write it in quotes.")
         if columns == ["text"]:
             ids = tokenizer(row["text"], add_special_tokens=True)["input_ids"] + end
             out.append(Example(ids, [True] * len(ids)))
-        elif columns == ["messages"]:
-            out.append(_chat(row["messages"], tokenizer))
-        elif getattr(tokenizer, "chat_template", None):
+        elif chat:
             turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
-            out.append(_chat(turns, tokenizer))
+            out += _chat(turns, tokenizer, where)
         else:
             asked = tokenizer(row["prompt"], add_special_tokens=True)["input_ids"]
             said = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + end
@@ -133,22 +150,29 @@ def language_examples(rows: Sequence[Row], tokenizer: Any, source: str) -> list[
     return out
 
 
-def _chat(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> Example:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError(
-            "The data are chat messages, and the model's tokenizer has no chat template. Give `prompt` and `completion`, or `text`."
-        )
-    ids: list[int] = []
-    counts: list[bool] = []
+def _chat(messages: Any, tokenizer: Any, where: str) -> list[Example]:
+    """One example; more where the template writes an earlier turn otherwise once others follow: then each turn stands as the model is to say it.
+
+    Only beginnings that end before or after a turn of the assistant are asked of the template: it may refuse others.
+    """
+    if isinstance(messages, str) or not all(isinstance(turn, Mapping) and "role" in turn for turn in messages):
+        raise ConfigError(f"{where}: messages are a list of turns with `role` and `content`, not {str(messages)[:60]!r}.")
+    out: list[Example] = []
     for i, turn in enumerate(messages):
-        upto = _tokens(tokenizer.apply_chat_template(messages[: i + 1], tokenize=True))
-        if turn["role"] == "assistant":  # the opening of the turn is given, not said
-            given = len(_tokens(tokenizer.apply_chat_template(messages[:i], tokenize=True, add_generation_prompt=True)))
-            counts += [False] * (given - len(ids)) + [True] * (len(upto) - max(given, len(ids)))
-        else:
-            counts += [False] * (len(upto) - len(ids))
-        ids = upto
-    return Example(ids, counts)
+        if turn["role"] != "assistant":
+            continue
+        try:
+            given = _tokens(tokenizer.apply_chat_template(messages[:i], tokenize=True, add_generation_prompt=True))
+            upto = _tokens(tokenizer.apply_chat_template(messages[: i + 1], tokenize=True))
+        except Exception as e:  # a template is a program of its own
+            raise ConfigError(f"{where}: the model's chat template does not take the messages: {type(e).__name__}: {e}") from e
+        start = next((n for n, (a, b) in enumerate(zip(given, upto, strict=False)) if a != b), min(len(given), len(upto)))
+        if not out or upto[: len(out[-1].ids)] != out[-1].ids:
+            out.append(Example([], []))
+        counts = out[-1].counts  # the opening of the turn is given, not said
+        start = max(start, len(counts))
+        out[-1] = Example(upto, counts + [False] * (start - len(counts)) + [True] * (len(upto) - start))
+    return out
 
 
 def _tokens(out: Any) -> list[int]:
@@ -191,7 +215,10 @@ def classification_examples(rows: Sequence[Row], tokenizer: Any, length: int, na
 
 
 def collate(pad: int) -> Any:
-    """A function that makes tensors of examples, padded to the longest of the batch."""
+    """A function that makes tensors of examples, padded to the longest of the batch.
+
+    A row's first token is predicted by nothing, so its label does not count: of some models the Trainer counts labels before they are shifted.
+    """
 
     def join(batch: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         longest = max(len(b["input_ids"]) for b in batch)
@@ -200,7 +227,7 @@ def collate(pad: int) -> Any:
             gap = longest - len(b["input_ids"])
             out["input_ids"].append(list(b["input_ids"]) + [pad] * gap)
             out["attention_mask"].append(list(b.get("attention_mask") or [1] * len(b["input_ids"])) + [0] * gap)
-            out["labels"].append(b["labels"] if isinstance(b["labels"], int) else list(b["labels"]) + [-100] * gap)
+            out["labels"].append(b["labels"] if isinstance(b["labels"], int) else [-100, *b["labels"][1:]] + [-100] * gap)
         tensors = {k: torch.tensor(v) for k, v in out.items()}
         if bool(tensors["attention_mask"].all()):
             del tensors["attention_mask"]  # full blocks need no mask

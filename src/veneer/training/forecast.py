@@ -66,6 +66,7 @@ def hollow_model(recipe: Recipe, labels: int = 2) -> nn.Module:
         auto = transformers.AutoModelForCausalLM if recipe.task == "causal-lm" else transformers.AutoModelForSequenceClassification
         if recipe.task != "causal-lm":
             config.num_labels = labels
+            config.get_text_config().pad_token_id = config.get_text_config().pad_token_id or 0  # any, for a batch to run
         with torch.device("meta"):
             model: nn.Module = auto.from_config(config, dtype=dtype)
         model.tie_weights()  # type: ignore[operator]

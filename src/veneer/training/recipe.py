@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,7 @@ from .quantise import check_storage
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PACKING = ("stream", "rows")
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
 TASKS = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
 
 
@@ -95,10 +98,19 @@ class Recipe:
                 check_storage(self.quantize)
             except ConfigError as e:
                 yield "quantize", str(e)
+        if self.schedule not in SCHEDULES:
+            yield "schedule", f"Unknown schedule {self.schedule!r}: {', '.join(SCHEDULES)}.{hint(self.schedule, SCHEDULES)}"
         yield from problems_of(self)
-        for name in ("batch_size", "accumulate", "length", "learning_rate"):
+        for name in ("batch_size", "accumulate", "length", "learning_rate", "epochs"):
             if getattr(self, name) <= 0:
                 yield name, f"{name} has to be positive, got {getattr(self, name)}."
+        for name in ("weight_decay", "save_every"):
+            if getattr(self, name) < 0:
+                yield name, f"{name} is 0 or more, got {getattr(self, name)}."
+        if not 0 <= self.warmup <= 1:
+            yield "warmup", f"warmup is a share of the steps, in [0, 1], got {self.warmup}."
+        if not 0 <= self.seed < 2**32:
+            yield "seed", f"seed lies in [0, 2**32), got {self.seed}."
         if self.steps is not None and self.steps <= 0:
             yield "steps", f"steps has to be positive, got {self.steps}."
         if not 0 <= self.eval_fraction < 1:
@@ -110,6 +122,20 @@ class Recipe:
                 "out",
                 f"{self.out!r} holds an adapter already, which is not overwritten. Give another --out, or --resume to go on with its run.",
             )
+        elif self.out and not self.resume and (found := self.checkpoint()) is not None:
+            text = f"{self.out!r} holds {found[0].name} of a run that did not come to its end, which is not overwritten. Give another --out, or --resume"
+            yield "out", f"{text} to go on with it."
+
+    def checkpoint(self) -> tuple[Path, int] | None:
+        """The last checkpoint in `out` that was written to its end, and its step. The Trainer writes trainer_state.json last."""
+        found = []
+        for state in (Path(self.out) / "checkpoints").glob("checkpoint-*/trainer_state.json"):
+            try:
+                found.append((int(json.loads(state.read_text(encoding="utf-8"))["global_step"]), state.parent))
+            except (ValueError, KeyError, TypeError):  # cut off
+                continue
+        step, folder = max(found, default=(0, None))
+        return (folder, step) if folder is not None else None
 
     def config(self) -> PeftConfig:
         """The method's config.
@@ -139,7 +165,7 @@ class Recipe:
         values: dict[str, Any] = {"target_modules": "all-linear"} if "target_modules" in known else {}
         for key, value in self.method_fields.items():
             values[key.replace("-", "_")] = value
-        if "lora_alpha" in known and "lora_alpha" not in values and "r" in values:
+        if "lora_alpha" in known and "lora_alpha" not in values and isinstance(values.get("r"), int):
             values["lora_alpha"] = values["r"]
         if isinstance(values.get("target_modules"), str) and "," in values["target_modules"]:
             values["target_modules"] = [t.strip() for t in values["target_modules"].split(",")]
@@ -160,6 +186,8 @@ def read_recipe(path: str | None, given: Mapping[str, Any]) -> Recipe:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except FileNotFoundError:
             raise ConfigError(f"There is no recipe {path!r}.") from None
+        except OSError as e:
+            raise ConfigError(f"The recipe {path!r} cannot be read: {e.strerror}.") from e
         except (yaml.YAMLError, UnicodeDecodeError) as e:
             raise ConfigError(f"{path} is not YAML: {e}") from e
         if not isinstance(values, Mapping):
@@ -171,13 +199,32 @@ def read_recipe(path: str | None, given: Mapping[str, Any]) -> Recipe:
         if name not in known:
             raise ConfigError(f"{path}: unknown key {key!r}.{hint(name, known)}")
         clean[name] = value
-    fields = {**clean.pop("method_fields", {}), **given.get("method_fields", {})}
     clean.update({k: v for k, v in given.items() if v is not None and k != "method_fields"})
-    for name, value in clean.items():
-        kind = str(known[name].type)
-        if isinstance(value, str) and ("int" in kind or "float" in kind) and "str" not in kind:
-            try:
-                clean[name] = float(value) if "float" in kind else int(value)
-            except ValueError:
-                raise ConfigError(f"{name} has to be a number, got {value!r}.") from None
-    return Recipe(**clean, method_fields=dict(fields))
+    clean = {name: _of_kind(name, str(known[name].type), v) for name, v in clean.items() if v is not None}
+    fields = {**clean.pop("method_fields", {}), **given.get("method_fields", {})}
+    return Recipe(**clean, method_fields=fields)
+
+
+def _of_kind(name: str, kind: str, value: Any) -> Any:
+    """A value of a recipe as its field takes it. YAML reads 1e-3 as text and 1.0e3 as no whole number.
+
+    Raises:
+        ConfigError: if it is of another kind.
+    """
+    kind = kind.removesuffix(" | None")
+    if kind in ("int", "float") and not isinstance(value, bool):
+        try:
+            number = value if isinstance(value, int) else float(value)
+        except (ValueError, TypeError):
+            number = math.nan
+        if math.isfinite(number) and kind == "float":
+            return float(number)
+        if math.isfinite(number) and number == int(number):
+            return int(number)
+    if (kind == "str" and isinstance(value, str)) or (kind == "bool" and isinstance(value, bool)) or kind == "Any":
+        return value
+    if kind.startswith("dict") and isinstance(value, Mapping):
+        return dict(value)
+    wanted = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}.get(kind, "keys and values")
+    quotes = f" Put it in quotes: {name}: '{value}'." if kind == "str" and isinstance(value, (int, float)) else ""
+    raise ConfigError(f"{name} has to be {wanted}, got {value!r}.{quotes}")

@@ -60,7 +60,8 @@ def prepare(recipe: Recipe) -> Prepared:
     config = recipe.config()
     tokenizer, train, held_out, labels = _read_data(recipe)
     torch.manual_seed(recipe.seed)
-    model = _load(recipe, labels)
+    model = _load(recipe, labels, _pad(tokenizer))
+    _check_positions(model, max(len(r["input_ids"]) for r in (*train, *held_out)))
     peft = get_peft_model(model, config)
     _check_disk(recipe.out, peft)
     if recipe.gradient_checkpointing:
@@ -78,7 +79,9 @@ def read_model(recipe: Recipe, rows: int) -> tuple[Any, Callable[[int], Iterator
     tokenizer, train, _, labels = _read_data(recipe)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.seed)).tolist()[:rows]
     join = collate(_pad(tokenizer))
-    return _load(recipe, labels), lambda size: (join([train[i] for i in order[at : at + size]]) for at in range(0, len(order), size))
+    model = _load(recipe, labels, _pad(tokenizer))
+    _check_positions(model, max(len(train[i]["input_ids"]) for i in order))
+    return model, lambda size: (join([train[i] for i in order[at : at + size]]) for at in range(0, len(order), size))
 
 
 def _pad(tokenizer: Any) -> int:
@@ -112,12 +115,12 @@ def _read_data(recipe: Recipe) -> tuple[Any, list[dict[str, Any]], list[dict[str
         else:
             train, held_out = _split(train, recipe)
     if not train:
-        raise ConfigError(f"{recipe.data!r} gives no training rows: it has fewer tokens than a prediction needs.")
+        raise ConfigError(f"{recipe.data!r} gives no training rows: within {recipe.length} tokens there is none whose prediction counts.")
     return tokenizer, train, held_out, labels
 
 
 def _split(rows: list[dict[str, Any]], recipe: Recipe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    count = round(len(rows) * recipe.eval_fraction)
+    count = min(round(len(rows) * recipe.eval_fraction), max(len(rows) - 1, 0))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
     return [rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])]
 
@@ -142,7 +145,7 @@ def check_model(model: str) -> None:
         raise ConfigError(f"There is no model folder {model!r}.")
 
 
-def _load(recipe: Recipe, labels: Sequence[str]) -> Any:
+def _load(recipe: Recipe, labels: Sequence[str], pad: int) -> Any:
     import transformers
 
     dtype: Any = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[recipe.dtype]
@@ -154,11 +157,26 @@ def _load(recipe: Recipe, labels: Sequence[str]) -> Any:
         if recipe.task == "causal-lm":
             return transformers.AutoModelForCausalLM.from_pretrained(recipe.model, **options)
         names = dict(enumerate(labels))
-        return transformers.AutoModelForSequenceClassification.from_pretrained(
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
             recipe.model, num_labels=len(labels), id2label=names, label2id={v: k for k, v in names.items()}, **options
         )
+        model.config.get_text_config().pad_token_id = pad  # decoders read the last token that is none
+        return model
     except (OSError, ValueError) as e:
         raise ConfigError(f"{recipe.model!r} cannot be loaded for {recipe.task}: {_first_line(e)}") from e
+
+
+@torch.no_grad()
+def _check_positions(model: Any, longest: int) -> None:
+    """Raise ConfigError if rows are longer than the model's table of positions: found out by trying the last one."""
+    place = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "position_ids": torch.tensor([[longest - 1]])}
+    try:
+        model(**{k: v.to(model.device) for k, v in place.items()})
+    except IndexError as e:
+        have = getattr(model.config, "max_position_embeddings", "fewer")
+        raise ConfigError(f"The data have rows of {longest} tokens, and the model has {have} positions. Give a smaller --length.") from e
+    except Exception:  # a model that takes no positions
+        return
 
 
 def _first_line(e: BaseException) -> str:
@@ -232,7 +250,7 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
             self.model.save_pretrained(output_dir or self.args.output_dir)
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-            load_into(self.model, "default", read_adapter(resume_from_checkpoint), check_config=False)
+            load_into(self.model, "default", read_adapter(resume_from_checkpoint), check_base="error")
 
         def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
             super()._save_optimizer_and_scheduler(output_dir)
@@ -358,8 +376,7 @@ def _picture_schedule(record: dict[str, Any], recipe: Recipe, prepared: Prepared
     for _ in range(steps):
         curve.append(one.param_groups[0]["lr"])
         one.step()
-        if recipe.schedule != "reduce_lr_on_plateau":  # which follows the loss
-            scheduler.step()
+        scheduler.step()
     picture_of_schedule(path, rate_groups(recipe, prepared.model), steps, lambda s: curve[s], freezing)
 
 

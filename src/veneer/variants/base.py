@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ class Variant:
         kinds: the kinds of site it acts on.
         starts: the `init_lora_weights` it goes with; None: any.
         starts_as_identity: whether a fresh adapter changes nothing.
+        stacking: how it acts on a layer together with other adapters; see `Method`.
         acts: whether it does something when an optimizer steps.
         example, exceptions, unmergeable, routes, takes: as of a method, `example` being the one field's value or all it takes.
     """
@@ -32,6 +33,7 @@ class Variant:
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     starts: ClassVar[tuple[bool | str, ...] | None] = (True, False, "gaussian", "orthogonal")
     starts_as_identity: ClassVar[bool] = True
+    stacking: ClassVar[Literal["sum", "chain"]] = "sum"
     acts: ClassVar[bool] = False
     example: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     exceptions: ClassVar[Mapping[str, str]] = MappingProxyType({})

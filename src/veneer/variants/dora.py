@@ -19,11 +19,14 @@ from .base import Variant
 class Dora(Variant):
     """W' = m ⊙ (W + s B A) / ‖W + s B A‖ row by row.
 
-    The norm is detached; m (n_out,) starts as the norm and is trained. Liu et al. 2024, arXiv:2402.09353.
+    The norm is detached; m (n_out,) starts as the norm and is trained. Liu et al. 2024, arXiv:2402.09353. Together with other adapters, m / ‖W + s B A‖
+    scales what those before it in the list make of W, too. Of a convolution with groups, PEFT takes the norm of another matrix, so that files with such a
+    layer mean something else there.
     """
 
     field: ClassVar[str] = "use_dora"
     in_pieces: ClassVar[bool] = True
+    stacking: ClassVar[Any] = "chain"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv"})
     starts: ClassVar[tuple[bool | str, ...] | None] = None
     example: ClassVar[Any] = {"use_dora": True}

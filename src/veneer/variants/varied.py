@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -26,6 +26,10 @@ class Varied(Method):
     @property
     def starts_as_identity(self) -> bool:
         return variant_of(self).starts_as_identity
+
+    @property
+    def stacking(self) -> Literal["sum", "chain"]:  # type: ignore[override]
+        return variant_of(self).stacking
 
     @property
     def exceptions(self) -> Mapping[str, str]:  # type: ignore[override]  # a variant's own
