@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -146,6 +148,37 @@ def test_ensured_tying_trains_and_merges_one_pair_of_factors() -> None:
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(tokens), y, atol=1e-5, rtol=0)
     torch.testing.assert_close(merged.embed.weight, merged.head.weight)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("targets", [["embed"], ["embed", "head"]])
+def test_new_rows_of_a_table_are_those_of_a_head_tied_to_it(targets: list[str], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, tokens = Tied(), torch.randint(0, 20, (2, 5))
+    model = _trained(veneer.get_peft_model(copy.deepcopy(base), veneer.TrainableTokensConfig(token_indices=[3, 7], target_modules=targets)))
+    (rows,) = [p for p in model.parameters() if p.requires_grad]
+    naive = copy.deepcopy(base)
+    with torch.no_grad():
+        naive.embed.weight[[3, 7]] = rows
+    y = model(tokens)
+    torch.testing.assert_close(y, naive(tokens))
+    model.save_pretrained(tmp_path)
+    keys = set(load_file(tmp_path / "adapter_model.safetensors"))
+    assert keys == {f"base_model.model.{n}.trainable_tokens_delta" for n in ("embed", "head")}  # as PEFT's files
+    torch.testing.assert_close(veneer.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(tokens), y)
+    torch.testing.assert_close(model.merge_and_unload()(tokens), y, atol=1e-5, rtol=0)
+
+
+def test_two_adapters_with_copies_of_tied_modules_mix_in_a_batch() -> None:
+    torch.manual_seed(0)
+    config = veneer.LoraConfig(r=2, target_modules=["mix"], modules_to_save=["embed"], ensure_weight_tying=True)
+    model, tokens = veneer.get_peft_model(Tied(), config, "a"), torch.randint(0, 20, (2, 5))
+    model.add_adapter("b", copy.deepcopy(config))
+    model.set_requires_grad(["a", "b"])
+    _trained(model)
+    rows = model(tokens, adapter_names=["b", "a"])
+    for row, name in enumerate("ba"):
+        with model.using(name):
+            torch.testing.assert_close(rows[row], model(tokens)[row])
 
 
 def test_a_module_used_at_two_places_is_adapted_once() -> None:

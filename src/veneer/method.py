@@ -185,6 +185,11 @@ class Method(PeftConfig):
         each of their names; in memory the first keeps it."""
         return {}
 
+    def tied(self) -> Mapping[str, tuple[str, bool]]:
+        """What a head takes of the adapter on the embedding whose weight it shares: by its own leaf, the embedding's, and whether it is transposed.
+        Empty: such a head has tensors of its own, where it is a target, or none."""
+        return {}
+
     def modules(self, model: nn.Module, sites: Sequence[Place], *, empty: bool = False) -> Mapping[str, nn.Module]:
         """Whole modules that the adapter trains outside the model's layers, by their names in the file: the tuner keeps them.
 

@@ -277,9 +277,10 @@ def _parameter_layer(module: nn.Module, name: str) -> AdaptedLayer | None:
 
 
 def tie_targets(model: nn.Module, config: Method, staged: list[Staged], adapter: str, switch: Switch) -> list[Staged]:
-    """ensure_weight_tying: a head tied to a targeted embedding takes the embedding's factors, transposed, a target itself or not."""
+    """A head tied to a targeted embedding takes the embedding's tensors where the method says so, a target itself or not."""
     more: list[Staged] = []
-    if not getattr(config, "ensure_weight_tying", False):
+    leaves = config.tied()
+    if not leaves:
         return more
     by_module = {id(s.layer.get_base_layer()): s for s in staged}
     for s in staged:
@@ -291,10 +292,7 @@ def tie_targets(model: nn.Module, config: Method, staged: list[Staged], adapter:
                 at = path.removesuffix(".base_layer")
                 head = stage(model.get_submodule(at), at, config, adapter, switch)
                 more.append(head)
-            head.attached.derived = {
-                "lora_A": (s.attached, "lora_embedding_B", True),
-                "lora_B": (s.attached, "lora_embedding_A", True),
-            }
+            head.attached.derived = {mine: (s.attached, leaf, transposed) for mine, (leaf, transposed) in leaves.items()}
     return more
 
 
@@ -322,9 +320,11 @@ def stage_saved(model: nn.Module, selection: Selection, config: Any, adapter: st
         wrappers[id(original)] = wrapper
         out.append((path, wrapper, new, shares[0] if shares else None))
         if tie:
-            for other_path, other in tied_to(model, cast(nn.Module, original)):
-                if all(other is not m for _, m in todo) and id(other) not in wrappers:
-                    todo.append((other_path, other))
+            for inner, _ in tied_to(model, cast(nn.Module, original)):
+                at = inner.removesuffix(".original_module").removesuffix(".base_layer")  # another adapter may have wrapped it
+                other = model.get_submodule(at)
+                if all(other is not m for _, m in todo) and other is not wrapper:
+                    todo.append((at, other))
     return out
 
 

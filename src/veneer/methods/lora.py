@@ -155,6 +155,9 @@ class LoraConfig(Varied, peft_type="LORA"):
             out["lora_B0"] = Leaf((site.n_out, r), nn.init.zeros_, attr="weight", trainable=False, saved="start")
         return variant_of(self).leaves(self, site, out)
 
+    def tied(self) -> Mapping[str, tuple[str, bool]]:
+        return {"lora_A": ("lora_embedding_B", True), "lora_B": ("lora_embedding_A", True)} if self.ensure_weight_tying else {}
+
     def start(self, site: Any, *, only_frozen: bool = False) -> Mapping[str, Tensor]:
         given = starting_leaves(self, site, only_frozen=only_frozen)
         return given if only_frozen else {**given, **variant_of(self).start(self, site, given)}

@@ -20,7 +20,8 @@ from ..ops import ReplaceRows
 class TrainableTokensConfig(Method, peft_type="TRAINABLE_TOKENS"):
     """T'[i] = δ_i for the chosen rows i of the table T (vocabulary, width), T' = T elsewhere.
 
-    `trainable_tokens_delta` (k, width) holds the whole new rows, not differences; it starts as the table's own.
+    `trainable_tokens_delta` (k, width) holds the whole new rows, not differences; it starts as the table's own. A head that shares the table's weight
+    has the same new rows, a target itself or not.
     """
 
     token_indices: list[int] = field(default_factory=list)
@@ -64,6 +65,9 @@ class TrainableTokensConfig(Method, peft_type="TRAINABLE_TOKENS"):
         if only_frozen or not self.init_weights:
             return {}
         return {"trainable_tokens_delta": _table(site)[torch.tensor(self.token_indices, device=site.weight().device)].clone()}
+
+    def tied(self) -> Mapping[str, tuple[str, bool]]:
+        return {"trainable_tokens_delta": ("trainable_tokens_delta", False)}
 
     def change(self, p: Any, site: Any) -> Change:
         table, values = _table(site), p.trainable_tokens_delta
