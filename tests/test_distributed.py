@@ -56,6 +56,12 @@ def check(results: dict[str, dict[str, Any]], adapter: float = 1e-4, losses: flo
         assert r.get("merged", 0.0) < adapter, (method, r)
 
 
+def check_said(said: dict[str, Any], words: dict[str, str]) -> None:
+    """What was refused, each with its words."""
+    assert said.keys() == words.keys(), said
+    assert all(word in said[name] for name, word in words.items()), said
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     """Where two processes have left what they found, and their end: one kills itself under DDP."""
@@ -118,8 +124,7 @@ def test_what_a_plan_leaves_no_place_for_is_refused(tmp_path: Path) -> None:
         "copy": "Qwen3RMSNorm has been given a forward of its own",
         "piece": "shape (16, 32), and the layer's is (32, 32)",
     }
-    assert said.keys() == words.keys(), said
-    assert all(word in said[name] for name, word in words.items()), said
+    check_said(said, words)
 
 
 @pytest.mark.slow
@@ -150,8 +155,7 @@ def test_packed_weights_that_a_plan_has_cut_are_refused(tmp_path: Path) -> None:
         "tp": {"nf4": f"{unknown} Linear4bit", "int8": f"{unknown} Linear8bitLt", "quanto": f"{unknown} QLinear"},
     }
     for layout, words in wanted.items():
-        said = found[layout]["lora"]
-        assert said.keys() == words.keys() and all(word in said[name] for name, word in words.items()), said
+        check_said(found[layout]["lora"], words)
 
 
 @pytest.mark.slow
@@ -165,8 +169,7 @@ def test_what_comes_too_late_to_a_sharded_model_is_refused(tmp_path: Path) -> No
         "unloaded": "save_merged",
         "int8": "have lost their scales",
     }
-    assert said.keys() == words.keys(), said
-    assert all(word in said[name] for name, word in words.items()), said
+    check_said(said, words)
 
 
 @pytest.mark.parametrize(

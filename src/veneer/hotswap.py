@@ -95,7 +95,7 @@ def prepare_model_for_compiled_hotswap(
     for name, layer, a in loras:
         if not isinstance(layer.scaling[name], Tensor):
             site = layer.weight_site
-            device = site.codec.weight(layer.get_base_layer(), site.weight_name.rpartition(".")[2]).device
+            device = site.codec.weight(layer.get_base_layer(), site.weight_key).device
             layer.scaling[name] = torch.tensor(float(layer.scaling[name]), device=device)
         a.kept = None
     for layer, a, new in roomy:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .blocks.saved import ModulesToSaveWrapper
 from .checkpoint.base import BASE_KEY, differing, get_base_model_state_dict
+from .checkpoint.keys import PREFIX
 from .checkpoint.load import read_adapter
 from .checkpoint.shards import DTYPES, INDEX, New, Stored, weights_in, write_index, write_shard
 from .engine.holders import Tensors
@@ -193,8 +194,8 @@ def _complete(path: str, layer: AdaptedLayer, name: str) -> None:
 def _skeleton(stored: Mapping[str, Stored], adapter: Path) -> nn.Module:
     """Modules on the meta device that have the names and shapes of the files, as far as the adapter can mean them."""
     tensors = read_adapter(adapter).tensors
-    tables = {k.partition(".lora_embedding_")[0].removeprefix("base_model.model.") for k in tensors if ".lora_embedding_" in k}
-    tables |= {k.partition(".token_adapter")[0].removeprefix("base_model.model.") for k in tensors if ".token_adapter" in k}
+    tables = {k.partition(".lora_embedding_")[0].removeprefix(PREFIX) for k in tensors if ".lora_embedding_" in k}
+    tables |= {k.partition(".token_adapter")[0].removeprefix(PREFIX) for k in tensors if ".token_adapter" in k}
     flipped = bool(_config(adapter, "adapter_config.json").get("fan_in_fan_out")) or any(_is_flipped(name, stored) for name in stored)
     root = _Skeleton()
     for name, place in stored.items():
@@ -207,9 +208,7 @@ def _skeleton(stored: Mapping[str, Stored], adapter: Path) -> nn.Module:
         elif leaf not in module._parameters:
             t = torch.empty(place.shape, dtype=DTYPES.get(place.dtype, torch.uint8), device="meta")
             module.register_parameter(leaf, nn.Parameter(t, requires_grad=False))
-    held = {
-        k.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".base_layer") for k in tensors if k.endswith(".weight")
-    }
+    held = {k.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".base_layer") for k in tensors if k.endswith(".weight")}
     root.held = sorted((p for p in held if f"{p}.weight" in stored), key=lambda p: p not in tables)
     return root
 

@@ -113,10 +113,15 @@ def spread_like(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value, mesh, placements, src_data_rank=None)
 
 
+def is_unit(module: nn.Module) -> bool:
+    """Whether FSDP2 has made this module one of its units."""
+    return hasattr(module, "set_modules_to_forward_prefetch")
+
+
 def reshard(model: nn.Module) -> None:
     """Let FSDP2 put back in pieces what it has left whole after a call, so that what is written next is what it will gather."""
     for module in model.modules():
-        if hasattr(module, "set_modules_to_forward_prefetch"):
+        if is_unit(module):
             module.reshard()  # type: ignore[operator]
 
 
@@ -124,8 +129,7 @@ def sharded_modules(model: nn.Module) -> set[int]:
     """The ids of all modules whose tensors FSDP2 keeps."""
     if not (dist.is_available() and dist.is_initialized()):
         return set()
-    units = [m for m in model.modules() if hasattr(m, "set_modules_to_forward_prefetch")]
-    return {id(m) for unit in units for m in unit.modules()}
+    return {id(m) for unit in model.modules() if is_unit(unit) for m in unit.modules()}
 
 
 def is_flat(model: nn.Module) -> bool:

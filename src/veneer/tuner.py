@@ -150,7 +150,7 @@ class Tuner(nn.Module):
     def targeted_parameter_names(self) -> list[str]:
         """The parameters that are adapted one by one (target_parameters), by their names in the user's model."""
         found = (layer for _, layer in adapted_layers(self.model) if layer.site.kind == "parameter")
-        return [f"{layer.name}.{layer.weight_site.weight_name.rpartition('.')[2]}" for layer in found]
+        return [f"{layer.name}.{layer.weight_site.weight_key}" for layer in found]
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Let one or several adapters act (their effects add up) and train (not in inference mode).

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..engine.layer import adapted_layers
 from ..errors import ConfigError
 from ..types import name_of
+from .keys import PREFIX
 from .save import get_peft_model_state_dict, write_adapter
 
 
@@ -40,7 +41,7 @@ def save_expanded(model: Any, config: Any, adapter: str, folder: Path, is_main_p
             continue
         done += 1
         for suffix, factor, dim, sign in (("lora_A", start[0], 0, 1.0), ("lora_B", start[1], 1, -1.0)):
-            key = f"{path}.{suffix}.weight" if f"{path}.{suffix}.weight" in tensors else f"base_model.model.{path}.{suffix}.weight"
+            key = f"{path}.{suffix}.weight" if f"{path}.{suffix}.weight" in tensors else f"{PREFIX}{path}.{suffix}.weight"
             now: Tensor = tensors[key]
             tensors[key] = torch.cat([now, sign * factor.to(now)], dim)
     if not done:
@@ -55,5 +56,5 @@ def save_expanded(model: Any, config: Any, adapter: str, folder: Path, is_main_p
     else:
         new.lora_alpha, new.alpha_pattern = 2 * config.lora_alpha, {k: 2 * v for k, v in (config.alpha_pattern or {}).items()}
     new.init_lora_weights = True
-    prefixed = {k if k.startswith("base_model.model.") else f"base_model.model.{k}": v for k, v in tensors.items()}
+    prefixed = {k if k.startswith(PREFIX) else f"{PREFIX}{k}": v for k, v in tensors.items()}
     write_adapter(prefixed, new, folder)

@@ -35,11 +35,5 @@ def _nests(root: nn.Module, adapter: str) -> dict[str, list[tuple[str, str]]]:
     found: dict[str, list[tuple[str, str]]] = {}
     for path, layer in adapted_layers(root):
         if isinstance(layer.site, ParameterSite) and adapter in layer.attached:
-            found.setdefault(_outermost(path), []).append((path, layer.site.weight_name.rpartition(".")[2]))
-    return {path: sorted(layers, key=lambda at: -len(at[0])) for path, layers in found.items() if len(layers) > 1}
-
-
-def _outermost(path: str) -> str:
-    while path.endswith(".base_layer"):
-        path = path.removesuffix(".base_layer")
-    return path
+            found.setdefault(layer.name, []).append((path, layer.site.weight_key))
+    return {name: layers[::-1] for name, layers in found.items() if len(layers) > 1}  # a wrapper comes before what it wraps

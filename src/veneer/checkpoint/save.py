@@ -252,14 +252,15 @@ def check_tensors(tensors: Mapping[str, Tensor], empty_ones: Collection[str] = (
             f"{_some(empty)} of size 0: the values are on other processes (ZeRO-3, FSDP). Gather them first "
             "(deepspeed.zero.GatheredParameters), or pass the gathered state_dict."
         )
-    bad = [k for k, t in tensors.items() if (t.is_floating_point() or t.is_complex()) and not _finite(t)]
+    bad = [k for k, t in tensors.items() if (t.is_floating_point() or t.is_complex()) and not finite(t)]
     if bad:
         raise SaveError(
             f"{_some(bad)} not finite (NaN or inf): the training has diverged. Nothing was written; go back to an earlier checkpoint."
         )
 
 
-def _finite(t: Tensor) -> bool:
+def finite(t: Tensor) -> bool:
+    """Whether all numbers are, of a tensor of any floating dtype."""
     return bool(torch.isfinite(t if t.dtype.itemsize >= 2 else t.float()).all())
 
 

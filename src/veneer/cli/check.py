@@ -33,15 +33,12 @@ def check(
             raise ConfigError("Give an adapter's folder or file, or else --method with its fields, and not both.")
         if path is not None and fields:
             raise ConfigError(f"Fields such as --{next(iter(fields))} go with --method; {path!r} has a config of its own.")
-        known = (
-            [f.name for f in dataclasses.fields(config_class(str(method).upper().replace("-", "_"))) if f.init]
-            if method is not None
-            else []
-        )
+        kind = str(method).upper().replace("-", "_")
+        known = [f.name for f in dataclasses.fields(config_class(kind)) if f.init] if path is None else []
         for name in fields:
             if name not in known:
                 raise ConfigError(f"--method {method} has no field {name!r}.{hint(name, known)}")
-        asked = path if path is not None else PeftConfig.from_peft_type(peft_type=str(method).upper().replace("-", "_"), **fields)
+        asked = path if path is not None else PeftConfig.from_peft_type(peft_type=kind, **fields)
         findings = run(asked, runtime, max_rank=max_rank, model_type=model_type)
     except (PeftError, ValueError, ImportError) as e:
         typer.echo(f"veneer check: {e}", err=True)

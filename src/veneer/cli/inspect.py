@@ -6,11 +6,11 @@ import json
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
 from ..errors import ConfigError, PeftError
+from .say import on_stdout, refuse
 
 
 def inspect(
@@ -27,8 +27,7 @@ def inspect(
         if picture is not None:
             found.picture(picture)
     except PeftError as e:
-        Console(stderr=True, markup=False).print(Panel(str(e), title="veneer inspect", border_style="red"))
-        raise typer.Exit(2) from None
+        refuse("inspect", e)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2, default=str))
     else:
@@ -63,7 +62,7 @@ def _number(x: float | None) -> str:
 
 
 def _show(found: Any) -> None:
-    out = Console(markup=False)
+    out = on_stdout()
     lines = [f"{found.method} on {found.base or 'an unknown base model'}"]
     lines.append(
         f"{found.parameters:,} numbers in {len(found.layers)} layers, {found.bytes / 2**20:,.1f} MiB, {', '.join(found.dtypes) or 'no tensors'}"

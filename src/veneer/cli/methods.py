@@ -32,8 +32,9 @@ def methods(
 
 
 def _show(entries: list[Any], layer: str) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from .say import on_stdout
 
     if len(entries) == 1:
         (e,) = entries
@@ -41,7 +42,7 @@ def _show(entries: list[Any], layer: str) -> None:
         lines += [f"numbers on {layer}: {e.numbers:,}"] if e.numbers is not None else []
         lines += [f"merges: {_said(e.merge)};  rows of one batch: {_said(e.rows)};  to LoRA: {_said(e.to_lora)}"]
         lines += [f"{text}: {address}" for text, address in e.papers]
-        Console(markup=False).print("\n".join(lines), highlight=False)
+        on_stdout().print("\n".join(lines), highlight=False)
         return
     table = Table("method", "what it does", f"numbers\n{layer}", "sites", "merges", "to LoRA")
     for e in entries:
@@ -49,7 +50,7 @@ def _show(entries: list[Any], layer: str) -> None:
         table.add_row(
             e.name, e.formula, numbers, ", ".join(e.sites), "yes" if e.merge is True else "no", "yes" if e.to_lora is True else "no"
         )
-    Console(markup=False).print(table)
+    on_stdout().print(table)
 
 
 def _said(value: bool | str) -> str:

@@ -6,14 +6,12 @@ import json
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
 from ..errors import PeftError
+from .say import on_stdout, refuse
 from .train import method_fields
-
-_console = Console(stderr=True, markup=False)
 
 
 def plan(
@@ -37,8 +35,7 @@ def plan(
     try:
         found = run(config, {**given, "method_fields": method_fields(list(context.args))})
     except PeftError as e:
-        _console.print(Panel(str(e), title="veneer plan", border_style="red"))
-        raise typer.Exit(2) from None
+        refuse("plan", e)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2, default=str))
     else:
@@ -58,7 +55,7 @@ def run(path: str | None, given: dict[str, Any]) -> Any:
 
 
 def _show(found: Any, every_module: bool) -> None:
-    out = Console(markup=False)
+    out = on_stdout()
     hit = Table(title=f"{found.method}: hit", title_justify="left")
     for column in ("module", "kind", "weight", "rank", "layers", "trained parameters"):
         hit.add_column(column, justify="left" if column in ("module", "kind") else "right")

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.panel import Panel
 
 from ..errors import ConfigError, PeftError
+from .say import on_stderr, refuse
 
 _ROWS = 4  # of a batch of the rank search
 
@@ -32,21 +32,17 @@ def suggest(
             raise ConfigError(f"--out {out!r} is no file in a folder that is there.")
         found, recipe = run(model, data, memory, parameters, length, search, batches, task, dtype)
     except PeftError as e:
-        Console(stderr=True, markup=False).print(Panel(str(e), title="veneer suggest", border_style="red"))
-        raise typer.Exit(2) from None
+        refuse("suggest", e)
     import yaml
 
-    Console(stderr=True, markup=False).print(Panel(str(found), title="why", border_style="green"))
+    on_stderr().print(Panel(str(found), title="why", border_style="green"))
     text = yaml.safe_dump(recipe, sort_keys=False)
     typer.echo(text, nl=False)
     if out is not None:
         try:
             Path(out).write_text(text, encoding="utf-8")
         except OSError as e:
-            Console(stderr=True, markup=False).print(
-                Panel(f"The recipe could not be written: {e}", title="veneer suggest", border_style="red")
-            )
-            raise typer.Exit(2) from None
+            refuse("suggest", f"The recipe could not be written: {e}")
 
 
 def run(

@@ -9,15 +9,15 @@ import warnings
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..errors import ConfigError, PeftError
 from ..training.processes import is_first, processes
+from .say import on_stderr, refuse
 
-_console = Console(stderr=True, markup=False, quiet=not is_first())  # of several processes one speaks
+_console = on_stderr(quiet=not is_first())  # of several processes one speaks
 
 
 def train(
@@ -57,8 +57,7 @@ def train(
         if isinstance(e, KeyboardInterrupt):
             _console.print("Interrupted. What was saved stays; run the same command with --resume to go on.", style="yellow")
             raise typer.Exit(130) from None
-        _console.print(Panel(str(e), title="veneer train", border_style="red"))
-        raise typer.Exit(2) from None
+        refuse("train", e, _console)
 
 
 def method_fields(words: list[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..engine.tree import places
 from ..errors import ConfigError, hint
-from ..method import ending
+from ..method import fits as by_name
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _leaf(name: str) -> str:
 
 def fits(key: str, t: Trained) -> bool:
     """Whether a key of a table means this tensor: its module, or the module with the tensor's name, or an end of either; a regular expression."""
-    return any(ending(key).match(n) is not None for n in (t.module, t.name))
+    return any(by_name(key, n) for n in (t.module, t.name))
 
 
 def check_table(what: str, table: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..change import Change
-from ..kernels.autograd import transformed
+from ..kernels.autograd import autocast_dtype, transformed
 from ..kernels.norms import checksum
 from ..method import Method
 from ..ops import LowRank, Switched
@@ -50,7 +50,7 @@ def _recalled(layer: AdaptedLayer, a: Attached, scaling: float) -> Any:
     """The change as it was the last time, if all it is made of is equal to what it was."""
     assert a.place is not None
     tensors = Tensors(a)
-    autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    autocast = autocast_dtype("cpu")
     before = a.recalled
     if before is not None and before.holds(scaling, vars(tensors), lambda: checksum(layer.frozen_weight()), autocast):
         return before.change

@@ -138,14 +138,14 @@ def _formed(path: str, layer: AdaptedLayer, names: list[str]) -> tuple[dict[str,
     frozen, changes = layer.frozen_tensors(), layer.changes(names, at_rest=True)
     if by_rows(layer, changes):
         site = layer.weight_site
+        b = frozen.get(site.bias_name)
+        shifts = any(c.shift is not None or (b is not None and c.left is not None and c.left_on_bias) for c, _ in changes)
+        _check_held(path, layer, frozen, [site.weight_name] + [site.bias_name] * shifts)
         new, lost = merge_rows(layer, changes, frozen[site.weight_name])
         rounded = {site.weight_name: new}
-        b = frozen.get(site.bias_name)
-        if any(c.shift is not None or (b is not None and c.left is not None and c.left_on_bias) for c, _ in changes):
-            shifted = bias(changes, b if b is None else b.to(torch.promote_types(b.dtype, torch.float32)))
-            _check_held(path, layer, frozen, {site.bias_name})
-            rounded[site.bias_name] = shifted.to(frozen[site.bias_name].dtype)  # type: ignore[union-attr]
-        _check_held(path, layer, frozen, rounded)
+        if shifts and b is not None:
+            shifted = bias(changes, b.to(torch.promote_types(b.dtype, torch.float32)))
+            rounded[site.bias_name] = shifted.to(b.dtype)  # type: ignore[union-attr]
         check_finite(path, names, *rounded.values())
         return rounded, lost
     wide = {k: t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t for k, t in frozen.items()}

@@ -270,7 +270,7 @@ def stage_parameters(model: nn.Module, selection: Selection, config: Method, ada
 
 def _parameter_layer(module: nn.Module, name: str) -> AdaptedLayer | None:
     while isinstance(module, AdaptedLayer):
-        if isinstance(module.site, ParameterSite) and module.site.weight_name.rpartition(".")[2] == name:
+        if isinstance(module.site, ParameterSite) and module.site.weight_key == name:
             return module
         module = module.base_layer
     return None

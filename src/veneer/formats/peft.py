@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..checkpoint.keys import PREFIX
 from ..checkpoint.load import read_adapter
 from ..checkpoint.save import write_adapter
 from ..config import PeftConfig
@@ -21,7 +22,6 @@ from ..methods.lora import LoraConfig
 from ..variants import VARIANTS
 from .adapter import COMPONENTS, Adapter, Factors, Part, flat
 
-PREFIX = "base_model.model."
 _TENSOR = re.compile(
     r"(?P<path>.+)\.(?P<what>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B|lora_magnitude_vector(\.weight)?)"
 )

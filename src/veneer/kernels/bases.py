@@ -18,14 +18,18 @@ def scaled_bases(a: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         a: (r, 1, m), frozen.  rows: (r, N).  columns: (N, m).
     """
     if transformed():
-        return rows.unsqueeze(-1) * a * columns
+        return _ordinary(a, rows, columns)
     out: Tensor = _ScaledBases.apply(a, rows, columns)  # type: ignore[no-untyped-call]
     return out
 
 
+def _ordinary(a: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    return rows.unsqueeze(-1) * a * columns
+
+
 def _again(ctx: Any, _: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
     a, rows, columns = ctx.saved_tensors
-    return rows.unsqueeze(-1) * a * columns, (None, rows, columns)
+    return _ordinary(a, rows, columns), (None, rows, columns)
 
 
 class _ScaledBases(torch.autograd.Function):

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.base import START_KEY
+from ..checkpoint.keys import PREFIX
 from ..checkpoint.load import AdapterFile, load_start, read_adapter, read_safetensors
+from ..checkpoint.save import finite
 from ..control.spectra import effective_rank, singular_values
 from ..deltas.thin import of_product
 from ..engine.layer import adapted_layers
@@ -26,7 +28,6 @@ from ..errors import ConfigError, LoadError, PeftError, hint
 from ..method import Method, config_class
 from .problems import Problem, build
 
-_PREFIX = "base_model.model."
 _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"), ("lora_down.weight", "lora_up.weight"))
 _CONFIG = "adapter_config.json"
 _OWN = ("auto_mapping", "peft_version", "peft_type")
@@ -232,7 +233,7 @@ def _read_layers(out: Inspection, file: AdapterFile, config: Any) -> None:
 
 def _split(key: str, prefix: str) -> tuple[str, str]:
     """(module, the tensor's name there)."""
-    parts = key.removeprefix(_PREFIX).split(".")
+    parts = key.removeprefix(PREFIX).split(".")
     at = next((i for i, p in enumerate(parts) if p.startswith((prefix, "lora_"))), max(len(parts) - 1, 0))
     return ".".join(parts[:at]) or "(outside the layers)", ".".join(parts[at:])
 
@@ -259,11 +260,7 @@ def _scale(config: Any, layer: str, tensors: Mapping[str, Tensor], rank: int) ->
 
 
 def _check_values(out: Inspection, file: AdapterFile) -> None:
-    broken = [
-        k
-        for k, t in file.tensors.items()
-        if t.is_floating_point() and not bool(torch.isfinite(t if t.dtype.itemsize > 1 else t.float()).all())
-    ]
+    broken = [k for k, t in file.tensors.items() if t.is_floating_point() and not finite(t)]
     if broken:
         more = f" and {len(broken) - 1} more tensors" if broken[1:] else ""
         out.problems.append(

@@ -286,10 +286,9 @@ def _runner(shape: Any, rows: int, length: int, loss: Any) -> Callable[[], Tenso
         headless = HeadlessLoss(inner, path)
         if any(c.is_prompt_learning for c in getattr(shape, "peft_config", {}).values()):
             with torch.no_grad():
-                if (
-                    headless.hidden(shape, {"input_ids": ids[:1]}).shape[1] != length
-                ):  # the prompt comes out too: training takes the model's own loss
-                    return _own(shape, ids)
+                out = headless.hidden(shape, {"input_ids": ids[:1]}).shape[1]
+            if out != length:  # the prompt comes out too: training takes the model's own loss
+                return _own(shape, ids)
 
         def run() -> Tensor:
             h = headless.hidden(shape, {"input_ids": ids})[:, :-1]

@@ -87,9 +87,13 @@ class Site(Adaptable):
     def stored(self, w: Tensor) -> Tensor:
         """W in the module's own layout, a view; the inverse of `canonical`."""
 
+    @property
+    def weight_key(self) -> str:
+        """What the module that holds the weight calls it."""
+        return self.weight_name.rpartition(".")[2]
+
     def where(self, module: nn.Module) -> tuple[torch.device, torch.dtype]:
-        name = self.weight_name.rpartition(".")[2]
-        return self.codec.device(module, name), self.codec.dtype(module, name)
+        return self.codec.device(module, self.weight_key), self.codec.dtype(module, self.weight_key)
 
     def tensors(self, module: nn.Module) -> dict[str, Tensor]:
         b = self.bias(module)

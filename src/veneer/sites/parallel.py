@@ -15,12 +15,12 @@ from torch.autograd.function import once_differentiable
 
 from ..bases import Codec
 from ..errors import ConfigError
-from ..sharding import is_dtensor, shape_of, whole
+from ..sharding import is_dtensor, is_unit, shape_of, whole
 
 
 def is_parallel(module: nn.Module, w: Any) -> bool:
     """Whether a plan has cut the weight, rather than FSDP2, which has modules of its own class."""
-    return type(w) not in (Tensor, nn.Parameter) and hasattr(w, "device_mesh") and not hasattr(module, "set_modules_to_forward_prefetch")
+    return type(w) not in (Tensor, nn.Parameter) and hasattr(w, "device_mesh") and not is_unit(module)
 
 
 def is_cut(module: nn.Module) -> bool:
@@ -30,7 +30,7 @@ def is_cut(module: nn.Module) -> bool:
 
 def is_planned(model: nn.Module) -> bool:
     """Whether a plan has cut one of the model's tensors; asked at any time, FSDP2's modules are told apart."""
-    return not any(hasattr(m, "set_modules_to_forward_prefetch") for m in model.modules()) and is_cut(model)
+    return not any(map(is_unit, model.modules())) and is_cut(model)
 
 
 def check_runs_as_copy(module: nn.Module, path: str) -> None:
