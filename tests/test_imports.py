@@ -70,7 +70,7 @@ ALLOWED = {
     "ops": {"errors", "kernels"},
     "kernels": set(),
     "change": {"ops", "errors"},
-    "bases": {"errors", "sharding"},
+    "bases": {"errors", "kernels", "sharding"},
     "deltas": {"errors"},
     "methods": {"change", "ops", "method", "config", "types", "errors", "inits", "kernels", "schedules", "variants", "routes"},
     "schedules": {"method", "errors"},

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..errors import MergeError
+from ..kernels.products import linear
 
 
 class Codec(ABC):
@@ -56,7 +56,7 @@ class Codec(ABC):
 
     def multiply(self, module: nn.Module, x: Tensor) -> Tensor:
         """x Wᵀ, without the bias, in the dtype of x, as the storage multiplies it; called without gradients."""
-        return F.linear(x, self.weight(module, dtype=x.dtype))
+        return linear(x, self.weight(module, dtype=x.dtype))
 
     def packed(self, module: nn.Module) -> dict[str, Tensor]:
         """The tensors that the weight is stored in, by name: what never changes while adapters train."""

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ..kernels.products import linear
 from .base import Codec, class_names, flat, tensors_in, twin
 
 
@@ -54,7 +54,7 @@ class Bnb4bit(Codec):
     def multiply(self, module: Any, x: Tensor) -> Tensor:
         state = self._state(module)
         if state is None or getattr(state, "packing_format_for_cpu", False):
-            return F.linear(x, self.weight(module, dtype=x.dtype))
+            return linear(x, self.weight(module, dtype=x.dtype))
         from bitsandbytes import matmul_4bit
 
         y: Tensor = matmul_4bit(x.to(module.compute_dtype or x.dtype), module.weight.data.t(), quant_state=state)

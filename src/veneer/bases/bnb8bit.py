@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..errors import ConfigError
+from ..kernels.products import linear
 from .base import Codec, class_names, twin
 
 
@@ -53,7 +53,7 @@ class Bnb8bit(Codec):
 
     def multiply(self, module: Any, x: Tensor) -> Tensor:
         if self._parts(module)[1] is None:
-            return F.linear(x, self.weight(module, dtype=x.dtype))
+            return linear(x, self.weight(module, dtype=x.dtype))
         from bitsandbytes import matmul
 
         if module.weight.CB is not None:

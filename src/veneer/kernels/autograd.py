@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:
@@ -67,3 +68,15 @@ def stand_in(n: int, like: Tensor, dtype: torch.dtype | None) -> Tensor | None:
 def transformed() -> bool:
     """Whether a transform of torch.func (grad, vmap, jvp …) is on its way, which ordinary functions alone go through."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def by_hand(w: Any, *parts: Tensor) -> bool:
+    """Whether a fused function, which has no gradient for W and goes through no transform of torch.func, is to be taken."""
+    if isinstance(w, Tensor) and w.requires_grad and torch.is_grad_enabled():
+        return False
+    return not transformed() and all(map(ordinary, (w, *parts)))
+
+
+def ordinary(t: Any) -> bool:
+    """Whether the fused functions know how to handle it: no sharded or otherwise special tensor."""
+    return type(t) in (Tensor, torch.nn.Parameter, FakeTensor) or not isinstance(t, Tensor) or torch.compiler.is_compiling()

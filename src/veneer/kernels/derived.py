@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import reference
-from .autograd import autocast_dtype, no_autocast, stand_in, written_out
-from .lowrank import by_hand, shaped_like
+from .autograd import autocast_dtype, by_hand, no_autocast, stand_in, written_out
+from .lowrank import shaped_like
+from .products import addmm_, linear, mm
 
 Make = Callable[..., Tensor]
 
@@ -53,7 +54,7 @@ def _forward(x: Tensor, w: Tensor, b: Tensor | None, d: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if _one(w, d):
         return F.linear(rows, w + d, b)
-    return F.linear(rows, w, b).addmm_(rows, d.to(x.dtype).mT)
+    return addmm_(linear(rows, w, b), rows, d.to(x.dtype).mT)
 
 
 def _again(ctx: Any, dy: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
@@ -80,10 +81,10 @@ class _DerivedLinear(torch.autograd.Function):
             d = ctx.make(*fresh)
         dx = None
         if need_x:  # one product in 16 bits too: what W + D rounds away of D is less than what dx itself is rounded by
-            dx = dy @ (w + d.detach().to(w.dtype))
+            dx = mm(dy, w + d.detach().to(w.dtype))
         grads: list[Tensor | None] = [None] * len(parts)
         if wanted := [i for i, n in enumerate(need) if n]:
-            found = torch.autograd.grad(d, [fresh[i] for i in wanted], (dy.mT @ rows).to(d.dtype), allow_unused=True)
+            found = torch.autograd.grad(d, [fresh[i] for i in wanted], mm(dy.mT, rows).to(d.dtype), allow_unused=True)
             for i, g in zip(wanted, found, strict=True):
                 grads[i] = g
         return None, None if dx is None else dx.view(x.shape), None, dy.sum(0).to(ctx.b_dtype) if need_b else None, *grads

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from . import reference
-from .autograd import autocast_dtype, no_autocast, stand_in, transformed, written_out
+from .autograd import autocast_dtype, by_hand, no_autocast, stand_in, written_out
 from .dropout import masked, new_seed, survivors
 from .packed import Packed, product
+from .products import addmm_, linear, mm
 
 _FEW = 8  # rows
 _LOW = (torch.float16, torch.bfloat16)
@@ -51,18 +51,6 @@ def lowrank_linear(
             w = w.to(dtype) if isinstance(w, Tensor) else w
             return _run(x.to(dtype), w, b if b is None else b.to(dtype), a, up, scale, dropout, gain, seed)
     return _run(x, w, b, a, up, scale, dropout, gain, seed)
-
-
-def by_hand(w: Any, *parts: Tensor) -> bool:
-    """Whether a fused function, which has no gradient for W and goes through no transform of torch.func, is to be taken."""
-    if isinstance(w, Tensor) and w.requires_grad and torch.is_grad_enabled():
-        return False
-    return not transformed() and all(map(ordinary, (w, *parts)))
-
-
-def ordinary(t: Any) -> bool:
-    """Whether the fused functions know how to handle it: no sharded or otherwise special tensor."""
-    return type(t) in (Tensor, torch.nn.Parameter, FakeTensor) or not isinstance(t, Tensor) or torch.compiler.is_compiling()
 
 
 def _run(
@@ -113,10 +101,10 @@ def _forward(
     rows = x.reshape(-1, x.shape[-1])
     a, up = a.to(x.dtype), up.to(x.dtype)
     if isinstance(w, Tensor) and rate == 0 and gain is None and _wide(len(rows), a, up, trains):
-        return _times(rows, w, b, (up @ a).mul_(scale)), None, None
-    h = (rows if rate == 0 else masked(rows, survivors(rows, rate, seed))) @ a.mT
+        return _times(rows, w, b, mm(up, a).mul_(scale)), None, None
+    h = mm(rows if rate == 0 else masked(rows, survivors(rows, rate, seed)), a.mT)
     factor, scaled = (1.0, h * scale) if isinstance(scale, Tensor) else (scale, h)
-    u = product(rows, w, b if gain is None else None).addmm_(scaled, up.mT, alpha=factor / (1 - rate))
+    u = addmm_(product(rows, w, b if gain is None else None), scaled, up.mT, factor / (1 - rate))
     if gain is None:
         return u, h, None
     y = u * gain.to(u.dtype)
@@ -135,7 +123,7 @@ def _wide(tokens: int, a: Tensor, up: Tensor, trains: bool) -> bool:
 
 def _times(x: Tensor, w: Tensor, b: Tensor | None, d: Tensor) -> Tensor:
     """x (W + D)ᵀ + b; in 16 bits as two products, since a small D added to W would be rounded away."""
-    return F.linear(x, w, b).addmm_(x, d.mT) if x.dtype in _LOW else F.linear(x, d.add_(w), b)
+    return addmm_(linear(x, w, b), x, d.mT) if x.dtype in _LOW else F.linear(x, d.add_(w), b)
 
 
 def _again(ctx: Any, dy: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
@@ -184,26 +172,26 @@ class _LowRankLinear(torch.autograd.Function):
         if gain is not None:
             dy = dy * gain.to(dy.dtype)
         if ctx.whole:
-            d = dy.mT @ rows if need_a or need_up else None
-            da = (up.to(dy.dtype).mT @ d).mul_(scale).to(a.dtype) if need_a and d is not None else None
-            dup = (d @ a.to(dy.dtype).mT).mul_(scale).to(up.dtype) if need_up and d is not None else None
-            dx = _times(dy, w.mT, None, (a.to(dy.dtype).mT @ up.to(dy.dtype).mT).mul_(scale)).view(x.shape) if need_x else None
+            d = mm(dy.mT, rows) if need_a or need_up else None
+            da = mm(up.to(dy.dtype).mT, d).mul_(scale).to(a.dtype) if need_a and d is not None else None
+            dup = mm(d, a.to(dy.dtype).mT).mul_(scale).to(up.dtype) if need_up and d is not None else None
+            dx = _times(dy, w.mT, None, mm(a.to(dy.dtype).mT, up.to(dy.dtype).mT).mul_(scale)).view(x.shape) if need_x else None
             return dx, None, db, da, dup, None, None, None, None
         scale = scale / (1 - ctx.rate)
-        dup = (dy.mT @ h).mul_(scale).to(up.dtype) if need_up else None
+        dup = mm(dy.mT, h).mul_(scale).to(up.dtype) if need_up else None
         da = dx = None
         if need_a or need_x:
-            dh = (dy @ up.to(dy.dtype)).mul_(scale)
+            dh = mm(dy, up.to(dy.dtype)).mul_(scale)
             kept = survivors(rows, ctx.rate, ctx.seed) if ctx.rate > 0 else None
             if need_x:
-                dx = dy @ (w if ctx.packed is None else ctx.packed.whole(dy.dtype))
+                dx = mm(dy, w if ctx.packed is None else ctx.packed.whole(dy.dtype))
                 if kept is None:
-                    dx.addmm_(dh, a.to(dy.dtype))
+                    addmm_(dx, dh, a.to(dy.dtype))
                 else:
-                    through = dh @ a.to(dy.dtype)
+                    through = mm(dh, a.to(dy.dtype))
                     through.view(kept.dtype).mul_(kept)
                     dx.add_(through)
                 dx = dx.view(x.shape)
             if need_a:
-                da = (dh.mT @ (rows if kept is None else masked(rows, kept))).to(a.dtype)
+                da = mm(dh.mT, rows if kept is None else masked(rows, kept)).to(a.dtype)
         return dx, None, db, da, dup, None, None, dgain, None

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .autograd import autocast_dtype, no_autocast, written_out
+from .products import linear, mm
 
 
 class Packed(Protocol):
@@ -25,7 +26,7 @@ class Packed(Protocol):
 def product(x: Tensor, w: Tensor | Packed, b: Tensor | None = None) -> Tensor:
     """x Wᵀ + b, without gradients for a packed W."""
     if isinstance(w, Tensor):
-        return F.linear(x, w, b)
+        return linear(x, w, b)
     y = w.times(x)
     return y if b is None else y + b.to(y.dtype)
 
@@ -56,10 +57,10 @@ def _again(ctx: Any, dy: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
 class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Packed) -> Tensor:
-        ctx.w = w
+        ctx.w, ctx.shape = w, x.shape
         return w.times(x)
 
     @staticmethod
     @written_out(_again)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return dy @ ctx.w.whole(dy.dtype), None
+        return mm(dy.reshape(-1, dy.shape[-1]), ctx.w.whole(dy.dtype)).view(ctx.shape), None

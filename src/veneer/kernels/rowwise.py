@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .autograd import no_autocast
+from .products import slow
 
 Factors = tuple[Tensor, Tensor, float | Tensor]  # A (r, n_in), B (n_out, r), s
 
@@ -33,14 +34,14 @@ def add_rowwise(y: Tensor, x: Tensor, factors: Sequence[Factors], owner: Sequenc
     every = rows == list(range(len(owner)))
     at = None if every else torch.tensor(rows, device=x.device)
     z = x if at is None else x.index_select(0, at)
-    few = not torch.is_grad_enabled() and x.device.type == "cpu" and x.numel() <= _FEW * x.shape[-1]
-    dtype = factors[used[0]][0].dtype if few else y.dtype
+    own = slow(y) or (not torch.is_grad_enabled() and x.device.type == "cpu" and x.numel() <= _FEW * x.shape[-1])
+    dtype = (torch.float32 if slow(y) else factors[used[0]][0].dtype) if own else y.dtype
     a, up, scale = _stacked([factors[k] for k in used], dtype)
     with no_autocast(x.device.type):
         h = torch.bmm(z.reshape(len(used), -1, z.shape[-1]).to(dtype), a.mT)
         if isinstance(scale, Tensor):
             h, scale = h * scale.to(dtype), 1.0
-        if at is None and not few:
+        if at is None and not own:
             y.view(len(used), -1, y.shape[-1]).baddbmm_(h, up.mT, alpha=scale)
             return y
         d = torch.bmm(h, up.mT).view(len(rows), *y.shape[1:])

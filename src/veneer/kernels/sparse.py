@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import reference
-from .autograd import autocast_dtype, no_autocast, stand_in, transformed, written_out
-from .lowrank import by_hand
+from .autograd import autocast_dtype, by_hand, no_autocast, stand_in, transformed, written_out
+from .products import linear, mm
 
 _LOW = (torch.float16, torch.bfloat16)
 _FEW = 8  # rows for which the entries are gone through one by one
@@ -60,7 +60,7 @@ class _SparseLinear(torch.autograd.Function):
             y = _times(x, index, values, shape)
             return y if b is None else y.add_(b)
         if _apart(x):
-            return F.linear(x, w, b).add_(_times(x, index, values, shape))
+            return linear(x, w, b).add_(_times(x, index, values, shape))
         return F.linear(x, _whole(w, index, values), b)
 
     @staticmethod
@@ -70,10 +70,10 @@ class _SparseLinear(torch.autograd.Function):
         dx = db = dvalues = None
         if ctx.needs_input_grad[0]:
             if w is not None and not _few(x):  # also in 16 bits: what W + D rounds away of D is less than what dx itself is rounded by
-                dx = dy @ _whole(w, index, values)
+                dx = mm(dy, _whole(w, index, values))
             else:
                 dx = _times(dy, index, values, ctx.shape, transposed=True)
-                dx = dx if w is None else (dy @ w).add_(dx)
+                dx = dx if w is None else mm(dy, w).add_(dx)
         if ctx.needs_input_grad[2]:
             db = dy.sum(0).to(ctx.b_dtype)
         if ctx.needs_input_grad[4]:
@@ -194,7 +194,7 @@ def _left(z: Tensor, i: Tensor, j: Tensor, values: Tensor, shape: Shape) -> Tens
         return w.new_zeros(n, w.shape[1]).index_add_(0, i, w[j] * values.to(w.dtype).unsqueeze(1)).to(z.dtype)
     if _thin(z, i, shape):
         return (_compressed(i, j, values, shape, z.dtype) @ _wide(z.contiguous())).to(z.dtype)
-    return z.new_zeros(n * m).index_put_((i * m + j,), values.to(z.dtype)).view(n, m) @ z
+    return mm(z.new_zeros(n * m).index_put_((i * m + j,), values.to(z.dtype)).view(n, m), z)
 
 
 def _compressed(i: Tensor, j: Tensor, values: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
@@ -217,4 +217,4 @@ def _at(dy: Tensor, x: Tensor, index: Tensor, shape: Shape) -> Tensor:
             sums = torch.sparse.sampled_addmm(sums, _columns(left), _columns(right).T)
         some = sums.values()
         return some if order is None else torch.empty_like(some).index_copy_(0, order, some)
-    return (dy.mT @ x).flatten()[index]
+    return mm(dy.mT, x).flatten()[index]

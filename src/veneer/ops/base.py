@@ -7,10 +7,10 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..kernels.autograd import autocast_dtype
 from ..kernels.dropout import dropped
+from ..kernels.products import linear, slow
 
 
 class Geometry(Protocol):
@@ -43,10 +43,10 @@ class Rows:
     plain: ClassVar[bool] = True
 
     def contract(self, x: Tensor, m: Tensor) -> Tensor:
-        return F.linear(x, m)
+        return linear(x, m)
 
     def mix(self, h: Tensor, n: Tensor) -> Tensor:
-        return F.linear(h, n)
+        return linear(h, n)
 
     def last(self, y: Tensor) -> Tensor:
         return y
@@ -60,7 +60,7 @@ class Rows:
 
 def mixed_onto(y: Tensor, h: Tensor, n: Tensor, geo: Geometry) -> Tensor:
     """y + N h in one pass over y where the geometry is plain; h with the features where the geometry has them."""
-    if geo.plain and y.dtype == h.dtype == n.dtype and autocast_dtype(y.device.type) is None:
+    if geo.plain and y.dtype == h.dtype == n.dtype and autocast_dtype(y.device.type) is None and not slow(y):
         return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), n.mT).view(y.shape)
     return y + geo.mix(h, n).to(y.dtype)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MergeError, RouteError
+from ..kernels.products import linear
 from .base import Geometry, Op, mixed_onto
 
 
@@ -86,7 +87,7 @@ class Inside(Op):
             x = geo.drop(x, self.dropout)
         if geo.plain and x.dim() > 1:  # V x and N V x as columns of tokens: a sparse product on rows would turn them over twice
             rows = x.reshape(-1, x.shape[-1])
-            h = self.middle.left(self.down.to(x.dtype) @ rows.mT).mT.view(*x.shape[:-1], self.down.shape[0])
+            h = self.middle.left(linear(self.down.to(x.dtype), rows)).mT.view(*x.shape[:-1], self.down.shape[0])
             return h, self.up.to(h.dtype)
         h = self.middle.rows(geo.contract(x, self.down.to(x.dtype)), geo)
         return h, self.up.to(h.dtype)

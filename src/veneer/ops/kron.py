@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from ..kernels.products import linear
 from .base import Geometry, Op
 
 
@@ -46,7 +46,7 @@ class Kron(Op):
 
 def _along(table: Tensor, w2: Tensor) -> Tensor:
     """X w2ᵀ for tables X (tokens, m, n): one product of matrices, whether w2 trains or not."""
-    return F.linear(table.reshape(-1, table.shape[-1]), w2).view(*table.shape[:-1], w2.shape[0])
+    return linear(table.reshape(-1, table.shape[-1]), w2).view(*table.shape[:-1], w2.shape[0])
 
 
 def _across(table: Tensor, w1: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..kernels.autograd import transformed
+from ..kernels.products import linear
 from .base import Geometry, Op
 
 
@@ -105,8 +105,8 @@ class Vectored(Op):
         if not (geo.plain and self.few(x)):
             return self.low().rows(x, geo)
         up, down = self.factors()  # in the vectors' dtype small products are faster, and no factor is cast
-        h = F.linear(x.to(down.dtype), down).mul_(self.inner)
-        return F.linear(h if self.scale == 1 else h.mul_(self.scale), up).mul_(self.outer)
+        h = linear(x.to(down.dtype), down).mul_(self.inner)
+        return linear(h if self.scale == 1 else h.mul_(self.scale), up).mul_(self.outer)
 
     def add_to(self, y: Tensor, x: Tensor, geo: Geometry) -> Tensor:
         d = self.rows(x, geo)

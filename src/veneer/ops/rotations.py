@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels.autograd import no_autocast
 from ..kernels.pairs import swapped, turned
+from ..kernels.products import linear
 from .base import Geometry, Op
 
 
@@ -69,7 +70,7 @@ class Reflections(Op):
     def rows(self, x: Tensor, geo: Geometry) -> Tensor:
         u = self.u.to(x.dtype)
         z = geo.last(x)
-        return geo.unlast(z - (z @ u) @ self._t().mT.to(x.dtype) @ u.mT)
+        return geo.unlast(z - linear(linear(linear(z, u.mT), self._t().to(x.dtype)), u))
 
     def left(self, w: Tensor) -> Tensor:
         u = self.u.to(w.dtype)

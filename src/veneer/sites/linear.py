@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..bases import Stored, codec_for
 from ..change import bias, derived, fused, placed, rows
@@ -15,6 +14,7 @@ from ..kernels.derived import derived_linear
 from ..kernels.dropout import dropped
 from ..kernels.lowrank import lowrank_linear
 from ..kernels.packed import packed_linear
+from ..kernels.products import linear
 from ..kernels.rowwise import add_rowwise
 from ..kernels.sparse import sparse_linear
 from ..ops import LowRank, Rows
@@ -96,7 +96,7 @@ class LinearSite(Site):
         if b is not None and b.dtype != w.dtype:
             b = b.to(w.dtype)
         if not changes:
-            return F.linear(x, w, b)
+            return linear(x, w, b)
         one = fused(changes, x)
         if one is not None:
             low, gain = one
@@ -112,8 +112,8 @@ class LinearSite(Site):
                 y = op.add_to(y, x, _GEOMETRY)
             return y
         if all(c.additive for c, _ in changes):  # the frozen product is taken once, of x itself: the bias goes with it
-            return rows(changes, lambda z: F.linear(z, w, b), x, _GEOMETRY)
-        y = rows(changes, lambda z: F.linear(z, w), x, _GEOMETRY)
+            return rows(changes, lambda z: linear(z, w, b), x, _GEOMETRY)
+        y = rows(changes, lambda z: linear(z, w), x, _GEOMETRY)
         return y if b is None else y + b.to(y.dtype)
 
     def _packed(self, module: nn.Module, changes: Changes, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -150,7 +150,7 @@ class LinearSite(Site):
         b = frozen.get(self.bias_name, self.bias(module))
         if self.codec.plain:
             stored = frozen.get(self.weight_name)
-            y = F.linear(z, self.weight(module) if stored is None else self.canonical(stored), b)
+            y = linear(z, self.weight(module) if stored is None else self.canonical(stored), b)
         else:
             y = packed_linear(z, Stored(self.codec, module))
             y = y if b is None else y + b.to(y.dtype)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..kernels.products import linear, mm
+
 _ROWS = 128  # rows of logits that exist at a time
 
 
@@ -21,14 +23,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dh = torch.empty_like(h) if wanted else None
         for i in range(0, h.shape[0], _ROWS):
             part, at = h[i : i + _ROWS], labels[i : i + _ROWS].unsqueeze(1)
-            logits = nn.functional.linear(part, w, b).float()
+            logits = linear(part, w, b).float()
             right, most = logits.gather(1, at), logits.amax(1, keepdim=True)
             p = logits.sub_(most).exp_()  # in place, and once for the loss and its gradient
             sums = p.sum(1, keepdim=True)
             total += (sums.log() + most - right).sum()
             if dh is not None:
                 p.div_(sums).scatter_add_(1, at, torch.full_like(at, -1, dtype=p.dtype))
-                torch.mm(p.to(h.dtype), w, out=dh[i : i + _ROWS])
+                dh[i : i + _ROWS] = mm(p.to(h.dtype), w)
         ctx.save_for_backward(dh)
         return total
 

@@ -1,0 +1,121 @@
+"""Products of 16-bit numbers. A processor that has none of its own takes several times as long for them as in 32 bits, the casts included: there they are
+taken in 32 bits, what comes out is rounded once, and nothing else is kept for the backward than otherwise."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .autograd import autocast_dtype, no_autocast, ordinary, stand_in, transformed, written_out
+
+_LOW = (torch.float16, torch.bfloat16)
+_THICK = 16  # each of the three dimensions, below which the casts cost more than they save …
+_WORTH = 1 << 22  # … and multiplications, below which the calls do
+_BLOCK = 1 << 20  # entries of the second factor that are widened at a time: they stay in the cache, and W is never held twice
+
+_BELOW = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
+
+
+def _missing() -> frozenset[torch.dtype]:
+    """The 16-bit dtypes that the processor has no products of. What `ONEDNN_MAX_CPU_ISA` keeps from torch's library of products counts as missing."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return frozenset()
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    if limit in _BELOW or not torch.backends.mkldnn.is_available():
+        return frozenset(_LOW)
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    halves = limit != "AVX512_CORE_BF16" and (capabilities.get("avx512_fp16") or capabilities.get("amx_fp16"))
+    brains = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return frozenset(dtype for dtype, there in zip(_LOW, (halves, brains), strict=True) if not there)
+
+
+_MISSING = _missing()  # once: compiled code asks too
+
+
+def slow(t: Tensor) -> bool:
+    """Whether products of it are better taken in 32 bits."""
+    return t.dtype in _MISSING and t.device.type == "cpu"
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b, with gradients for all three.
+
+    Args:
+        x: (..., n_in);  w: W (n_out, n_in);  b: (n_out,) or None.
+    """
+    if x.device.type != "cpu" or x.numel() < _THICK * x.shape[-1]:
+        return F.linear(x, w, b)
+    dtype = autocast_dtype("cpu") or x.dtype
+    if dtype not in _MISSING or x.dtype != w.dtype or transformed() or not (ordinary(x) and ordinary(w)):
+        return F.linear(x, w, b)
+    if dtype != x.dtype:
+        with no_autocast("cpu"):
+            return linear(x.to(dtype), w.to(dtype), b if b is None else b.to(dtype))
+    rows = x.reshape(-1, x.shape[-1])
+    if not _wide(rows, w.mT):
+        return F.linear(x, w, b)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b))
+    y: Tensor = _Linear.apply(rows, w, b) if wanted else _times(rows, w.mT, b)  # type: ignore[no-untyped-call]
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], w.shape[0])  # no view inside a function of autograd: see `lowrank.shaped_like`
+
+
+def mm(a: Tensor, b: Tensor) -> Tensor:
+    """A B, of matrices; without gradients."""
+    return _times(a, b) if _wide(a, b) else a @ b
+
+
+def addmm_(y: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+    """y += alpha · A B, of matrices; without gradients."""
+    return y.add_(a.float() @ b.float(), alpha=alpha) if _wide(a, b) else y.addmm_(a, b, alpha=alpha)
+
+
+def _wide(a: Tensor, b: Tensor) -> bool:
+    """Whether A B is taken in 32 bits."""
+    if not slow(a):
+        return False
+    (m, k), n = a.shape, b.shape[1]
+    return min(m, k, n) >= _THICK and m * k * n >= _WORTH
+
+
+def _times(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
+    """A B + shift in 32 bits, rounded to the dtype of A; some columns of B at a time."""
+    wide, step = a.float(), max(_BLOCK // b.shape[0], 1)
+
+    def part(i: int) -> Tensor:
+        some = b[:, i : i + step].float()
+        return wide @ some if shift is None else torch.addmm(shift[i : i + step].float(), wide, some)
+
+    n = b.shape[1]
+    if n <= step:
+        return part(0).to(a.dtype)
+    y = a.new_empty(len(a), n)
+    for i in range(0, n, step):
+        y[:, i : i + step] = part(i)
+    return y
+
+
+def _again(ctx: Any, dy: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
+    x, w = ctx.saved_tensors
+    b = stand_in(dy.shape[-1], dy, ctx.b_dtype)
+    return F.linear(x, w, b), (x, w, b)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w)
+        ctx.b_dtype = None if b is None else b.dtype
+        return _times(x, w.mT, b)
+
+    @staticmethod
+    @written_out(_again)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w = ctx.saved_tensors
+        need_x, need_w, need_b = ctx.needs_input_grad
+        return mm(dy, w) if need_x else None, mm(dy.mT, x) if need_w else None, dy.sum(0).to(ctx.b_dtype) if need_b else None
