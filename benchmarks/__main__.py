@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import os
 import platform
 import time
 import warnings
@@ -118,9 +119,11 @@ class Bench:
 
 
 def _processor() -> str:
-    """The processor's name where the system tells it."""
+    """The processor's name where the system tells it, and what the library of products may use of it."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    return f"{name} (ONEDNN_MAX_CPU_ISA={limit})" if limit else name
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -43,6 +43,11 @@ def _written(model: Any, layer: Any) -> None:
     table[key].data.add_(0.5)
 
 
+def _other_numbers(model: Any, layer: Any) -> None:
+    table, key = _first(layer)
+    table[key].data = table[key].data + 0.5  # as `Module.to` does
+
+
 def _replaced(model: Any, layer: Any) -> None:
     table, key = _first(layer)
     table[key] = nn.Parameter(table[key].detach() + 0.5)
@@ -87,7 +92,20 @@ def _bound(model: Any, layer: Any) -> None:
     layer.base_layer.forward = lambda x: nn.functional.linear(x, 2 * layer.base_layer.weight)
 
 
-EVENTS = [_written, _replaced, _scaled, _frozen_written, _frozen_replaced, _bias_replaced, _other, _off, _merged, _hooked, _bound]
+EVENTS = [
+    _written,
+    _other_numbers,
+    _replaced,
+    _scaled,
+    _frozen_written,
+    _frozen_replaced,
+    _bias_replaced,
+    _other,
+    _off,
+    _merged,
+    _hooked,
+    _bound,
+]
 
 
 @pytest.mark.parametrize("event", EVENTS)
@@ -104,7 +122,7 @@ def test_whatever_happens_between_two_calls_is_noticed(config: str, event: Any, 
     monkeypatch.setattr(Repeat, "run", lambda self, *args: ran.append((y := whole(self, *args)) is not None) or y)
     first = model(x)
     torch.testing.assert_close(model(x), first)
-    assert ran == [True]  # the second call was answered from the first
+    assert ran == [True] and layer.last.few is not None  # the second call was answered from the first
     event(model, layer)
     got = model(x)
     layer.last = None

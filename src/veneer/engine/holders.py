@@ -223,7 +223,12 @@ class Kept:
 
     def holds(self, scaling: float) -> bool:
         """Whether the leaves are still the very tensors it was made of."""
-        return self.scaling == scaling and all(store.get(key) is t for store, key, t in self.tensors)
+        if self.scaling != scaling:
+            return False
+        for store, key, t in self.tensors:  # noqa: SIM110 - a generator costs more than all it asks, at every token
+            if store.get(key) is not t:
+                return False
+        return True
 
     @staticmethod
     def of(change: Any, attached: Attached, scaling: float | Tensor) -> Kept | None:

@@ -5,15 +5,16 @@ For one token the questions that lead to a product (what acts, what it is, how t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..change import Change, Stacking
-from ..kernels.autograd import autocast_dtype
+from ..kernels.autograd import autocast_dtype, transformed
+from ..kernels.lowrank import FEW
 from ..sites.base import hooked
 from .holders import Attached, Kept
 from .route import Choice
@@ -33,6 +34,7 @@ class Repeat:
     base: nn.Module
     weight: nn.Parameter
     bias: Tensor | None
+    few: Callable[[Tensor], Tensor] | None
 
     @staticmethod
     def of(layer: AdaptedLayer, choice: Choice) -> Repeat | None:
@@ -47,7 +49,8 @@ class Repeat:
         weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
         if type(weight) is not nn.Parameter or type(bias) not in (nn.Parameter, type(None)) or "bias" in base.__dict__:
             return None
-        return Repeat(choice, a, kept, (kept.change, a.config.stacking), base, weight, bias)
+        few = cast(Any, site).for_few(weight, bias, kept.change)
+        return Repeat(choice, a, kept, (kept.change, a.config.stacking), base, weight, bias, few)
 
     def run(self, layer: AdaptedLayer, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         """The layer's output, or None if anything is not as it was."""
@@ -63,6 +66,8 @@ class Repeat:
             return None
         if not self.kept.holds(place.scaling) or "_original_parameters" in layer.__dict__ or autocast_dtype(x.device.type) is not None:
             return None
+        if self.few is not None and x.numel() <= FEW * x.shape[-1] and x.device.type == "cpu" and not transformed():
+            return self.few(x)
         site: Any = layer.site
         return site.times(self.weight, self.bias, (self.change,), x)  # type: ignore[no-any-return]
 

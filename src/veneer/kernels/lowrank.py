@@ -15,7 +15,7 @@ from .dropout import masked, new_seed, survivors
 from .packed import Packed, product
 from .products import addmm_, linear, mm
 
-_FEW = 8  # rows
+FEW = 8  # rows
 _LOW = (torch.float16, torch.bfloat16)
 
 
@@ -69,8 +69,8 @@ def _run(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b, a, up, gain)):
         out: Tensor = _LowRankLinear.apply(x, w, b, a, up, scale, dropout, gain, seed or 0)  # type: ignore[no-untyped-call]
         return shaped_like(out, x)
-    if dropout == 0 and x.device.type == "cpu" and x.numel() <= _FEW * x.shape[-1]:
-        return _few(x, w, b, a, up, scale, gain)
+    if dropout == 0 and x.device.type == "cpu" and x.numel() <= FEW * x.shape[-1]:
+        return few_rows(x, w, b, a, up, scale, gain)
     return shaped_like(_forward(x, w, b, a, up, scale, dropout, gain, seed or 0)[0], x)
 
 
@@ -79,10 +79,11 @@ def shaped_like(y: Tensor, x: Tensor) -> Tensor:
     return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _few(x: Tensor, w: Tensor | Packed, b: Tensor | None, a: Tensor, up: Tensor, scale: float | Tensor, gain: Tensor | None) -> Tensor:
-    """A few rows on the CPU, no gradients: there the casts and the set-up of a half-precision product cost more than the arithmetic, so the
-    thin products run in the factors' own dtype."""
-    y = product(x, w, b if gain is None else None)
+def few_rows(x: Tensor, w: Tensor | Packed, b: Tensor | None, a: Tensor, up: Tensor, scale: float | Tensor, gain: Tensor | None) -> Tensor:
+    """`lowrank_linear` for a few rows on the CPU, no gradients, no dropout: there the casts and the set-up of a half-precision product cost more than the
+    arithmetic, so the thin products run in the factors' own dtype."""
+    shift = b if gain is None else None
+    y = F.linear(x, w, shift) if isinstance(w, Tensor) else product(x, w, shift)
     thin = F.linear(F.linear(x.to(a.dtype), a), up)
     if isinstance(scale, Tensor):
         y.add_(thin * scale)  # which a compiler makes one pass of

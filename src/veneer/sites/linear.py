@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..bases import Stored, codec_for
-from ..change import bias, derived, fused, placed, rows
+from ..change import Change, bias, derived, fused, placed, rows
 from ..engine.substitute import call_with
+from ..kernels.autograd import ordinary
 from ..kernels.derived import derived_linear
 from ..kernels.dropout import dropped
-from ..kernels.lowrank import lowrank_linear
+from ..kernels.lowrank import few_rows, lowrank_linear
 from ..kernels.packed import packed_linear
 from ..kernels.products import linear
 from ..kernels.rowwise import add_rowwise
 from ..kernels.sparse import sparse_linear
-from ..ops import LowRank, Rows
+from ..ops import Diag, LowRank, Rows, Vectored
 from ..sharding import held
 from .base import Changes, Site, filled, hooked
 from .parallel import Plan, is_parallel
@@ -29,6 +32,10 @@ class LinearGeometry(Rows):
 
 
 _GEOMETRY = LinearGeometry()
+
+
+def _plus(y: Tensor, b: Tensor | None) -> Tensor:
+    return y if b is None else y + b
 
 
 class LinearSite(Site):
@@ -115,6 +122,29 @@ class LinearSite(Site):
             return rows(changes, lambda z: linear(z, w, b), x, _GEOMETRY)
         y = rows(changes, lambda z: linear(z, w), x, _GEOMETRY)
         return y if b is None else y + b.to(y.dtype)
+
+    @staticmethod
+    def for_few(w: Tensor, b: Tensor | None, change: Change) -> Callable[[Tensor], Tensor] | None:
+        """What `times` does of this one change to a few rows on the CPU without gradients, for as long as these tensors are the ones, whatever is written
+        into them; None where more has to be asked, or computed, than the rows are worth."""
+        if change.base is not None or change.shift is not None or not all(map(ordinary, (w, b, change.gain))):
+            return None
+        if b is not None and b.dtype != w.dtype:
+            return None
+        left, right, add, gain = change.left, change.right, change.add, change.gain
+        if isinstance(add, LowRank) and left is None and right is None and add.dropout == 0 and ordinary(add.up) and ordinary(add.down):
+            return partial(few_rows, w=w, b=b, a=add.down, up=add.up, scale=add.scale, gain=gain)
+        if isinstance(add, Vectored) and left is None and right is None and gain is None and add.dropout == 0:
+            vectored = add
+            return lambda x: vectored.add_to(F.linear(x, w, b), x, _GEOMETRY)
+        if isinstance(left, Diag) and add is None and right is None and gain is None:
+            rows = left
+            within, after = (b, None) if change.left_on_bias else (None, b)
+            return lambda x: _plus(rows.rows(F.linear(x, w, within), _GEOMETRY), after)
+        if isinstance(right, Diag) and add is None and left is None and gain is None:
+            columns = right
+            return lambda x: F.linear(columns.rows(x, _GEOMETRY), w, b)
+        return None
 
     def _packed(self, module: nn.Module, changes: Changes, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """With W packed: multiplied by its storage, never kept whole. A module with hooks is called as a whole."""
