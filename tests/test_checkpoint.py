@@ -1020,6 +1020,17 @@ def test_a_new_card_has_the_front_matter(tmp_path: Path) -> None:
     assert "# Adapter for" in body
 
 
+@pytest.mark.parametrize("written, then", [("transformers", "peft"), ("'transformers'", "peft"), ("diffusers", "diffusers")])
+def test_a_card_of_trainer_is_one_of_an_adapter(written: str, then: str, tmp_path: Path) -> None:
+    """Trainer.create_model_card writes the whole card anew, as for a whole model, and asks the adapted model to put it right."""
+    path = tmp_path / "README.md"
+    path.write_text(f"---\nlibrary_name: {written}\nlicense: mit\n---\nlibrary_name: transformers\n")
+    update_card(tmp_path)
+    assert path.read_text().startswith(f"---\nlibrary_name: {then}\nlicense: mit\n") and path.read_text().endswith(
+        "---\nlibrary_name: transformers\n"
+    )
+
+
 @pytest.mark.parametrize(
     "head",
     [

@@ -30,6 +30,7 @@ from .errors import PeftError, PeftWarning, hint
 from .prompts.base import Prompt
 from .prompts.prompts import Prompts
 from .prompts.shape import embedding_table
+from .trainers import introduce
 from .tuner import Tuner, tuner_class
 from .types import name_of
 
@@ -73,6 +74,7 @@ class PeftModel(nn.Module):
     ) -> None:
         super().__init__()
         _refuse_wrapped(model)
+        introduce(PeftModel)
         self._prepare(model, peft_config)
         if isinstance(peft_config, Prompt):
             prompts = Prompts(model, peft_config, adapter_name, empty=empty)

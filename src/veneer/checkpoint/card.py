@@ -11,6 +11,7 @@ from ..errors import SaveError
 from .save import replacing
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./-]*")
+_OTHER_LIBRARY = re.compile(r"^(library_name\s*:\s*)['\"]?transformers['\"]?\s*$")
 _NOT_TEXT = {"true", "false", "null", "yes", "no", "on", "off", "y", "n", "~"}
 
 
@@ -24,6 +25,8 @@ def update_card(
     description: str = "",
 ) -> Path:
     """Make README.md, or add to the front matter of the one that is there what it lacks. An existing text is never changed.
+
+    A card that transformers' Trainer wrote says `library_name: transformers`, by which the Hub takes the adapter for a whole model: that becomes `peft`.
 
     Args:
         directory: the adapter's folder.
@@ -48,6 +51,7 @@ def update_card(
     try:
         old = path.read_text(encoding="utf-8") if path.exists() else None
         head, body = _split(old) if old is not None else ([], _new_body(base_model, title, description))
+        head = [_OTHER_LIBRARY.sub(r"\1peft", line) for line in head]
         text = "---\n" + "".join(f"{line}\n" for line in _merged(head, wanted)) + "---\n" + body
         if text != old:
             path.parent.mkdir(parents=True, exist_ok=True)
