@@ -308,3 +308,33 @@ def test_a_pipelines_module_names_undo_kohyas_underscores(tmp_path: Path) -> Non
     paths = {c: set(part.layers) for c, part in given.items()}
     assert paths == {c: set(part.layers) for c, part in guessed.items()}
     assert paths["unet"] == set(FORMATS["peft"].read(tmp_path / "peft")["unet"].layers)
+
+
+def test_after_deleting_the_acting_adapter_another_acts(tmp_path: Path) -> None:
+    """As with PEFT, whose layers choose again; also where the adapters are not on the same layers."""
+    narrow = type("N", (_Unet,), {"targets": ATTENTION})
+    one, _ = _file(narrow, tmp_path / "one")
+    two, want = _file(_Unet, tmp_path / "two", std=0.3)
+    pipe = _Unet.pipe()
+    start = _run(_Unet, pipe)
+    pipe.load_lora_weights(one, adapter_name="one")
+    pipe.load_lora_weights(two, adapter_name="two")
+    pipe.set_adapters("one")
+    with pytest.warns(UserWarning, match="Setting active adapter to two"):
+        pipe.delete_adapters("one")
+    assert pipe.get_active_adapters() == ["two"] and _near(_run(_Unet, pipe), want)
+    pipe.delete_adapters("two")
+    assert pipe.get_active_adapters() == [] and torch.equal(_run(_Unet, pipe), start)
+    pipe.load_lora_weights(two, adapter_name="two")  # on layers that had chosen for themselves
+    assert pipe.get_active_adapters() == ["two"] and _near(_run(_Unet, pipe), want)
+
+
+def test_deleting_one_of_two_acting_adapters_leaves_the_other(tmp_path: Path) -> None:
+    one, _ = _file(_Unet, tmp_path / "one")
+    two, want = _file(_Unet, tmp_path / "two", std=0.3)
+    pipe = _Unet.pipe()
+    pipe.load_lora_weights(one, adapter_name="one")
+    pipe.load_lora_weights(two, adapter_name="two")
+    pipe.set_adapters(["one", "two"])
+    pipe.delete_adapters("one")
+    assert pipe.get_active_adapters() == ["two"] and _near(_run(_Unet, pipe), want)

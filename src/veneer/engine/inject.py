@@ -377,7 +377,7 @@ def detach(model: nn.Module, adapter_name: str) -> list[str]:
     switch = the_switch(model)
     switch.watched.pop(adapter_name, None)
     for _, module in list(adapter_modules(model)):
-        module.delete_adapter(adapter_name)
+        module.take_off(adapter_name)
     left = adapter_names(model)
     names = [n for n in switch.chosen().names or () if n != adapter_name] or left[:1]
     switch.set(names)
