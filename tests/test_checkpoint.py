@@ -41,7 +41,9 @@ from veneer.checkpoint.save import digest, folder_of
 from veneer.engine.inject import attach
 from veneer.engine.merge import merge
 from veneer.errors import LoadError, PeftWarning, RouteError, SaveError
+from veneer.mapping import get_peft_model
 from veneer.methods.lora import LoraConfig
+from veneer.model import PeftModel
 
 NAMES = ["default", "1", "lora", "my.adapter", "weight", "base_layer", "lora_A", "module"]
 
@@ -1054,3 +1056,24 @@ def test_a_card_keeps_what_the_user_wrote(head: str, tmp_path: Path) -> None:
     assert {"lora", "veneer"} <= set(fields["tags"]) and len(set(fields["tags"])) == len(fields["tags"])
     update_card(tmp_path, base_model="org/base", tags=["lora"])
     assert path.read_text() == text  # nothing is added twice
+
+
+def test_a_model_with_a_number_for_a_parameter_saves(tmp_path: Path) -> None:
+    """CLIP's `logit_scale`."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.logit_scale, self.proj = nn.Parameter(torch.tensor(2.5)), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.proj(x) * self.logit_scale
+
+    base = Scaled()
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    x = torch.randn(3, 4)
+    assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), model(x))
+    base.logit_scale.data.fill_(3.0)
+    with pytest.warns(PeftWarning, match="logit_scale"):
+        PeftModel.from_pretrained(base, tmp_path)

@@ -304,3 +304,14 @@ def test_a_weight_that_is_computed_is_not_merged_into_until_it_is_one(compute: A
     keep(layer.base_layer)
     model.merge_adapter()
     torch.testing.assert_close(model(x), y)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_merge_keeps_channels_last(use_dora: bool) -> None:
+    conv = nn.Sequential(nn.Conv2d(4, 6, 3)).to(memory_format=torch.channels_last)
+    model = veneer.get_peft_model(conv, veneer.LoraConfig(target_modules=["0"], init_lora_weights=False, use_dora=use_dora)).eval()
+    x = torch.randn(2, 4, 8, 8).to(memory_format=torch.channels_last)
+    want = model(x)
+    merged = model.merge_and_unload()
+    assert merged[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(merged(x), want, atol=1e-5)

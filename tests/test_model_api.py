@@ -1036,3 +1036,11 @@ def test_tensors_of_other_shapes_keep_their_start_values_where_asked(tmp_path: P
         assert torch.equal(up.lora_A[name].weight, trained.up.lora_A["default"].weight)
         assert torch.equal(down.lora_B[name].weight, trained.down.lora_B["default"].weight)
         assert not up.lora_B[name].weight.any() and 0 < down.lora_A[name].weight.abs().max() < 1
+
+
+def test_biases_of_modules_whose_copies_act_do_not_train() -> None:
+    base = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model = V.get_peft_model(base, V.LoraConfig(target_modules=["0"], modules_to_save=["2"], bias="all"))
+    model(torch.randn(3, 4)).sum().backward()
+    trained = {n: p.grad is not None for n, p in model.named_parameters() if p.requires_grad}
+    assert all(trained.values()) and sum(n.endswith("bias") for n in trained) == 3, trained

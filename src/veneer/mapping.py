@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .checkpoint.from_transformers import attached
 from .config import PeftConfig
 from .engine import inject
+from .engine.wrapper import adapter_modules
 from .errors import ConfigError, PeftError, PeftWarning
 from .method import Method, config_class, load_methods
 from .mixed import PeftMixedModel
@@ -93,7 +94,7 @@ def inject_adapter_in_model(
         raise PeftError("The model is a PeftModel already. Call model.add_adapter(name, config).")
     inject.attach(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
     attached(peft_config, model)
-    if inject.active_adapters(model) != [adapter_name]:
+    if inject.active_adapters(model) != [adapter_name] or any(module.own is not None for _, module in adapter_modules(model)):
         inject.set_adapter(model, adapter_name, peft_config.inference_mode)
     held: Any = model
     held.peft_config = {**(getattr(held, "peft_config", None) or {}), adapter_name: peft_config}

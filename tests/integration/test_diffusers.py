@@ -306,5 +306,59 @@ def test_a_pipelines_module_names_undo_kohyas_underscores(tmp_path: Path) -> Non
     given = FORMATS["kohya"].read(tmp_path / "bare.safetensors", model=tmp_path / "pipe")
     guessed = FORMATS["kohya"].read(tmp_path / "bare.safetensors")
     paths = {c: set(part.layers) for c, part in given.items()}
-    assert paths == {c: set(part.layers) for c, part in guessed.items()}
-    assert paths["unet"] == set(FORMATS["peft"].read(tmp_path / "peft")["unet"].layers)
+    assert paths == {c: {p.removeprefix("text_model.") for p in part.layers} for c, part in guessed.items()}
+    assert paths == {c: set(part.layers) for c, part in FORMATS["peft"].read(tmp_path / "peft").items()}
+
+
+def test_after_deleting_the_acting_adapter_another_acts(tmp_path: Path) -> None:
+    """As with PEFT, whose layers choose again; also where the adapters are not on the same layers."""
+    narrow = type("N", (_Unet,), {"targets": ATTENTION})
+    one, _ = _file(narrow, tmp_path / "one")
+    two, want = _file(_Unet, tmp_path / "two", std=0.3)
+    pipe = _Unet.pipe()
+    start = _run(_Unet, pipe)
+    pipe.load_lora_weights(one, adapter_name="one")
+    pipe.load_lora_weights(two, adapter_name="two")
+    pipe.set_adapters("one")
+    with pytest.warns(UserWarning, match="Setting active adapter to two"):
+        pipe.delete_adapters("one")
+    assert pipe.get_active_adapters() == ["two"] and _near(_run(_Unet, pipe), want)
+    pipe.delete_adapters("two")
+    assert pipe.get_active_adapters() == [] and torch.equal(_run(_Unet, pipe), start)
+    pipe.load_lora_weights(two, adapter_name="two")  # on layers that had chosen for themselves
+    assert pipe.get_active_adapters() == ["two"] and _near(_run(_Unet, pipe), want)
+
+
+def test_deleting_one_of_two_acting_adapters_leaves_the_other(tmp_path: Path) -> None:
+    one, _ = _file(_Unet, tmp_path / "one")
+    two, want = _file(_Unet, tmp_path / "two", std=0.3)
+    pipe = _Unet.pipe()
+    pipe.load_lora_weights(one, adapter_name="one")
+    pipe.load_lora_weights(two, adapter_name="two")
+    pipe.set_adapters(["one", "two"])
+    pipe.delete_adapters("one")
+    assert pipe.get_active_adapters() == ["two"] and _near(_run(_Unet, pipe), want)
+
+
+@pytest.mark.parametrize("to", ["diffusers", "peft"])
+@pytest.mark.parametrize("model", [False, True], ids=["by words", "by the pipeline"])
+def test_kohyas_own_files_load_once_converted(to: str, model: bool, tmp_path: Path) -> None:
+    """Without veneer's note, as kohya writes them: the text encoder's layers are at `text_model.` there, and not in transformers 5."""
+    from safetensors.torch import load_file, save_file
+
+    fields = {"rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_k": 3}}
+    file, want = _file(_Unet, tmp_path, "kohya", **fields)
+    tensors = load_file(file)
+    assert any(k.startswith("lora_te_text_model_encoder_layers_0_") for k in tensors)
+    save_file(tensors, tmp_path / "bare.safetensors")
+    pipe = _Unet.pipe()
+    for name in ("unet", "text_encoder"):
+        getattr(pipe, name).save_pretrained(tmp_path / "pipe" / name)
+    pipe.save_config(tmp_path / "pipe")
+    convert(tmp_path / "bare.safetensors", tmp_path / "out", to, model=tmp_path / "pipe" if model else None)
+    if to == "diffusers":
+        pipe.load_lora_weights(tmp_path / "out")
+    else:
+        for name in ("unet", "text_encoder"):
+            setattr(pipe, name, PeftModel.from_pretrained(getattr(pipe, name), tmp_path / "out" / name).eval())
+    assert _near(_run(_Unet, pipe), want)

@@ -98,7 +98,7 @@ class ModulesToSaveWrapper(Wrapper):
                     if p.is_floating_point():
                         p.requires_grad_(requires_grad)
 
-    def delete_adapter(self, adapter_name: str) -> None:
+    def take_off(self, adapter_name: str) -> None:
         """Drop the copy of one adapter."""
         self.modules_to_save._modules.pop(adapter_name, None)
 

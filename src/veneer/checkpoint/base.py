@@ -166,7 +166,7 @@ def _sample(t: Tensor) -> Tensor:
     at = torch.linspace(0, t.numel() - 1, min(_VALUES, t.numel()), dtype=torch.float64).round().long()
     # row by row, since a flat view of a transposed weight would copy it whole
     index = torch.unravel_index(at, t.shape)
-    return t.detach()[tuple(i.to(t.device) for i in index)].float().cpu()
+    return t.detach()[tuple(i.to(t.device) for i in index)].reshape(-1).float().cpu()  # a number by itself too (CLIP's logit_scale)
 
 
 def _encode(values: Tensor) -> str:

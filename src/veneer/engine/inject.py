@@ -177,7 +177,7 @@ def _attach(
     plan = Plan(skipped=dict(selection.skipped), coverage=dict(selection.coverage))
     if first:
         _freeze(model, switch)
-    _train_biases(model, config, selection)
+    _train_biases(model, config, selection, {id(m) for _, wrapper, *_ in saved for m in wrapper.inside().modules()})
     if shared is not None:
         hold(home if home is not None else staged[0].layer, adapter_name, shared, held)
         if home is not None:
@@ -255,7 +255,8 @@ def settle(model: nn.Module, config: Any, adapter: str) -> None:
             config.settle(sorted(here, key=lambda pair: pair[0].index), loaded=True)
 
 
-def _train_biases(model: nn.Module, config: Method, selection: Selection) -> None:
+def _train_biases(model: nn.Module, config: Method, selection: Selection, replaced: set[int]) -> None:
+    """Let the biases train that the config says, but for those of modules whose trained copies act instead."""
     mode = getattr(config, "bias", "none")
     if mode == "none":
         return
@@ -263,7 +264,7 @@ def _train_biases(model: nn.Module, config: Method, selection: Selection) -> Non
     hit |= {id(m.out_proj) for m in selection.modules.values() if isinstance(m, nn.MultiheadAttention)}
     for module in model.modules():
         b = module._parameters.get("bias")
-        if b is not None and not isinstance(module, Holder) and (mode == "all" or id(module) in hit):
+        if b is not None and not isinstance(module, Holder) and id(module) not in replaced and (mode == "all" or id(module) in hit):
             b.requires_grad_(True)
 
 
@@ -377,7 +378,7 @@ def detach(model: nn.Module, adapter_name: str) -> list[str]:
     switch = the_switch(model)
     switch.watched.pop(adapter_name, None)
     for _, module in list(adapter_modules(model)):
-        module.delete_adapter(adapter_name)
+        module.take_off(adapter_name)
     left = adapter_names(model)
     names = [n for n in switch.chosen().names or () if n != adapter_name] or left[:1]
     switch.set(names)

@@ -7,6 +7,7 @@ several in `mixing`.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..change import Stacking
-from ..errors import ConfigError, MergeError
+from ..errors import ConfigError, MergeError, PeftWarning
 from ..method import Method
 from ..sharding import whole, zero_fetches
 from ..sites import Adaptable, Site
@@ -402,7 +403,22 @@ class AdaptedLayer(Wrapper):
         self.__dict__["let_train"] = {n for n in names if n in self.attached}
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off, with its tensors. The merged base, if it was merged, becomes the frozen one again."""
+        """Take an adapter off this layer. If no other was chosen here, the first that is left acts, and trains, with a warning."""
+        choice = self.chosen()
+        self.take_off(adapter_name)
+        if adapter_name not in (choice.names or ()):
+            return
+        names = tuple(n for n in choice.names or () if n != adapter_name)
+        if not names and self.attached:
+            names = (next(iter(self.attached)),)
+            self.set_requires_grad(names)
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {names[0]}.", PeftWarning, stacklevel=2
+            )
+        self.own = Choice(names, None, choice.enabled)
+
+    def take_off(self, adapter_name: str) -> None:
+        """Drop an adapter with its tensors. The merged base, if it was merged, becomes the frozen one again."""
         if adapter_name not in self.attached:
             return
         if adapter_name in self.merged_adapters:
@@ -416,7 +432,7 @@ class AdaptedLayer(Wrapper):
         self.tell_compiled()
         inner = getattr(self.base_layer, "out_proj", None) if self.site.kind == "attention" else None
         if isinstance(inner, AdaptedLayer):
-            inner.delete_adapter(adapter_name)
+            inner.take_off(adapter_name)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """W' - W of one adapter, in the layout of the module's own weight.

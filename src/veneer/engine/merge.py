@@ -185,6 +185,14 @@ def owner_of(layer: AdaptedLayer, dotted: str) -> tuple[nn.Module, str]:
     return layer.base_layer.get_submodule(path), name
 
 
+def _laid_out_as(old: Tensor, new: Tensor) -> Tensor:
+    """With its channels last where the old one has them last, which decides by which kernels a convolution runs."""
+    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(old.dim())
+    if form is None or old.is_contiguous() or not old.is_contiguous(memory_format=form):
+        return new
+    return new.contiguous(memory_format=form)
+
+
 def _swap(layer: AdaptedLayer, key: str, new: Tensor, shared: set[int]) -> None:
     """Put new values into a tensor and keep the frozen ones. A parameter that others hold too is left to them."""
     owner, name = owner_of(layer, key)
@@ -203,6 +211,7 @@ def _swap(layer: AdaptedLayer, key: str, new: Tensor, shared: set[int]) -> None:
         p.detach().copy_(spread_like(new, p))
         return
     layer.originals.setdefault(key, (p, p.data))
+    new = _laid_out_as(p, new)
     if id(p) in shared:
         owner._parameters[name] = nn.Parameter(new, requires_grad=p.requires_grad)
     else:

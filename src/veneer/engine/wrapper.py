@@ -40,8 +40,8 @@ class Wrapper(nn.Module, ABC):
         """Let what these adapters train here get gradients, or not."""
 
     @abstractmethod
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off, with its tensors."""
+    def take_off(self, adapter_name: str) -> None:
+        """Drop an adapter with its tensors. Which adapters act is not touched."""
 
     @abstractmethod
     def adapter_slots(self, adapter: str) -> Iterator[tuple[str, str, str, nn.Module]]:
@@ -88,6 +88,10 @@ class Wrapper(nn.Module, ABC):
             for follower in followers:
                 follower.own = Choice(follower.chosen().names, None, True)
             off.clear()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off, with its tensors."""
+        self.take_off(adapter_name)
 
     def require_grad_only(self, names: Sequence[str]) -> None:
         """Let what these adapters train here get gradients, and nothing else here."""

@@ -62,7 +62,7 @@ def read(path: Path, model: Path | None = None, **_: Any) -> Adapter:
     tensors, metadata = read_file(file)
     note = read_note(metadata)
     given: dict[str, str] = note.get("names", {})
-    of_model = {c: flat_names(names) for c, names in module_names(model).items()} if model else {}
+    of_model = {c: flat_names(names, c) for c, names in module_names(model).items()} if model else {}
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, kind = key.partition(".")[::2]
@@ -130,11 +130,11 @@ def _with_text_model(component: str, layer: str) -> str:
     return f"text_model.{layer}" if component.startswith("text") and layer.startswith("encoder.") else layer
 
 
-def flat_names(names: Iterable[str]) -> dict[str, list[str]]:
-    """Modules by their name with underscores for dots."""
+def flat_names(names: Iterable[str], component: str) -> dict[str, list[str]]:
+    """The modules of a component by the name that kohya's files give them."""
     out: dict[str, list[str]] = {}
     for name in names:
-        out.setdefault(name.replace(".", "_"), []).append(name)
+        out.setdefault(_with_text_model(component, name).replace(".", "_"), []).append(name)
     return out
 
 
@@ -161,11 +161,7 @@ def module_names(folder: Path) -> dict[str, list[str]]:
                 built = kind.from_config(kind.load_config(folder / component))
             else:
                 built = kind(kind.config_class.from_pretrained(folder / component))
-        out[component] = (
-            [_with_text_model(component, n) for n, _ in built.named_modules()]
-            if component.startswith("text")
-            else [n for n, _ in built.named_modules()]
-        )
+        out[component] = [n for n, _ in built.named_modules()]
     return out
 
 

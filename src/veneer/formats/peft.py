@@ -132,7 +132,7 @@ def config_for(part: Part, notes: list[str]) -> LoraConfig:
         config: LoraConfig = LoraConfig.from_peft_type(**part.fields)
         if all(_says(config, p, f) for p, f in part.layers.items()):
             return config
-    ranks, alphas = ({p: getattr(f, what) for p, f in part.layers.items()} for what in ("rank", "alpha"))
+    ranks, alphas = ({_everywhere(p): getattr(f, what) for p, f in part.layers.items()} for what in ("rank", "alpha"))
     r, alpha = (Counter(v.values()).most_common(1)[0][0] for v in (ranks, alphas))
     kept = {k: part.fields[k] for k in ("task_type", "base_model_name_or_path", "revision", "lora_dropout", "fan_in_fan_out", "modules_to_save", "bias")
             if part.fields.get(k)}  # fmt: skip
@@ -143,7 +143,7 @@ def config_for(part: Part, notes: list[str]) -> LoraConfig:
         lora_alpha=_number(alpha),
         rank_pattern={_key(p, ranks): n for p, n in ranks.items() if n != r},
         alpha_pattern={_key(p, alphas): _number(a) for p, a in alphas.items() if a != alpha},
-        target_modules=list(part.layers),
+        target_modules=list(ranks),
         use_dora=any(f.magnitude is not None for f in part.layers.values()),
         lora_bias=any(f.bias is not None for f in part.layers.values()),
         **kept,
@@ -153,6 +153,12 @@ def config_for(part: Part, notes: list[str]) -> LoraConfig:
 def _says(config: LoraConfig, path: str, f: Factors) -> bool:
     rank, alpha = by_pattern(config.rank_pattern, path, config.r), by_pattern(config.alpha_pattern, path, config.lora_alpha)
     return rank == f.rank and abs((alpha * math.sqrt(rank) if config.use_rslora else alpha) - f.alpha) <= 1e-6 * abs(f.alpha)
+
+
+def _everywhere(path: str) -> str:
+    """A target that means a layer of CLIP in any of transformers' classes: `encoder.` follows `text_model.` in most, and stands first in CLIPTextModel
+    since transformers 5."""
+    return path.removeprefix("text_model.") if path.startswith("text_model.encoder.") else path
 
 
 def _key(path: str, paths: Mapping[str, Any]) -> str:

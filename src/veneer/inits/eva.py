@@ -272,7 +272,7 @@ def initialize_lora_eva_weights(
         alphas = {n: x if ranks[n] == here[n].r else x * (ranks[n] / here[n].r) ** power for n, x in alphas.items()}
     for name, layer in layers.items():
         if name not in ranks:
-            layer.delete_adapter(adapter_name)
+            layer.take_off(adapter_name)
             continue
         updates = {"r": ranks[name], "lora_alpha": alphas[name], "rank_pattern": {}, "alpha_pattern": {}}
         layer.replace_leaves(adapter_name, {"lora_A": starts[name], "lora_B": torch.zeros(layer.site.n_out, ranks[name])}, updates)

@@ -118,7 +118,7 @@ class Prompts(Keyed):
         check_known([adapter_name], self.adapters())
         before = self.active_adapters
         for _, wrapper in list(adapter_modules(self.model)):
-            wrapper.delete_adapter(adapter_name)
+            wrapper.take_off(adapter_name)
         del self._modules[adapter_name], self.peft_config[adapter_name]
         left = [n for n in before if n != adapter_name] or self.adapters()[:1]
         self.switch.set(left)
