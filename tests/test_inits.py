@@ -221,6 +221,18 @@ def test_loftq_makes_up_for_what_quantising_lost(bits: int, scaling: float) -> N
     close(scaling * first.B @ first.A, best(w - quantise(w), 8))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_loftq_on_what_is_quantised_already_trains(bits: int) -> None:
+    base, options = nn.Sequential(nn.Linear(12, 16)), {"r": 4, "target_modules": ["0"], "init_lora_weights": "loftq"}
+    for _ in range(2):  # the second time, nothing is lost that the factors could make up for
+        model = veneer.get_peft_model(base, veneer.LoraConfig(loftq_config=LoftQConfig(bits), **options))  # type: ignore[arg-type]
+        y = model(torch.randn(5, 12))
+        y.square().sum().backward()
+        grads = [p.grad for p in model.parameters() if p.requires_grad]
+        assert any(g is not None and float(g.norm()) > 1e-3 for g in grads)
+        base = model.unload()
+
+
 @pytest.mark.parametrize("options", [LoftQConfig(2), LoftQConfig(4, 0)])
 def test_loftq_refuses_what_it_cannot(options: LoftQConfig) -> None:
     with pytest.raises(ConfigError, match="4 or 8 bits"):
@@ -255,6 +267,8 @@ def test_split_gives_back_the_product() -> None:
     u, s, v = singular(matrix(20, 12), 3)
     a, b = split(u, s, v, -0.5)
     close(-0.5 * b @ a, (u * s) @ v)
+    a, b = split(u, s * torch.tensor([1.0, 1, 0]), v, 2.0)
+    assert torch.equal(a[2], v[2]) and not b[:, 2].any()  # one of the two trains
 
 
 # ---------------------------------------------------------------- a small model
