@@ -107,7 +107,7 @@ class LoraConfig(Varied, peft_type="LORA"):
         if self.use_dora and self.megatron_config:
             raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.")
         if self.layer_replication is not None:
-            self.layer_replication = [(int(a), int(b)) for a, b in self.layer_replication]
+            self.layer_replication = _ranges(self.layer_replication)
         if self.megatron_config:
             raise ConfigError(
                 "`megatron_config` is not available in this version of veneer. Without it the adapter would compute something else, so nothing was built."
@@ -174,3 +174,13 @@ class LoraConfig(Varied, peft_type="LORA"):
 
     def combine(self, parts: Any, site: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return self.holding(parts.low_rank(), site)
+
+
+def _ranges(given: Any) -> list[tuple[int, int]]:
+    """`layer_replication` as pairs of integers."""
+    pairs = isinstance(given, (list, tuple)) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in given)
+    if not pairs or any(isinstance(i, bool) or not isinstance(i, int) for pair in given for i in pair):
+        raise ConfigError(
+            f"`layer_replication` is a list of pairs [start, end) of layers' numbers, such as [[0, 4], [2, 5]]; got {given!r}."
+        )
+    return [(a, b) for a, b in given]
