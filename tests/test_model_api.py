@@ -683,6 +683,18 @@ def test_an_adapter_counted_from_its_start_becomes_a_plain_lora(rslora: bool, al
     assert model.peft_config["default"].r == 2
 
 
+@pytest.mark.parametrize("fields", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"embed_tokens": 3}}])
+def test_embeddings_beside_a_start_that_is_counted_keep_their_rank(fields: dict[str, Any], tmp_path: Path) -> None:
+    ids = torch.arange(12).view(2, 6)
+    config = V.LoraConfig(r=2, lora_alpha=4, init_lora_weights="pissa", target_modules=["embed_tokens", "q_proj"], **fields)
+    model = V.get_peft_model(llama(), config).eval()
+    fill(model)
+    model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion="start")
+    plain = V.PeftModel.from_pretrained(llama(), tmp_path).eval()
+    torch.testing.assert_close(plain(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert plain.get_base_model().model.embed_tokens.r["default"] == 2
+
+
 def test_what_cannot_become_a_plain_lora_says_so(tmp_path: Path) -> None:
     from veneer.methods.ia3 import IA3Config
 
