@@ -19,6 +19,14 @@ def is_counted(config: Any, site: Any) -> bool:
     return site.kind != "embedding" and not site.follows and isinstance(kind, str) and kind.startswith(_COUNTED)
 
 
+def doubt(config: Any) -> str:
+    """Why a start that a file does not bring cannot be found again; empty if it can."""
+    kind = str(config.init_lora_weights)
+    if kind.startswith("pissa_niter"):
+        return "they were found from random directions, and those found from others stand in for them, as in PEFT"
+    return "they came from gradients, so it fits only the base that PEFT has changed, not the original one" if kind == "lora_ga" else ""
+
+
 def starting_leaves(config: Any, site: Any, *, only_frozen: bool) -> dict[str, Tensor]:
     """The values that a LoRA layer starts from, where they are not just its tensors' own: A, B, and A0, B0 where the start is counted.
 

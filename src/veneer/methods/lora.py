@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..change import Change
 from ..errors import ConfigError
 from ..inits import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
-from ..inits.leaves import is_counted, starting_leaves
+from ..inits.leaves import doubt, is_counted, starting_leaves
 from ..inits.options import check_start, read_start
 from ..method import Leaf
 from ..ops import LowRank
@@ -161,6 +161,9 @@ class LoraConfig(Varied, peft_type="LORA"):
     def start(self, site: Any, *, only_frozen: bool = False) -> Mapping[str, Tensor]:
         given = starting_leaves(self, site, only_frozen=only_frozen)
         return given if only_frozen else {**given, **variant_of(self).start(self, site, given)}
+
+    def without_start(self) -> str:
+        return doubt(self)
 
     def change(self, p: Any, site: Any) -> Change:
         add = layout.product(p, site)
