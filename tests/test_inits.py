@@ -772,6 +772,17 @@ def test_eva_looks_at_the_positions_that_count_only() -> None:
     assert torch.linalg.svdvals(found @ v.T).min() > 0.9999
 
 
+def test_eva_leaves_trained_rows_of_a_table_alone() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(20, 16), nn.Linear(16, 12))
+    model = veneer.get_peft_model(base, config("eva", target_modules=["1"], eva_config=EvaConfig(), trainable_token_indices={"0": [3, 4]}))
+    data = [torch.randint(0, 20, (9, 5)) for _ in range(3)]
+    veneer.initialize_lora_eva_weights(model, data, forward_fn=lambda m, batch: m(batch), **RAW)
+    a, b = factors(model, "1")
+    close(a @ a.T, torch.eye(len(a)))
+    assert not b.any() and any("trainable_tokens_delta" in n for n, p in model.named_parameters() if p.requires_grad)
+
+
 def test_eva_refuses_what_cannot_work() -> None:
     model = eva_model()
     with pytest.raises(ConfigError, match="dataloader"):
