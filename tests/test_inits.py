@@ -248,8 +248,21 @@ def test_unknown_start_names_the_nearest() -> None:
     for wrong in ("pissa_niter_", "pissa_niter_x", "pissa_niter_[number of iters]", "", 7):
         with pytest.raises(ConfigError, match="Known ones"):
             inits.check_kind(wrong)  # type: ignore[arg-type]
+    for number in (1, 0):
+        with pytest.raises(ConfigError, match="Known ones"):
+            veneer.LoraConfig(init_lora_weights=number)  # type: ignore[arg-type]
     for right in (True, False, "gaussian", "pissa_niter_12", "lora_ga"):
         inits.check_kind(right)
+
+
+@pytest.mark.parametrize("fields", [{"lora_alpha": 0}, {"alpha_pattern": {"k": 0}}])
+def test_a_scaling_of_zero_trains_nothing(fields: dict[str, Any]) -> None:
+    for kind in (True, "pissa"):
+        with pytest.raises(ConfigError, match=r"'[qk]'.* zero"):
+            veneer.get_peft_model(Net(), veneer.LoraConfig(target_modules=["q", "k"], init_lora_weights=kind, **fields))
+    veneer.get_peft_model(
+        Net(), veneer.LoraConfig(target_modules=["q", "k"], **fields, inference_mode=True)
+    )  # an adapter that is switched off
 
 
 def test_odd_rank_is_refused_by_orthogonal() -> None:
