@@ -893,6 +893,22 @@ def test_start_values_stand_in_a_file_of_their_own(tmp_path: Path) -> None:
     assert not (tmp_path / "adapter_init.safetensors").exists()
 
 
+@pytest.mark.parametrize(("kind", "why"), [("pissa_niter_2", "random"), ("lora_ga", "gradients"), ("pissa", None)])
+def test_a_file_without_a_start_that_cannot_be_found_again_warns(kind: str, why: str | None, tmp_path: Path) -> None:
+    model = adapted(config(target_modules=["q_proj"], init_lora_weights="pissa"))
+    save_adapter(model, model.peft_config["default"], "default", tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    file = AdapterFile(load_file(path), path)  # as of PEFT
+    cfg = config(target_modules=["q_proj"], init_lora_weights=kind)
+    fresh = adapted(cfg) if kind != "lora_ga" else model
+    if why is None:
+        load_into(fresh, "default", file, cfg)
+        return
+    with pytest.warns(PeftWarning, match=f"start values.*{why}.*path_initial"):
+        load_into(fresh, "default", file, cfg)
+    load_into(fresh, "default", load_file(path), cfg)  # a state dict: the model has its start
+
+
 # ---------------------------------------------------------------- the base
 
 

@@ -221,6 +221,18 @@ def test_loftq_makes_up_for_what_quantising_lost(bits: int, scaling: float) -> N
     close(scaling * first.B @ first.A, best(w - quantise(w), 8))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_loftq_on_what_is_quantised_already_trains(bits: int) -> None:
+    base, options = nn.Sequential(nn.Linear(12, 16)), {"r": 4, "target_modules": ["0"], "init_lora_weights": "loftq"}
+    for _ in range(2):  # the second time, nothing is lost that the factors could make up for
+        model = veneer.get_peft_model(base, veneer.LoraConfig(loftq_config=LoftQConfig(bits), **options))  # type: ignore[arg-type]
+        y = model(torch.randn(5, 12))
+        y.square().sum().backward()
+        grads = [p.grad for p in model.parameters() if p.requires_grad]
+        assert any(g is not None and float(g.norm()) > 1e-3 for g in grads)
+        base = model.unload()
+
+
 @pytest.mark.parametrize("options", [LoftQConfig(2), LoftQConfig(4, 0)])
 def test_loftq_refuses_what_it_cannot(options: LoftQConfig) -> None:
     with pytest.raises(ConfigError, match="4 or 8 bits"):
@@ -236,8 +248,21 @@ def test_unknown_start_names_the_nearest() -> None:
     for wrong in ("pissa_niter_", "pissa_niter_x", "pissa_niter_[number of iters]", "", 7):
         with pytest.raises(ConfigError, match="Known ones"):
             inits.check_kind(wrong)  # type: ignore[arg-type]
+    for number in (1, 0):
+        with pytest.raises(ConfigError, match="Known ones"):
+            veneer.LoraConfig(init_lora_weights=number)  # type: ignore[arg-type]
     for right in (True, False, "gaussian", "pissa_niter_12", "lora_ga"):
         inits.check_kind(right)
+
+
+@pytest.mark.parametrize("fields", [{"lora_alpha": 0}, {"alpha_pattern": {"k": 0}}])
+def test_a_scaling_of_zero_trains_nothing(fields: dict[str, Any]) -> None:
+    for kind in (True, "pissa"):
+        with pytest.raises(ConfigError, match=r"'[qk]'.* zero"):
+            veneer.get_peft_model(Net(), veneer.LoraConfig(target_modules=["q", "k"], init_lora_weights=kind, **fields))
+    veneer.get_peft_model(
+        Net(), veneer.LoraConfig(target_modules=["q", "k"], **fields, inference_mode=True)
+    )  # an adapter that is switched off
 
 
 def test_odd_rank_is_refused_by_orthogonal() -> None:
@@ -255,6 +280,8 @@ def test_split_gives_back_the_product() -> None:
     u, s, v = singular(matrix(20, 12), 3)
     a, b = split(u, s, v, -0.5)
     close(-0.5 * b @ a, (u * s) @ v)
+    a, b = split(u, s * torch.tensor([1.0, 1, 0]), v, 2.0)
+    assert torch.equal(a[2], v[2]) and not b[:, 2].any()  # one of the two trains
 
 
 # ---------------------------------------------------------------- a small model
@@ -756,6 +783,17 @@ def test_eva_looks_at_the_positions_that_count_only() -> None:
     x = model.get_base_model().emb(ids[:, 3:7]).reshape(-1, 16).detach()
     v = torch.linalg.svd(x - x.mean(0), full_matrices=False)[2][:4]
     assert torch.linalg.svdvals(found @ v.T).min() > 0.9999
+
+
+def test_eva_leaves_trained_rows_of_a_table_alone() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(20, 16), nn.Linear(16, 12))
+    model = veneer.get_peft_model(base, config("eva", target_modules=["1"], eva_config=EvaConfig(), trainable_token_indices={"0": [3, 4]}))
+    data = [torch.randint(0, 20, (9, 5)) for _ in range(3)]
+    veneer.initialize_lora_eva_weights(model, data, forward_fn=lambda m, batch: m(batch), **RAW)
+    a, b = factors(model, "1")
+    close(a @ a.T, torch.eye(len(a)))
+    assert not b.any() and any("trainable_tokens_delta" in n for n, p in model.named_parameters() if p.requires_grad)
 
 
 def test_eva_refuses_what_cannot_work() -> None:

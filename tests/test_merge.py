@@ -150,6 +150,21 @@ def test_ensured_tying_trains_and_merges_one_pair_of_factors() -> None:
     torch.testing.assert_close(merged.embed.weight, merged.head.weight)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}])
+def test_a_head_that_follows_an_embedding_starts_with_it(start: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, tokens = Tied(), torch.randint(0, 20, (2, 5))
+    y = base(tokens)
+    config = veneer.LoraConfig(r=2, init_lora_weights=start, target_modules=["embed", "mix"], ensure_weight_tying=True, **fields)
+    model = veneer.get_peft_model(copy.deepcopy(base), config)
+    torch.testing.assert_close(model(tokens), y)
+    y = _trained(model)(tokens)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(veneer.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(tokens), y)
+    torch.testing.assert_close(model.merge_and_unload()(tokens), y, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("targets", [["embed"], ["embed", "head"]])
 def test_new_rows_of_a_table_are_those_of_a_head_tied_to_it(targets: list[str], tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import veneer as V
+from veneer.errors import ConfigError
 from veneer.helpers import (
     cast_mixed_precision_params,
     check_if_peft_model,
@@ -682,6 +683,18 @@ def test_an_adapter_counted_from_its_start_becomes_a_plain_lora(rslora: bool, al
     assert model.peft_config["default"].r == 2
 
 
+@pytest.mark.parametrize("fields", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"embed_tokens": 3}}])
+def test_embeddings_beside_a_start_that_is_counted_keep_their_rank(fields: dict[str, Any], tmp_path: Path) -> None:
+    ids = torch.arange(12).view(2, 6)
+    config = V.LoraConfig(r=2, lora_alpha=4, init_lora_weights="pissa", target_modules=["embed_tokens", "q_proj"], **fields)
+    model = V.get_peft_model(llama(), config).eval()
+    fill(model)
+    model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion="start")
+    plain = V.PeftModel.from_pretrained(llama(), tmp_path).eval()
+    torch.testing.assert_close(plain(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert plain.get_base_model().model.embed_tokens.r["default"] == 2
+
+
 def test_what_cannot_become_a_plain_lora_says_so(tmp_path: Path) -> None:
     from veneer.methods.ia3 import IA3Config
 
@@ -1044,3 +1057,44 @@ def test_biases_of_modules_whose_copies_act_do_not_train() -> None:
     model(torch.randn(3, 4)).sum().backward()
     trained = {n: p.grad is not None for n, p in model.named_parameters() if p.requires_grad}
     assert all(trained.values()) and sum(n.endswith("bias") for n in trained) == 3, trained
+
+
+# ---------------------------------------------------------------- a stack of layers rebuilt from ranges
+
+
+def test_a_rebuilt_stack_merges_into_a_model_that_saves(tmp_path: Path) -> None:
+    ids = torch.arange(12).view(2, 6)
+    base = llama()
+    base.model.layers[1].mlp.up_proj.weight = base.model.layers[1].mlp.gate_proj.weight  # tied inside a layer: stays so
+    model = V.get_peft_model(base, attention(layer_replication=[[0, 2], [1, 2]])).eval()
+    fill(model)
+    y = model(input_ids=ids).logits
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload()
+    layers = merged.model.layers
+    assert len(layers) == merged.config.num_hidden_layers == 3
+    torch.testing.assert_close(merged(input_ids=ids).logits, y)
+    assert layers[2].mlp.up_proj.weight is layers[2].mlp.gate_proj.weight is not layers[1].mlp.up_proj.weight
+    layers[2].mlp.up_proj.weight = nn.Parameter(layers[2].mlp.up_proj.weight.detach().clone())
+    layers[1].mlp.up_proj.weight = nn.Parameter(layers[1].mlp.up_proj.weight.detach().clone())
+    merged.save_pretrained(tmp_path / "merged")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert torch.equal(again(input_ids=ids).logits, merged(input_ids=ids).logits)
+
+
+def test_a_later_adapter_cannot_ask_for_another_stack() -> None:
+    model = V.get_peft_model(llama(), attention(layer_replication=[[0, 2], [1, 2]]))
+    model.add_adapter("same", attention(layer_replication=[[0, 2], [1, 2]]))
+    model.add_adapter("unsaid", attention())
+    assert len(model.get_base_model().model.layers) == 3
+    plain = V.get_peft_model(llama(), attention())
+    for there, ranges in ((model, [[0, 2]]), (plain, [[0, 2], [1, 2]])):
+        with pytest.raises(ConfigError, match="has adapters already"):
+            there.add_adapter("other", attention(layer_replication=ranges))
+        assert "other" not in there.peft_config
+
+
+@pytest.mark.parametrize("ranges", [[[0, 1.5]], [[0, 1, 2]], "01", [0, 1], [[0, True]]])
+def test_ranges_of_layers_are_pairs_of_integers(ranges: Any) -> None:
+    with pytest.raises(ConfigError, match="list of pairs"):
+        attention(layer_replication=ranges)

@@ -86,3 +86,18 @@ def test_whatever_a_module_does_with_its_parameter(use: Use, shape: tuple[int, .
     assert all(g.any() for g in torch.autograd.grad(y.square().sum(), leaves))
     model.merge_adapter()
     torch.testing.assert_close(y, model(x), atol=1e-4, rtol=1e-4)
+
+
+def test_each_expert_starts_as_a_matrix_of_its_own() -> None:
+    torch.manual_seed(0)
+    base, x = nn.Sequential(Holder(THREE["one"], 4, 5, 6)), torch.randn(X)
+    y = base(x)
+    model = veneer.get_peft_model(
+        base, veneer.LoraConfig(r=4, init_lora_weights="orthogonal", target_parameters=["0.w"], target_modules=[])
+    )
+    torch.testing.assert_close(model(x), y)
+    assert all(p.any() for p in model.parameters() if p.requires_grad)
+    wide = nn.Sequential(Holder(THREE["one"], 8, 20, 500))
+    model = veneer.get_peft_model(wide, veneer.LoraConfig(r=4, init_lora_weights="gaussian", target_parameters=["0.w"], target_modules=[]))
+    (a,) = [p for n, p in model.named_parameters() if "lora_A" in n]
+    assert float(a.detach().std()) == pytest.approx(1 / 4, rel=0.05)

@@ -173,6 +173,10 @@ class Method(PeftConfig):
         """Start values that depend on the frozen weight, by leaf name; `only_frozen` when a file brings the trained ones."""
         return {}
 
+    def without_start(self) -> str:
+        """What is doubtful about an adapter whose file lacks the frozen start values that its change is counted from; empty: nothing."""
+        return ""
+
     def survey(self, sites: Mapping[str, Site]) -> None:
         """All the layers that the adapter will be on, by path, before it has tensors on any: for what is shared out between them."""
 

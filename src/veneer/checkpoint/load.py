@@ -175,6 +175,13 @@ def load_into(
             f"The adapter {adapter_name!r} counts its change from start values which are not in its folder: {START_NAME} is missing "
             f"(needed: {unset[0]!r}{', ...' * (len(unset) > 1)}). Put that file beside {SAFETENSORS_NAME}."
         )
+    elif start_slots and file.path != Path() and (doubt := config.without_start()):
+        warnings.warn(
+            f"{file.path} does not bring the start values that its change is counted from: {doubt}. It may act otherwise than in training. "
+            "Save it with path_initial_model_for_weight_conversion where it was trained.",
+            PeftWarning,
+            stacklevel=3,
+        )
     check_identity(file.metadata, base_root(model), config, check_base=check_base, check_config=check_config)
     if start_plan is not None:
         start_plan.commit(device=device)

@@ -20,7 +20,7 @@ from .fused import FIELDS, take_fused
 from .holders import Holder, Tensors, hold, visited
 from .layer import AdaptedLayer, adapted_layers
 from .modules import hold_parts
-from .replicate import replicate, undo
+from .replicate import check_again, replicate, undo
 from .route import Switch, adapter_names, check_known, check_there, find_switch, the_switch
 from .select import Selection, select
 from .shortcuts import close_shortcuts, open_shortcuts
@@ -129,7 +129,10 @@ def _attach(
         switch = Switch([adapter_name])
     elif adapter_name in adapter_names(model):
         raise ConfigError(f"There is already an adapter {adapter_name!r}. Choose another name, or delete_adapter({adapter_name!r}) first.")
-    replicated = replicate(model, getattr(config, "layer_replication", None)) if first else None
+    ranges = getattr(config, "layer_replication", None)
+    if not first:
+        check_again(ranges, switch.replication)
+    replicated = replicate(model, ranges) if first else None
     staged: list[Staged] = []
     targeted, asked = hasattr(config, "target_modules"), {name: getattr(config, name) for name in FIELDS if hasattr(config, name)}
     try:
@@ -176,6 +179,7 @@ def _attach(
     # from here on nothing can fail
     plan = Plan(skipped=dict(selection.skipped), coverage=dict(selection.coverage))
     if first:
+        switch.replication = ranges if replicated is not None else None
         _freeze(model, switch)
     _train_biases(model, config, selection, {id(m) for _, wrapper, *_ in saved for m in wrapper.inside().modules()})
     if shared is not None:

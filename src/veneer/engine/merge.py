@@ -20,7 +20,8 @@ from .merge_packed import Into, merged_packed, originals
 from .merge_rows import by_rows, merge_rows
 from .offload import brought_in, keep, runs_on
 from .original import Weights
-from .route import adapter_names, check_known
+from .replicate import separate
+from .route import adapter_names, check_known, find_switch
 from .ties import holders, untie_config
 
 
@@ -276,8 +277,11 @@ def merge_and_unload(
     for _, layer in adapted_layers(model):
         layer.originals, packed = {}, packed or layer.packed is not None
         layer.forget_packed()
+    switch = find_switch(model)
     top = unwrap(model, inner)
     untie_config(top)
+    if switch is not None and switch.replication:
+        separate(top)
     if packed:
         tell_storage(top)
     return top

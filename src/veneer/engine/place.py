@@ -35,6 +35,7 @@ class Place:
         self.asked = False  # whether W, or anything else of the frozen module, has been asked for
         self.called = name  # what the patterns of a config match
         self.resting = False
+        self.follows = False  # whether its tensors are those of an embedding that the weight is tied to
 
     def at_rest(self) -> Place:
         """The same place outside training, whatever the layer's mode: for what is to hold for good, such as a merge."""

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 
@@ -54,6 +54,33 @@ def undo(model: nn.Module, replicated: tuple[nn.Module, str, nn.ModuleList, Any]
     setattr(parent, name, layers)
     if count is not None:
         model.config.num_hidden_layers = count  # type: ignore[union-attr]
+
+
+def check_again(ranges: Sequence[Sequence[int]] | None, so_far: Sequence[Sequence[int]] | None) -> None:
+    """Raise ConfigError if a further adapter asks for another stack than that of the first one."""
+    if ranges and list(map(tuple, ranges)) != list(map(tuple, so_far or [])):
+        now = f"by layer_replication={so_far}" if so_far else "without layer_replication"
+        raise ConfigError(
+            f"layer_replication={ranges} would rebuild the stack of layers, which has adapters already and was built {now}. "
+            "Add this adapter to a model of its own, or give it the same layer_replication."
+        )
+
+
+def separate(model: nn.Module) -> None:
+    """Give every layer of the stack tensors of its own: what it has in common with one before it becomes a copy, so that the model can be saved."""
+    parent, name = _stack(model)
+    before: set[int] = set()
+    for layer in getattr(parent, name):
+        own: dict[int, Tensor] = {}
+        for module in layer.modules():
+            for held in (module._parameters, module._buffers):
+                for key, t in held.items():
+                    if t is None:
+                        continue
+                    if id(t) not in own:
+                        own[id(t)] = t if id(t) not in before else copy.deepcopy(t)
+                    held[key] = own[id(t)]
+        before.update(map(id, own.values()))
 
 
 def _stack(model: nn.Module) -> tuple[nn.Module, str]:

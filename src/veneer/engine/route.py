@@ -65,6 +65,7 @@ class Switch:
         self.untied: list[Any] = []  # configs whose tie_word_embeddings a merge has set False
         self.off: dict[nn.Module, None] = {}  # what was switched off by itself, in order
         self.layers: list[weakref.ref[Any]] = []  # the adapted layers
+        self.replication: list[tuple[int, int]] | None = None  # the ranges that the model's stack of layers was rebuilt from
         self.compiled = False  # whether compiled code may run them: who acts is then shown to each
         _switches.add(self)
 
@@ -76,6 +77,7 @@ class Switch:
         self.trained = None
         self.token = next(_tokens)  # a copy of a model has choices of its own
         self.compiled = False
+        self.__dict__.setdefault("replication", None)
         self.__dict__.setdefault("layers", [])  # its layers may have come before it
         _switches.add(self)
         if self.watched:

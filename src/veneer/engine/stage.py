@@ -292,6 +292,9 @@ def tie_targets(model: nn.Module, config: Method, staged: list[Staged], adapter:
                 at = path.removesuffix(".base_layer")
                 head = stage(model.get_submodule(at), at, config, adapter, switch)
                 more.append(head)
+            assert head.attached.place is not None
+            head.attached.place.follows = True
+            head.attached.leaves = head.attached.config.leaves(head.attached.place)
             head.attached.derived = {mine: (s.attached, leaf, transposed) for mine, (leaf, transposed) in leaves.items()}
     return more
 

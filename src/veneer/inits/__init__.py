@@ -46,7 +46,8 @@ SITES: dict[str, set[str]] = {
 
 def check_kind(kind: bool | str) -> None:
     """Raise ConfigError for an `init_lora_weights` that is none."""
-    if kind is None or kind in KINDS or (isinstance(kind, str) and re.fullmatch(r"pissa_niter_\d+", kind)):
+    number = isinstance(kind, int) and not isinstance(kind, bool)  # 1 == True, but is none
+    if kind is None or (kind in KINDS and not number) or (isinstance(kind, str) and re.fullmatch(r"pissa_niter_\d+", kind)):
         return
     names = [str(k) for k in KINDS]
     raise ConfigError(

@@ -35,9 +35,12 @@ def counted(a: Tensor, b: Tensor) -> Start:
 
 
 def split(u: Tensor, s: Tensor, v: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """A = √(S / s) V, B = U √(S / s): so that s · B A = U S V.   u (n_out, r), s (r,), v (r, n_in)."""
+    """A = √(S / s) V, B = U √(S / s): so that s · B A = U S V.   u (n_out, r), s (r,), v (r, n_in).
+
+    Where S is zero, A has V itself, as with both zero neither would get a gradient.
+    """
     root = (s / abs(scaling)).sqrt()
-    return root.unsqueeze(1) * v, (u * root) * math.copysign(1.0, scaling)
+    return torch.where(root > 0, root, 1.0).unsqueeze(1) * v, (u * root) * math.copysign(1.0, scaling)
 
 
 def wide(w: Tensor) -> Tensor:

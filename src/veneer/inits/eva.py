@@ -288,7 +288,7 @@ def _root(model: nn.Module) -> nn.Module:
 def _adapted(model: nn.Module, adapter_name: str) -> tuple[dict[str, Any], Any]:
     from ..engine.layer import adapted_layers
 
-    layers = {n: m for n, m in adapted_layers(_root(model)) if adapter_name in m.attached}
+    layers = {n: m for n, m in adapted_layers(_root(model)) if adapter_name in m.attached and "lora_A" in m.attached[adapter_name].leaves}
     config = getattr(model, "peft_config", {}).get(adapter_name)  # type: ignore[union-attr]
     if not layers or config is None or getattr(config, "eva_config", None) is None:
         raise ConfigError(f'The model has no adapter {adapter_name!r} of LoraConfig(init_lora_weights="eva", eva_config=EvaConfig(...)).')

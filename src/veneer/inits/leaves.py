@@ -8,15 +8,23 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from . import start
+from . import Start, start
 
 _COUNTED = ("pissa", "olora", "corda", "lora_ga")
 
 
 def is_counted(config: Any, site: Any) -> bool:
-    """Whether the change is counted from a frozen start: D = s (B A - B0 A0)."""
+    """Whether the change is counted from a frozen start: D = s (B A - B0 A0). Embeddings begin plainly, and heads tied to them with them."""
     kind = config.init_lora_weights
-    return site.kind != "embedding" and isinstance(kind, str) and kind.startswith(_COUNTED)
+    return site.kind != "embedding" and not site.follows and isinstance(kind, str) and kind.startswith(_COUNTED)
+
+
+def doubt(config: Any) -> str:
+    """Why a start that a file does not bring cannot be found again; empty if it can."""
+    kind = str(config.init_lora_weights)
+    if kind.startswith("pissa_niter"):
+        return "they were found from random directions, and those found from others stand in for them, as in PEFT"
+    return "they came from gradients, so it fits only the base that PEFT has changed, not the original one" if kind == "lora_ga" else ""
 
 
 def starting_leaves(config: Any, site: Any, *, only_frozen: bool) -> dict[str, Tensor]:
@@ -24,6 +32,8 @@ def starting_leaves(config: Any, site: Any, *, only_frozen: bool) -> dict[str, T
 
     A start that is defined on another base leaves that in `site.new_base`.
     """
+    if site.follows:
+        return {}
     kind, embedding, count = config.init_lora_weights, site.kind == "embedding", is_counted(config, site)
     if only_frozen and kind == "corda" and not hasattr(site.module, "eigens"):
         return {}  # only the adapter's own file can bring them; without it loading is an error
@@ -39,10 +49,18 @@ def starting_leaves(config: Any, site: Any, *, only_frozen: bool) -> dict[str, T
         )
     if kind is True or (only_frozen and not count and kind != "loftq"):
         return {}  # the leaves' own start
-    s = start(
-        kind, site.weight, config.r * max(site.experts, 1), site.scaling,
-        n_out=site.n_out, n_in=site.n_in * site.groups, config=config, context=site.module, embedding=embedding,
-    )  # fmt: skip
+
+    def begin(r: int) -> Start:
+        return start(
+            kind, site.weight, r, site.scaling,
+            n_out=site.n_out, n_in=site.n_in * site.groups, config=config, context=site.module, embedding=embedding,
+        )  # fmt: skip
+
+    if site.experts > 1 and kind in ("gaussian", "orthogonal"):  # a matrix each: rows of A by expert, columns of B by rank
+        each = [begin(config.r) for _ in range(site.experts)]
+        s = Start(torch.cat([e.A for e in each]), torch.stack([e.B for e in each], -1).flatten(1))
+    else:
+        s = begin(config.r * max(site.experts, 1))
     if s.base is not None:
         site.new_base = s.base
     out: dict[str, Tensor] = {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..change import Change
 from ..errors import ConfigError
 from ..inits import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
-from ..inits.leaves import is_counted, starting_leaves
+from ..inits.leaves import doubt, is_counted, starting_leaves
 from ..inits.options import check_start, read_start
 from ..method import Leaf
 from ..ops import LowRank
@@ -107,7 +107,7 @@ class LoraConfig(Varied, peft_type="LORA"):
         if self.use_dora and self.megatron_config:
             raise ConfigError("DoRA does not support megatron_core, please set `use_dora=False`.")
         if self.layer_replication is not None:
-            self.layer_replication = [(int(a), int(b)) for a, b in self.layer_replication]
+            self.layer_replication = _ranges(self.layer_replication)
         if self.megatron_config:
             raise ConfigError(
                 "`megatron_config` is not available in this version of veneer. Without it the adapter would compute something else, so nothing was built."
@@ -118,6 +118,11 @@ class LoraConfig(Varied, peft_type="LORA"):
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def check(self, site: Any) -> None:
+        if not self.lora_alpha and not self.inference_mode:
+            raise ConfigError(
+                f"lora_alpha=0 makes the scaling of {site.name!r} zero, so that nothing would act or train there. Give another one, such as r or 2 r, "
+                "or leave the layer out (`exclude_modules`)."
+            )
         if site.kind == "conv" and self.r % site.groups:
             raise ConfigError(
                 f"Targeting a {site.module.__class__.__name__} with groups={site.groups} and rank {self.r}: the rank must be divisible by the groups."
@@ -162,6 +167,9 @@ class LoraConfig(Varied, peft_type="LORA"):
         given = starting_leaves(self, site, only_frozen=only_frozen)
         return given if only_frozen else {**given, **variant_of(self).start(self, site, given)}
 
+    def without_start(self) -> str:
+        return doubt(self)
+
     def change(self, p: Any, site: Any) -> Change:
         add = layout.product(p, site)
         if is_counted(self, site):
@@ -174,3 +182,13 @@ class LoraConfig(Varied, peft_type="LORA"):
 
     def combine(self, parts: Any, site: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return self.holding(parts.low_rank(), site)
+
+
+def _ranges(given: Any) -> list[tuple[int, int]]:
+    """`layer_replication` as pairs of integers."""
+    pairs = isinstance(given, (list, tuple)) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in given)
+    if not pairs or any(isinstance(i, bool) or not isinstance(i, int) for pair in given for i in pair):
+        raise ConfigError(
+            f"`layer_replication` is a list of pairs [start, end) of layers' numbers, such as [[0, 4], [2, 5]]; got {given!r}."
+        )
+    return [(a, b) for a, b in given]
