@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..engine import inject
 from ..engine.holders import Keyed
 from ..engine.route import BASE, Choice, Switch, check_known
-from ..engine.wrapper import adapter_modules
+from ..engine.wrapper import adapter_modules, check_reduced
 from ..errors import ConfigError, PeftWarning, RouteError
 from ..types import name_of
 from .base import Prompt, PromptModule
@@ -184,6 +184,8 @@ class Prompts(Keyed):
         kw = {k: v for k, v in named(model.forward, args, kwargs).items() if v is not None}
         drawn, config = self.draw(choice, _batch(kw), extra["task_ids"])
         check_checkpointing(model, config, model.training)
+        for name in choice.acting if model.training else ():
+            check_reduced(name, "prompt_encoder", self.module_of(name).parameters())
         both = is_encoder_decoder(model)
         labels, items = (kw.get("labels"), kw.get("num_items_in_batch")) if isinstance(config, CPTConfig) else (None, None)
         if labels is not None:
