@@ -19,7 +19,7 @@ from veneer.errors import PeftError
         ("veneer.cli.suggest", "run", ["suggest", "--model", "m"]),
         ("veneer.cli.plan", "run", ["plan", "--model", "m", "--json"]),
         ("veneer.planning.inspection", "inspect_adapter", ["inspect", "a", "--json"]),
-        ("veneer.merge_files", "merge_files", ["merge", "a", "b", "c"]),
+        ("veneer.filemerge", "merge_files", ["merge", "a", "b", "c"]),
         ("veneer.formats", "convert", ["convert", "a", "b", "--to", "peft"]),
         ("veneer.formats", "check", ["check", "a"]),
     ],

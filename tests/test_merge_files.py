@@ -222,7 +222,7 @@ def test_a_written_shard_is_read_by_safetensors(tmp_path: Path) -> None:
 
 _MEASURE = """
 import resource, sys, torch, veneer
-from veneer.merge_files import merge_files
+from veneer.filemerge import merge_files
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 merge_files(*sys.argv[1:4], check_base=False)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)

@@ -18,7 +18,7 @@ def merge(
     layers: Annotated[bool, typer.Option("--layers", help="Show every layer.")] = False,
 ) -> None:
     """Merge an adapter into a model's files, weight by weight, without loading the model."""
-    from ..merge_files import merge_files
+    from ..filemerge import merge_files
 
     try:
         with aside():
