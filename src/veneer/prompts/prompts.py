@@ -231,7 +231,7 @@ class Prompts(Keyed):
         # None may be an answer here, such as for eos_token_id
         kw = {k: v for k, v in named(model.generate, args, kwargs).items() if v is not None or k not in _INPUTS}
         if "inputs" in kw:
-            kw["input_ids"] = kw.pop("inputs")
+            kw[getattr(model, "main_input_name", "input_ids")] = kw.pop("inputs")
         drawn, config = self.draw(choice, _batch(kw), task_ids)
         return (), for_generate(model, drawn, config, kw, copies)
 
@@ -248,6 +248,18 @@ class Prompts(Keyed):
         return value.detach().cpu()
 
 
+_ROWS = (
+    "input_ids",
+    "inputs_embeds",
+    "decoder_input_ids",
+    "decoder_inputs_embeds",
+    "labels",
+    "input_features",
+    "input_values",
+    "pixel_values",
+)
+
+
 def _one(names: list[str]) -> list[str]:
     if len(names) != 1:
         raise RouteError(f"One prompt can act at a time, not {len(names)} ({names}). Choose one, or one per row with `adapter_names`.")
@@ -255,10 +267,12 @@ def _one(names: list[str]) -> list[str]:
 
 
 def _batch(kw: Mapping[str, Any]) -> int:
-    for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "labels"):
+    for name in _ROWS:
         if isinstance(kw.get(name), Tensor):
             return int(kw[name].shape[0])
-    raise RouteError("A prompt needs the input: give input_ids or inputs_embeds.")
+    raise RouteError(
+        "A prompt needs the input: give input_ids or inputs_embeds, or what else the model is called with (input_features, pixel_values …)."
+    )
 
 
 def check_checkpointing(model: Any, config: Any, training: bool) -> None:
