@@ -414,6 +414,14 @@ def test_a_run_that_was_started_otherwise_goes_on_only_where_that_is_meant(model
     assert [x["step"] for x in run(None, {**more, "batch_size": 4, "resume_anyway": True})["losses"]] == [1, 2, 3, 4, 5, 6, 7]
     moved.write_text(data.read_text())
     assert run(None, {**more, "data": str(moved), "steps": 9, "batch_size": 4})["resumed_at"] == 7  # the same data elsewhere
+    last = tmp_path / "out" / "checkpoints" / "checkpoint-9"
+    for name, text in (("started.json", "[]"), ("started.json", "{}")):
+        (last / name).write_text(text)
+    (last / "optimizer.pt").write_bytes(b"x" * 50)
+    for words in ("optimizer's state in .* cannot be read", "has no optimizer.pt, without which"):
+        with pytest.raises(ConfigError, match=words):
+            run(None, {**more, "data": str(moved), "steps": 11, "batch_size": 4})
+        (last / "optimizer.pt").unlink(missing_ok=True)
     with pytest.raises(ConfigError, match="Give --resume too"):
         run(None, {**given, "out": str(tmp_path / "new"), "resume_anyway": True})
 
@@ -586,14 +594,21 @@ def test_fields_of_the_method_come_as_options() -> None:
         ({"method_fields": {"init_lora_weights": "eva"}}, "initialize_lora_eva_weights"),
         ({"rates": 3}, "rates has to be keys and values"),
         ({"method": "trainable_tokens", "method_fields": {}}, "token_indices is empty"),
+        ({"out": "DATA/run"}, "data.jsonl' is a file"),
+        ({"out": "MODEL"}, "is the model's own folder"),
+        ({"eval_data": "EMPTY"}, "gives nothing to evaluate on"),
     ],
 )
 def test_bad_input_is_one_error_and_writes_nothing(
     model_folder: Path, data: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     out = tmp_path / "out"
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    places = {"DATA": str(data), "MODEL": str(model_folder), "EMPTY": str(tmp_path / "empty.jsonl")}
+    for word, place in places.items():
+        change = {k: v.replace(word, place) if isinstance(v, str) else v for k, v in change.items()}
     with pytest.raises(ValueError, match=message):
-        run(None, _given(model_folder, data, out, **change))
+        run(None, {**_given(model_folder, data, out), **change})
     assert not out.exists()
 
 

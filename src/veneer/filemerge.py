@@ -271,7 +271,13 @@ def _replace(root: nn.Module, path: str, new: nn.Module) -> None:
 
 def _config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     path = folder / name
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as e:
+        raise LoadError(f"{path} is not JSON: {e}") from e
+    if not isinstance(found, dict):
+        raise LoadError(f"{path} has to hold a table, with names and values; it holds a {type(found).__name__}.")
+    return found
 
 
 def _check_base(remembered: str, stored: Mapping[str, Stored], base: Path) -> None:

@@ -132,8 +132,10 @@ class Recipe:
                 "resume_anyway",
                 "resume_anyway says that a run may go on with other data or settings, so it goes with resume. Give --resume too.",
             )
-        if Path(self.out).is_file():
-            yield "out", f"{self.out!r} is a file; --out names a folder."
+        if file := next((p for p in (Path(self.out), *Path(self.out).parents) if p.is_file()), None):
+            yield "out", f"{str(file)!r} is a file; --out names a folder, in folders."
+        elif self.out and Path(self.model).is_dir() and Path(self.out).absolute().resolve() == Path(self.model).resolve():
+            yield "out", f"{self.out!r} is the model's own folder, which would be read with the adapter from then on. Give another --out."
         if self.out and (Path(self.out) / "adapter_config.json").exists() and not self.resume:
             yield (
                 "out",

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from .recipe import Recipe
 
 # in a checkpoint of the Trainer: what methods remember from step to step, and the ranks that a file lacks
 _REMEMBERED = "methods.safetensors"
+_OTHERWISE = "Delete this checkpoint to go on from the one before it, or start anew in another --out."
 _STARTED = "started.json"  # in a checkpoint: what its run was started with
 # may change from one start of a run to the next; where model and data lie is no matter, what they are is compared by itself
 _FREE = (
@@ -134,6 +136,10 @@ def _read_data(recipe: Recipe) -> tuple[Any, list[dict[str, Any]], list[dict[str
             held_out = classification_examples(held, tokenizer, recipe.length, labels, str(recipe.eval_data))
         else:
             train, held_out = _split(train, recipe)
+    if held and not held_out:
+        raise ConfigError(
+            f"{recipe.eval_data!r} gives nothing to evaluate on: within {recipe.length} tokens there is no row whose prediction counts."
+        )
     if not train:
         raise ConfigError(f"{recipe.data!r} gives no training rows: within {recipe.length} tokens there is none whose prediction counts.")
     return tokenizer, train, held_out, labels
@@ -285,6 +291,8 @@ def check_resumed(prepared: Prepared, recipe: Recipe, checkpoint: str) -> None:
         then = json.loads((Path(checkpoint) / _STARTED).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
+    if not isinstance(then, dict) or not {"rows", "data"} <= then.keys():
+        return
     now = _started(prepared, recipe)
     changed = [k for k in sorted({*then, *now}) if k not in ("rows", "data") and then.get(k) != now.get(k)]
     said = [f"{k} was {then.get(k)!r} and is {now.get(k)!r}" for k in changed]
@@ -351,7 +359,15 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
                 save_file(remembered, Path(output_dir) / _REMEMBERED)
 
         def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            whole = checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled or (Path(checkpoint) / "optimizer.pt").is_file()
+            if not whole:
+                raise ConfigError(
+                    f"--resume: {checkpoint!r} has no optimizer.pt, without which the run would not go on as it was. {_OTHERWISE}"
+                )
+            try:
+                super()._load_optimizer_and_scheduler(checkpoint)
+            except (UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as e:
+                raise ConfigError(f"--resume: the optimizer's state in {checkpoint!r} cannot be read: {_first_line(e)} {_OTHERWISE}") from e
             if checkpoint is not None and (file := Path(checkpoint) / _REMEMBERED).is_file():
                 carry_on(find_switch(self.model), load_file(file))
 
