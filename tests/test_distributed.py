@@ -66,7 +66,7 @@ def check_said(said: dict[str, Any], words: dict[str, str]) -> None:
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     """Where two processes have left what they found, and their end: one kills itself under DDP."""
     out = tmp_path_factory.mktemp("two")
-    return out, fork([*LAYOUTS, ("ddp", "killed")], 2, "lora", out)
+    return out, fork([*LAYOUTS, ("late", "late_ddp"), ("ddp", "killed")], 2, "lora", out)
 
 
 LAYOUTS = [("ddp", "both"), ("fsdp2", "both"), ("tp_plan", "compare")]
@@ -76,6 +76,17 @@ def test_two_processes_train_and_save_what_one_does_and_send_the_adapters_gradie
     out, done = two
     assert (out / "tp_plan.json").exists(), done.said[-6000:]
     check_bytes({layout: json.loads((out / f"{layout}.json").read_text()) for layout, _ in LAYOUTS})
+
+
+def test_an_adapter_that_trains_unknown_to_ddp_is_refused(two: tuple[Path, Ended]) -> None:
+    out, done = two
+    assert (out / "late.json").exists(), done.said[-6000:]
+    said = json.loads((out / "late.json").read_text())["lora"]
+    assert "error" not in said, said
+    for case, words in said.items():
+        kind, what = case.split(", ")
+        assert words == "" if what == "fine" else f"the adapter '{what}' trains, and DistributedDataParallel" in words, (kind, what, words)
+    assert len(said) == 9
 
 
 @pytest.mark.slow

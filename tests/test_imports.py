@@ -130,3 +130,10 @@ def test_only_optional_rooms_import_other_libraries_at_the_top() -> None:
             for name in names:
                 top = name.partition(".")[0]
                 assert top in sys.stdlib_module_names or top in ("torch", "safetensors", "__future__"), f"{file}: {name}"
+
+
+def test_no_room_has_the_name_of_a_function_in_it() -> None:
+    """Importing it would put the module in the function's place."""
+    import veneer
+
+    assert not [name for name, home in veneer._HOME.items() if home == name]

@@ -222,7 +222,7 @@ def test_a_written_shard_is_read_by_safetensors(tmp_path: Path) -> None:
 
 _MEASURE = """
 import resource, sys, torch, veneer
-from veneer.merge_files import merge_files
+from veneer.filemerge import merge_files
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 merge_files(*sys.argv[1:4], check_base=False)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
@@ -263,3 +263,37 @@ def test_the_command_line_merges_and_tells(tmp_path: Path) -> None:
     assert done.returncode == 0 and "6 layers merged" in done.stdout, done.stderr
     again = subprocess.run(run, capture_output=True, text=True)
     assert again.returncode == 2 and "there already" in again.stderr
+
+
+def test_an_adapter_on_fused_experts_and_a_base_that_has_them_one_by_one(tmp_path: Path) -> None:
+    """What the error advises is what works."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=3,
+    )
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    names = everything(tmp_path / "base").keys()
+    if not any(".experts.0." in n for n in names):
+        pytest.skip("this transformers writes fused experts")
+    model = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "base")
+    for parameters, modules in ((["mlp.experts.gate_up_proj"], ["q_proj"]), (["experts.down_proj"], [])):
+        peft = veneer.get_peft_model(model, veneer.LoraConfig(r=2, target_modules=modules, target_parameters=parameters))
+        move(peft)
+        folder = tmp_path / parameters[0]
+        peft.save_pretrained(folder)
+        with pytest.raises(LoadError, match=r"holds its experts one by one \('model.layers.0.*merge_and_unload\(\) and save_pretrained"):
+            veneer.merge_files(tmp_path / "base", folder, tmp_path / "out")
+        model = peft.unload()
+    back = veneer.PeftModel.from_pretrained(model, folder)
+    back.merge_and_unload().save_pretrained(tmp_path / "merged")
+    before, after = everything(tmp_path / "base"), everything(tmp_path / "merged")
+    changed = {k for k, t in before.items() if not torch.equal(t, after[k])}
+    assert after.keys() == names
+    assert changed == {k for k in names if ".w2." in k}

@@ -90,6 +90,18 @@ def test_derivatives_of_its_gradients() -> None:
 
 
 @pytest.mark.usefixtures("slow")
+def test_gradients_through_a_frozen_weight_have_gradients() -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(6, 8).bfloat16().requires_grad_(), torch.randn(5, 8).bfloat16()
+    found = []
+    for product in (products.linear, F.linear):
+        (dx,) = torch.autograd.grad(product(x, w).float().square().sum(), x, create_graph=True)
+        found.append((dx, *torch.autograd.grad(dx.float().square().sum(), x)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05 * float(b.detach().abs().max()))
+
+
+@pytest.mark.usefixtures("slow")
 def test_a_weight_is_widened_some_columns_at_a_time() -> None:
     x, w = torch.randn(16, 24, dtype=torch.bfloat16), torch.randn(400, 24, dtype=torch.bfloat16)
     with Products() as counted, torch.no_grad():

@@ -835,3 +835,37 @@ def test_what_cannot_work_says_so() -> None:
     with pytest.raises(V.PeftError, match="no prompts"):
         V.get_peft_model(llama(), V.LoraConfig(task_type="CAUSAL_LM")).get_prompt(1)
     assert pm.get_nb_trainable_parameters()[0] == N * WIDTH and not pm.supports_lora_conversion()
+
+
+def test_prefixes_of_models_that_hear_and_what_whispers_generate_has_no_place_for() -> None:
+    t = pytest.importorskip("transformers")
+    sizes: dict[str, Any] = {
+        "vocab_size": 64, "d_model": 16, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_target_positions": 30, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    speech = t.Speech2TextConfig(**sizes, input_feat_per_channel=8, conv_channels=8, max_source_positions=60)
+    whisper = t.WhisperConfig(**sizes, num_mel_bins=8, max_source_positions=20, suppress_tokens=None, begin_suppress_tokens=None)
+    for base, x in (
+        (t.Speech2TextForConditionalGeneration(speech), torch.randn(2, 40, 8)),
+        (t.WhisperForConditionalGeneration(whisper), torch.randn(2, 8, 40)),
+    ):
+        for p in base.parameters():
+            p.data.normal_(0, 0.3)
+        shape = {"num_layers": 2, "token_dim": 16, "num_attention_heads": 2}
+        model = V.get_peft_model(base, V.PrefixTuningConfig(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM", **shape)).eval()
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data.normal_()
+        if isinstance(base, t.WhisperForConditionalGeneration):
+            with pytest.raises(V.PeftError, match="generate of WhisperForConditionalGeneration drops"):
+                model.generate(input_features=x, max_new_tokens=4)
+            continue
+        ids = torch.full((2, 1), 2)
+        with torch.no_grad():
+            for _ in range(4):
+                ids = torch.cat([ids, model(input_features=x, decoder_input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+        options = {"max_new_tokens": 4, "min_new_tokens": 4}
+        assert torch.equal(model.generate(input_features=x, **options), ids)
+        assert torch.equal(model.generate(x, **options), ids)
+        assert not torch.equal(base.generate(input_features=x, **options), ids)

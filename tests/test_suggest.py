@@ -177,7 +177,7 @@ def test_the_command_writes_a_recipe_that_trains(tmp_path: Path, monkeypatch: py
         str(recipe),
     ]
     monkeypatch.setattr("sys.argv", ["veneer", *words])
-    capsys.readouterr()  # saving the model above may be the first to import DeepSpeed, which speaks on stdout
+    capsys.readouterr()  # saving the model above may be the first to import DeepSpeed, which speaks on stdout; the command itself keeps that off it
     with pytest.raises(SystemExit) as done:
         main.main()
     assert not done.value.code

@@ -27,6 +27,8 @@ from veneer.training.data import (  # noqa: E402
     whole,
 )
 from veneer.training.loss import HeadlessLoss, chunked_cross_entropy, keeps_rows_apart  # noqa: E402
+from veneer.training.recipe import Recipe  # noqa: E402
+from veneer.training.run import prepare  # noqa: E402
 
 from .words import WORDS, save_word_llama, word_tokenizer  # noqa: E402
 
@@ -365,7 +367,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(method: str, mo
     for name in ("adapter_model.safetensors", "adapter_config.json", "run.json"):
         (cut / name).unlink()
     resumed = run(None, _given(model_folder, data, cut, **given, resume=True))
-    assert [x["loss"] for x in resumed["losses"]] == [x["loss"] for x in full["losses"]][3:]
+    assert (resumed["losses"], resumed["resumed_at"]) == (full["losses"], 3)
     assert (cut / "adapter_config.json").read_text() == (whole / "adapter_config.json").read_text()  # AdaLoRA's ranks
     a, b = load_file(whole / "adapter_model.safetensors"), load_file(cut / "adapter_model.safetensors")
     assert all(torch.equal(v, b[k]) for k, v in a.items())
@@ -382,13 +384,46 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint(model_folder: Path, data: 
     with pytest.raises(ConfigError, match="holds checkpoint-6 of a run that did not come to its end"):
         run(None, given)
     last = run(None, {**given, "resume": True})  # all that lacks is the end
-    assert (last["losses"], last["after"]) == ([], full["after"])
+    assert (last["losses"], last["after"]) == (full["losses"], full["after"])
     (out / "adapter_config.json").unlink()
     state = out / "checkpoints" / "checkpoint-6" / "trainer_state.json"
     state.write_text(state.read_text()[:40])  # killed while it was written
-    assert [x["step"] for x in run(None, {**given, "resume": True})["losses"]] == [4, 5, 6]
+    going_on = run(None, {**given, "resume": True})
+    assert ([x["step"] for x in going_on["losses"]], going_on["resumed_at"]) == ([1, 2, 3, 4, 5, 6], 3)
+    other = {**given, "resume": True, "steps": 9, "method_fields": {"r": 4, "lora_dropout": 0.1, "lora_alpha": 64}}
+    with pytest.raises(ConfigError, match="lora_alpha was None and is 64"):
+        run(None, other)
     with pytest.raises(ValueError, match="lora_alpha is 64"):
-        run(None, {**given, "resume": True, "steps": 9, "method_fields": {"r": 4, "lora_dropout": 0.1, "lora_alpha": 64}})
+        run(None, {**other, "resume_anyway": True})
+
+
+def test_a_run_that_was_started_otherwise_goes_on_only_where_that_is_meant(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    given = _given(model_folder, data, tmp_path / "out", save_every=3)
+    run(None, given)
+    more = {**given, "resume": True, "steps": 7}
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text(data.read_text().replace("hello", "yes"))
+    for change, words in {
+        "seed": ({"seed": 1}, "seed was 0 and is 1; the training rows"),
+        "batch": ({"batch_size": 4}, "batch_size was 2 and is 4"),
+        "data": ({"data": str(moved)}, r"the training rows were as many \(\d+\), with other contents"),
+        "length": ({"length": 4}, r"length was 8 and is 4; the training rows were \d+ and are \d+"),
+    }.values():
+        with pytest.raises(ConfigError, match=words):
+            run(None, {**more, **change})
+    assert [x["step"] for x in run(None, {**more, "batch_size": 4, "resume_anyway": True})["losses"]] == [1, 2, 3, 4, 5, 6, 7]
+    moved.write_text(data.read_text())
+    assert run(None, {**more, "data": str(moved), "steps": 9, "batch_size": 4})["resumed_at"] == 7  # the same data elsewhere
+    last = tmp_path / "out" / "checkpoints" / "checkpoint-9"
+    for name, text in (("started.json", "[]"), ("started.json", "{}")):
+        (last / name).write_text(text)
+    (last / "optimizer.pt").write_bytes(b"x" * 50)
+    for words in ("optimizer's state in .* cannot be read", "has no optimizer.pt, without which"):
+        with pytest.raises(ConfigError, match=words):
+            run(None, {**more, "data": str(moved), "steps": 11, "batch_size": 4})
+        (last / "optimizer.pt").unlink(missing_ok=True)
+    with pytest.raises(ConfigError, match="Give --resume too"):
+        run(None, {**given, "out": str(tmp_path / "new"), "resume_anyway": True})
 
 
 def test_gpt2_counts_the_labels_it_predicts_and_knows_its_positions(tokenizer: Any, data: Path, tmp_path: Path) -> None:
@@ -403,6 +438,36 @@ def test_gpt2_counts_the_labels_it_predicts_and_knows_its_positions(tokenizer: A
     assert record["losses"][0]["loss"] == pytest.approx(record["before"]["loss"], rel=0.02)  # dropout of the model
     with pytest.raises(ConfigError, match="rows of 9 tokens, and the model has 8 positions"):
         run(None, _given(folder, data, tmp_path / "more", method_fields=fields, length=9))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_sees_both_ways_is_no_causal_one(dtype: str, tokenizer: Any, data: Path, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {
+        "vocab_size": len(WORDS),
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+    }
+    for kind, options, causal in [
+        ("bert", {}, False),
+        ("roberta", {"max_position_embeddings": 34, "pad_token_id": 0}, False),
+        *[("xlnet", {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24}, False)]
+        * (dtype == "float32"),  # no such switch, and runs in this alone
+        ("bert", {"is_decoder": True}, True),
+        ("mamba", {"state_size": 4}, True),
+    ]:
+        folder = tmp_path / f"{kind}-{causal}"
+        shape = {"vocab_size": len(WORDS)} if kind == "xlnet" else sizes
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **shape, **options)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        recipe = Recipe(model=str(folder), data=str(data), out=str(tmp_path / "out"), length=8, dtype=dtype)
+        if causal:
+            prepare(recipe)
+        else:
+            with pytest.raises(ConfigError, match="sees tokens that come later"):
+                prepare(recipe)
 
 
 def test_a_decoder_classifies_without_a_padding_token(model_folder: Path, tmp_path: Path) -> None:
@@ -529,14 +594,21 @@ def test_fields_of_the_method_come_as_options() -> None:
         ({"method_fields": {"init_lora_weights": "eva"}}, "initialize_lora_eva_weights"),
         ({"rates": 3}, "rates has to be keys and values"),
         ({"method": "trainable_tokens", "method_fields": {}}, "token_indices is empty"),
+        ({"out": "DATA/run"}, "data.jsonl' is a file"),
+        ({"out": "MODEL"}, "is the model's own folder"),
+        ({"eval_data": "EMPTY"}, "gives nothing to evaluate on"),
     ],
 )
 def test_bad_input_is_one_error_and_writes_nothing(
     model_folder: Path, data: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     out = tmp_path / "out"
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    places = {"DATA": str(data), "MODEL": str(model_folder), "EMPTY": str(tmp_path / "empty.jsonl")}
+    for word, place in places.items():
+        change = {k: v.replace(word, place) if isinstance(v, str) else v for k, v in change.items()}
     with pytest.raises(ValueError, match=message):
-        run(None, _given(model_folder, data, out, **change))
+        run(None, {**_given(model_folder, data, out), **change})
     assert not out.exists()
 
 

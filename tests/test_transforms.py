@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
+import veneer
+from veneer.kernels.autograd import written_out
 from veneer.method import Method, load_methods
 from veneer.testing import Case, Exempt, cases, examples
+from veneer.testing.laws import move
 
 METHODS = [m for m in load_methods().values() if issubclass(m, Method)]
 CASES = [
@@ -190,3 +196,63 @@ def test_gradients_have_gradients(case: Case, square: bool) -> None:
     expected = (sides[0] - sides[1]) / 2
     total = torch.stack([(g * step).sum() for g, step in zip(got, steps, strict=True) if g is not None]).sum()
     torch.testing.assert_close(total, expected, rtol=5e-3, atol=1e-7 * float(sides[0].abs()))  # some tensors are float32 all the same
+
+
+class _Twice(torch.nn.Module):
+    """A layer that runs on its own output, as ALBERT's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.site = torch.nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.site(torch.tanh(self.site(x)))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        veneer.LoraConfig(r=2),
+        veneer.IA3Config(feedforward_modules=[]),
+        veneer.LoHaConfig(r=2),
+        veneer.ShiraConfig(r=2),
+        veneer.RoadConfig(group_size=8),
+    ],
+    ids=lambda c: type(c).__name__,
+)
+def test_a_graph_of_gradients_has_the_same_gradients_where_a_layer_runs_on_its_own_output(config: Any) -> None:
+    torch.manual_seed(0)
+    config = copy.copy(config)
+    config.target_modules = ["site"]
+    model = veneer.get_peft_model(_Twice(), config)
+    move(model)
+    x = torch.randn(5, 8, requires_grad=True)
+    values = [x, *(p for p in model.parameters() if p.requires_grad)]
+    loss = model(x).square().sum()
+    want = torch.autograd.grad(loss, values, retain_graph=True)
+    got = torch.autograd.grad(loss, values, create_graph=True)
+    for a, b in zip(got, want, strict=True):
+        _close(a.detach(), b, 1e-5)
+
+
+def test_a_tensor_in_two_places_of_a_function_gets_the_gradient_of_each() -> None:
+    def again(ctx: Any, _: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        a, b = ctx.saved_tensors
+        return a * b, (a, b)
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+            ctx.save_for_backward(a, b)
+            return a * b
+
+        @staticmethod
+        @written_out(again)
+        def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+            a, b = ctx.saved_tensors
+            return g * b, g * a
+
+    x = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    (g,) = torch.autograd.grad(Product.apply(x, x).sum(), x, create_graph=True)  # type: ignore[no-untyped-call]
+    assert torch.equal(g, 2 * x)
+    assert torch.equal(torch.autograd.grad(g.sum(), x)[0], torch.full((3,), 2.0))

@@ -20,7 +20,7 @@ _HOME: dict[str, str] = {
         "checkpoint": "get_base_model_state_dict get_peft_model_state_dict load_peft_weights set_base_model_state_dict set_peft_model_state_dict",
         "config": "PeftConfig PeftConfigMixin PromptLearningConfig",
         "engine.loss": "MergeReport",
-        "merge_files": "merge_files",
+        "filemerge": "merge_files",
         "arrow": "create_arrow_model",
         "convert": "convert_to_lora save_as_lora",
         "engine.combine": "CombineReport",

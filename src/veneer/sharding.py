@@ -7,6 +7,7 @@ whose parameters are views into one flat tensor while a unit runs (`gathered` op
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 _ORDINARY = (Tensor, nn.Parameter)
+_reduced: weakref.WeakKeyDictionary[nn.Module, dict[int, Tensor]] = weakref.WeakKeyDictionary()
 
 
 def is_dtensor(t: Any) -> bool:
@@ -130,6 +133,33 @@ def sharded_modules(model: nn.Module) -> set[int]:
     if not (dist.is_available() and dist.is_initialized()):
         return set()
     return {id(m) for unit in model.modules() if is_unit(unit) for m in unit.modules()}
+
+
+def unreduced(tensors: Iterable[Tensor]) -> bool:
+    """Whether one of these is to get a gradient in the forward of a DistributedDataParallel that is running, which does not know it.
+
+    DistributedDataParallel adds up the gradients of what required one when it was made. Asked outside of its forward, where it runs one process or where it
+    is told to send nothing (`no_sync`), the answer is no.
+    """
+    ddp: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if ddp is None or not ddp.require_backward_grad_sync or not torch.is_grad_enabled():
+        return False
+    if ddp not in _reduced:
+        _reduced[ddp] = _reduced_by(ddp)
+    known = _reduced[ddp]
+    return bool(known) and any(t.requires_grad and id(t) not in known for t in tensors)
+
+
+def _reduced_by(ddp: Any) -> dict[int, Tensor]:
+    """The parameters whose gradients a DistributedDataParallel adds up, and those that it was told to leave to the user; none if that is nobody's business."""
+    if dist.get_world_size(ddp.process_group) == 1:
+        return {}
+    try:
+        buckets = ddp.reducer._get_zeros_like_grad_buckets()
+    except (AttributeError, RuntimeError):  # another release of torch; sparse gradients, which have no buckets before the first backward
+        return {}
+    left = [p for name, p in ddp.module.named_parameters(remove_duplicate=False) if name in ddp.parameters_to_ignore]
+    return {id(p): p for p in [*left, *(p for bucket in buckets for p in bucket.parameters())]}
 
 
 def is_flat(model: nn.Module) -> bool:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -432,6 +433,48 @@ def late(method: str, layout: str, out: Path) -> dict[str, Any]:
     return result
 
 
+def late_ddp(method: str, layout: str, out: Path) -> dict[str, Any]:
+    """What is said of adapters that train in a DistributedDataParallel which does not know them, and of calls that are none of its business."""
+    configs: dict[str, Callable[[], Any]] = {
+        "lora": lambda: veneer.LoraConfig(r=2, target_modules=["q_proj"]),
+        "saved": lambda: veneer.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        "prompt": lambda: veneer.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    }
+    said: dict[str, Any] = {}
+    ids = batches(1)[0]
+    for kind, make in configs.items():
+        torch.manual_seed(1)
+        model = veneer.get_peft_model(bare_model(method), make())
+        model.add_adapter("frozen", make())  # it is there when the model is wrapped, and does not train yet
+        engine = nn.parallel.DistributedDataParallel(model, find_unused_parameters=kind == "saved", static_graph=kind == "prompt")
+        for _ in range(3):  # its buckets are laid out anew meanwhile
+            engine(input_ids=ids).logits.sum().backward()
+        model.add_adapter("late", make())
+
+        def call(again: nn.Module, backward: bool = False) -> str:
+            try:
+                out = again(input_ids=ids).logits.sum()
+            except veneer.ConfigError as e:
+                return str(e)
+            if backward:
+                out.backward()
+            return ""
+
+        for adapter in ("frozen", "late"):
+            model.set_adapter(adapter)
+            said[f"{kind}, {adapter}"] = call(engine)
+        fine = [call(nn.parallel.DistributedDataParallel(model), backward=True)]
+        with torch.no_grad():
+            fine.append(call(engine))
+        with engine.no_sync():
+            fine.append(call(engine))
+        model.set_adapter("late", inference_mode=True)
+        fine.append(call(engine))
+        model.set_adapter("default")
+        said[f"{kind}, fine"] = "".join([*fine, call(engine)])
+    return said
+
+
 def off_by(merged: Path, reference: Any) -> float:
     """How far the merged file is from a single process' model, merged by itself; infinite where the file lacks a tensor."""
     from safetensors.torch import load_file
@@ -647,6 +690,7 @@ TASKS = {
     "refusals": refusals,
     "packed": packed,
     "late": late,
+    "late_ddp": late_ddp,
     "zero_first": zero_first,
     "zero_second": zero_second,
     "zero_universal": zero_universal,

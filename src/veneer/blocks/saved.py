@@ -11,7 +11,7 @@ from ..engine.holders import Keyed, keep_dtypes
 from ..engine.mixing import split_rows
 from ..engine.modules import saved_tensors
 from ..engine.route import BASE, Choice, Switch
-from ..engine.wrapper import Wrapper
+from ..engine.wrapper import Wrapper, check_reduced
 from ..errors import RouteError
 from ..sharding import copied
 from ..sites.parallel import Plan, check_copied, check_runs_as_copy, is_cut, whole_copy
@@ -70,6 +70,8 @@ class ModulesToSaveWrapper(Wrapper):
                 "Activate one of them, or combine them first."
             )
         module = self.modules_to_save[mine[0]] if mine else self.original_module
+        if mine and self.training:
+            check_reduced(mine[0], self.name, module.parameters())
         if mine and self.cut and is_cut(self.original_module):  # FSDP2's tensors are whole by now
             if self.plan is None:
                 self.plan = Plan(self.original_module, self.original_module.weight, args[0], self.name)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .say import aside
+
 
 def check(
     context: typer.Context,
@@ -39,7 +41,8 @@ def check(
             if name not in known:
                 raise ConfigError(f"--method {method} has no field {name!r}.{hint(name, known)}")
         asked = path if path is not None else PeftConfig.from_peft_type(peft_type=kind, **fields)
-        findings = run(asked, runtime, max_rank=max_rank, model_type=model_type)
+        with aside():
+            findings = run(asked, runtime, max_rank=max_rank, model_type=model_type)
     except (PeftError, ValueError, ImportError) as e:
         typer.echo(f"veneer check: {e}", err=True)
         raise typer.Exit(2) from None

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from .say import aside
+
 
 def convert(
     source: Annotated[str, typer.Argument(help="The adapter: a folder of PEFT or MLX, a .safetensors of kohya or diffusers, a .gguf.")],
@@ -23,7 +25,8 @@ def convert(
     from ..formats import convert as run
 
     try:
-        made = run(source, out, to, model=model, component=component, rank=rank, uniform=uniform)
+        with aside():
+            made = run(source, out, to, model=model, component=component, rank=rank, uniform=uniform)
     except (PeftError, ImportError) as e:
         typer.echo(f"veneer convert: {e}", err=True)
         raise typer.Exit(2) from None

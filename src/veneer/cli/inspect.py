@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from ..errors import ConfigError, PeftError
-from .say import on_stdout, refuse
+from .say import aside, on_stdout, refuse
 
 
 def inspect(
@@ -23,9 +23,10 @@ def inspect(
     from ..planning.inspection import inspect_adapter
 
     try:
-        found = inspect_adapter(path, _base(model, path) if model is not None else None)
-        if picture is not None:
-            found.picture(picture)
+        with aside():
+            found = inspect_adapter(path, _base(model, path) if model is not None else None)
+            if picture is not None:
+                found.picture(picture)
     except PeftError as e:
         refuse("inspect", e)
     if as_json:

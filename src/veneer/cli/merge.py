@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import PeftError
+from .say import aside
 
 
 def merge(
@@ -17,10 +18,11 @@ def merge(
     layers: Annotated[bool, typer.Option("--layers", help="Show every layer.")] = False,
 ) -> None:
     """Merge an adapter into a model's files, weight by weight, without loading the model."""
-    from ..merge_files import merge_files
+    from ..filemerge import merge_files
 
     try:
-        report = merge_files(base, adapter, out, check_base=not any_base)
+        with aside():
+            report = merge_files(base, adapter, out, check_base=not any_base)
     except PeftError as e:
         typer.echo(str(e), err=True)
         raise typer.Exit(2) from None

@@ -18,6 +18,8 @@ def methods(
 
     try:
         n_out, n_in = (int(n) for n in layer.lower().split("x"))
+        if min(n_out, n_in) < 1:
+            raise ValueError
     except ValueError:
         raise typer.BadParameter(f"--layer is two numbers such as 4096x4096, got {layer!r}.") from None
     if markdown:

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from ..errors import PeftError
-from .say import on_stdout, refuse
+from .say import aside, on_stdout, refuse
 from .train import method_fields
 
 
@@ -33,7 +33,8 @@ def plan(
     """Before anything trains: each module hit and missed and why, parameters, work, memory, and every problem at once."""
     given = {k: v for k, v in locals().items() if k not in ("context", "config", "every_module", "as_json")}
     try:
-        found = run(config, {**given, "method_fields": method_fields(list(context.args))})
+        with aside():
+            found = run(config, {**given, "method_fields": method_fields(list(context.args))})
     except PeftError as e:
         refuse("plan", e)
     if as_json:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+import sys
+from contextlib import AbstractContextManager, redirect_stdout
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -15,6 +17,11 @@ def on_stdout() -> Console:
 
 def on_stderr(quiet: bool = False) -> Console:
     return Console(stderr=True, markup=False, quiet=quiet)
+
+
+def aside() -> AbstractContextManager[Any]:
+    """A block in which whatever is printed goes to stderr: libraries say things when they are imported, and what a command finds stands on stdout alone."""
+    return redirect_stdout(sys.stderr)
 
 
 def refuse(command: str, why: object, console: Console | None = None) -> NoReturn:

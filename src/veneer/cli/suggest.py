@@ -9,7 +9,7 @@ import typer
 from rich.panel import Panel
 
 from ..errors import ConfigError, PeftError
-from .say import on_stderr, refuse
+from .say import aside, on_stderr, refuse
 
 _ROWS = 4  # of a batch of the rank search
 
@@ -30,7 +30,10 @@ def suggest(
     try:
         if out is not None and (Path(out).is_dir() or not Path(out).absolute().parent.is_dir()):
             raise ConfigError(f"--out {out!r} is no file in a folder that is there.")
-        found, recipe = run(model, data, memory, parameters, length, search, batches, task, dtype)
+        if batches < 1:
+            raise ConfigError(f"--batches is 1 or more, got {batches}.")
+        with aside():
+            found, recipe = run(model, data, memory, parameters, length, search, batches, task, dtype)
     except PeftError as e:
         refuse("suggest", e)
     import yaml

@@ -46,6 +46,9 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     resume: Annotated[bool | None, typer.Option(help="Go on from the last checkpoint in --out.")] = None,
+    resume_anyway: Annotated[
+        bool | None, typer.Option(help="With --resume: also with other data or settings than it was started with.")
+    ] = None,
 ) -> None:
     """Fine-tune a model on data. Fields of the method's config are options as well."""
     given = {k: v for k, v in locals().items() if k not in ("context", "recipe")}
@@ -104,6 +107,9 @@ def run(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
     steps = record["plan"]["steps"]
     if at > steps or (at == steps and os.path.exists(os.path.join(recipe.out, "adapter_config.json"))):
         raise ConfigError(f"--resume: {checkpoint!r} is {at} steps on, and the recipe asks for {steps}. Give more --steps to train on.")
+    if checkpoint is not None:
+        room.check_resumed(prepared, recipe, checkpoint)
+        record["losses"], record["resumed_at"] = room.losses_of(checkpoint), at
     watcher = _watcher(record)
     trainer = watcher.trainer = room.make_trainer(prepared, recipe, [watcher])
     first = trainer.is_world_process_zero()

@@ -31,7 +31,7 @@ from .repeat import Repeat
 from .route import Choice, Facts, Switch, ready
 from .substitute import call_with
 from .traced import Acting, Seat, Traced, acting, direct, seen
-from .wrapper import Wrapper
+from .wrapper import Wrapper, check_reduced
 
 NO_FACTS: Mapping[str, Facts] = {}
 
@@ -245,6 +245,10 @@ class AdaptedLayer(Wrapper):
         if "_original_parameters" in self.__dict__:  # DeepSpeed's, under ZeRO-3
             self._check_in_pieces()
             zero_fetches(self, self._read_here())
+        if not compiling and self.training:
+            for name in choice.acting:
+                if name in self.attached:
+                    check_reduced(name, self.name, (store[key] for store, key in self.attached[name].trains))
         if choice.rows is not None and choice.enabled:
             return run_rows(self, choice, args, kwargs)
         out = self.run_acting(self._acting(choice), args, kwargs, choice.facts)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..errors import ConfigError
+from ..sharding import unreduced
 from .holders import visited
 from .route import Choice, Switch
 
@@ -104,3 +106,13 @@ def adapter_modules(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
     for path, module in visited(model):
         if isinstance(module, Wrapper):
             yield path, module
+
+
+def check_reduced(adapter: str, name: str, tensors: Iterable[Tensor]) -> None:
+    """Raise ConfigError if these tensors of an adapter, which acts here in training, are not among those whose gradients the processes add up (DDP)."""
+    if unreduced(tensors):
+        raise ConfigError(
+            f"{name}: the adapter {adapter!r} trains, and DistributedDataParallel, which is around the model, does not know its tensors: it adds up the "
+            "gradients of what trained when it was made, and every process would train a copy of its own. Add all adapters and let train what is to train "
+            "(set_adapter) before the model is wrapped, or wrap it anew now: DistributedDataParallel(wrapped.module)."
+        )

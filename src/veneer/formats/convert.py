@@ -56,9 +56,12 @@ def detect(path: str | os.PathLike[str]) -> str:
     p = Path(path)
     if not p.exists():
         raise LoadError(f"There is no {str(p)!r}.")
-    for name, format in FORMATS.items():
-        if format.recognises(p):
-            return name
+    try:
+        for name, format in FORMATS.items():
+            if format.recognises(p):
+                return name
+    except SafetensorError as e:
+        raise LoadError(f"{str(p)!r} cannot be read: {e}. It is damaged or was not written to its end. Download or save it again.") from e
     raise LoadError(
         f"{str(p)!r} is no adapter in a format that is known: {', '.join(FORMATS)}. Formats are told by adapter_config.json "
         "with adapter_model or adapters.safetensors, by the mark of GGUF, and by the keys of a .safetensors file."
@@ -96,6 +99,7 @@ def convert(
     if to not in FORMATS:
         raise ConversionError(f"There is no format {to!r}; there are: {', '.join(FORMATS)}.{hint(to, FORMATS)}")
     name = detect(source)
+    _check_out(Path(source), Path(out))
     base = None if model is None else Path(model)
     adapter = _chosen(FORMATS[name].read(Path(source), model=base), component, to)
     notes: list[str] = []
@@ -123,6 +127,12 @@ def convert(
     except (OSError, SafetensorError) as e:  # the latter is how a full disk is told
         raise SaveError(f"{str(out)!r} could not be written: {e}") from e
     return Conversion(name, to, {c: len(p.layers) for c, p in adapter.items()}, notes)
+
+
+def _check_out(source: Path, out: Path) -> None:
+    """Raise ConversionError if what is written would take the place of an adapter that is there: its config would be lost."""
+    if out.resolve() == source.resolve() or (out / "adapter_config.json").exists():
+        raise ConversionError(f"{str(out)!r} holds an adapter already, which is not overwritten. Give another name.")
 
 
 def _chosen(adapter: Adapter, component: str | None, to: str) -> Adapter:

@@ -54,10 +54,22 @@ def _once_more(again: Again | None, ctx: Any, grad: Tensor) -> tuple[Tensor | No
             "The gradients of this layer have no derivatives: its method takes something else in their place (VeLoRA compresses what they are made of). "
             "Take them without create_graph=True, or use plain LoRA."
         )
-    y, inputs = again(ctx, grad)
+    y, inputs = again(_Apart(ctx), grad)
     wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed and t is not None]
     found = iter(torch.autograd.grad(y.reshape(grad.shape), wanted, grad, create_graph=True, allow_unused=True))
     return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+
+
+class _Apart:
+    """A `ctx` whose saved tensors are each a view of its own: what is differentiated by one is not also reached through another that was made of it, as
+    where a layer runs on its own output, nor by the same tensor in another place."""
+
+    def __init__(self, ctx: Any) -> None:
+        self.ctx = ctx
+        self.saved_tensors = tuple(t if t is None or not t.requires_grad else t.view_as(t) for t in ctx.saved_tensors)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ctx, name)
 
 
 def stand_in(n: int, like: Tensor, dtype: torch.dtype | None) -> Tensor | None:

@@ -103,6 +103,8 @@ def _times(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
 def _again(ctx: Any, dy: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
     x, w = ctx.saved_tensors
     b = stand_in(dy.shape[-1], dy, ctx.b_dtype)
+    if x is None:  # it was not kept: dy W does not depend on it
+        x = dy.new_zeros(len(dy), w.shape[1]).requires_grad_()
     return F.linear(x, w, b), (x, w, b)
 
 

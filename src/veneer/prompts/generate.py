@@ -48,6 +48,11 @@ def for_generate(model: Any, drawn: Drawn, config: Any, kw: dict[str, Any], copi
 
 def _encoder_decoder(model: Any, drawn: Drawn, config: Any, kw: dict[str, Any], copies: int) -> dict[str, Any]:
     if config.into == "cache":
+        if any(c.__name__ == "WhisperGenerationMixin" for c in type(model).__mro__):
+            raise PeftError(
+                f"The generate of {type(model).__name__} drops as many of the decoder's first tokens as the cache holds, and the prompt is in the cache. "
+                "Call forward token by token, which takes the prompt, or train LoRA in its place."
+            )
         kw |= {"past_key_values": key_values(model, drawn.expanded(copies), config), "use_cache": True}
         return kw
     n = config.num_virtual_tokens

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..engine import inject
 from ..engine.holders import Keyed
 from ..engine.route import BASE, Choice, Switch, check_known
-from ..engine.wrapper import adapter_modules
+from ..engine.wrapper import adapter_modules, check_reduced
 from ..errors import ConfigError, PeftWarning, RouteError
 from ..types import name_of
 from .base import Prompt, PromptModule
@@ -184,6 +184,8 @@ class Prompts(Keyed):
         kw = {k: v for k, v in named(model.forward, args, kwargs).items() if v is not None}
         drawn, config = self.draw(choice, _batch(kw), extra["task_ids"])
         check_checkpointing(model, config, model.training)
+        for name in choice.acting if model.training else ():
+            check_reduced(name, "prompt_encoder", self.module_of(name).parameters())
         both = is_encoder_decoder(model)
         labels, items = (kw.get("labels"), kw.get("num_items_in_batch")) if isinstance(config, CPTConfig) else (None, None)
         if labels is not None:
@@ -229,7 +231,7 @@ class Prompts(Keyed):
         # None may be an answer here, such as for eos_token_id
         kw = {k: v for k, v in named(model.generate, args, kwargs).items() if v is not None or k not in _INPUTS}
         if "inputs" in kw:
-            kw["input_ids"] = kw.pop("inputs")
+            kw[getattr(model, "main_input_name", "input_ids")] = kw.pop("inputs")
         drawn, config = self.draw(choice, _batch(kw), task_ids)
         return (), for_generate(model, drawn, config, kw, copies)
 
@@ -246,6 +248,18 @@ class Prompts(Keyed):
         return value.detach().cpu()
 
 
+_ROWS = (
+    "input_ids",
+    "inputs_embeds",
+    "decoder_input_ids",
+    "decoder_inputs_embeds",
+    "labels",
+    "input_features",
+    "input_values",
+    "pixel_values",
+)
+
+
 def _one(names: list[str]) -> list[str]:
     if len(names) != 1:
         raise RouteError(f"One prompt can act at a time, not {len(names)} ({names}). Choose one, or one per row with `adapter_names`.")
@@ -253,10 +267,12 @@ def _one(names: list[str]) -> list[str]:
 
 
 def _batch(kw: Mapping[str, Any]) -> int:
-    for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "labels"):
+    for name in _ROWS:
         if isinstance(kw.get(name), Tensor):
             return int(kw[name].shape[0])
-    raise RouteError("A prompt needs the input: give input_ids or inputs_embeds.")
+    raise RouteError(
+        "A prompt needs the input: give input_ids or inputs_embeds, or what else the model is called with (input_features, pixel_values …)."
+    )
 
 
 def check_checkpointing(model: Any, config: Any, training: bool) -> None:

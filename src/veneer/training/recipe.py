@@ -40,6 +40,7 @@ class Recipe:
         optimizer, optimizer_fields: "adamw", or one of PEFT's with its fields;  rates, clipping, freezing: by layer; see `veneer.training.controls`.
         statistics: of the layers, every so many steps, or a dict of options; 0 for none.
         save_every: steps between checkpoints, 0 for none;  resume: go on from the last checkpoint in `out`.
+        resume_anyway: and do so with other data or settings than the run was started with.
     """
 
     model: str = ""
@@ -72,6 +73,7 @@ class Recipe:
     seed: int = 0
     save_every: int = 0
     resume: bool = False
+    resume_anyway: bool = False
 
     def check(self, needed: Sequence[str] = ("model", "data", "out")) -> None:
         """Raise ConfigError for what can be seen to be wrong before anything is loaded; see `problems`."""
@@ -125,8 +127,15 @@ class Recipe:
             yield "steps", f"steps has to be positive, got {self.steps}."
         if not 0 <= self.eval_fraction < 1:
             yield "eval_fraction", f"eval_fraction lies in [0, 1), got {self.eval_fraction}."
-        if Path(self.out).is_file():
-            yield "out", f"{self.out!r} is a file; --out names a folder."
+        if self.resume_anyway and not self.resume:
+            yield (
+                "resume_anyway",
+                "resume_anyway says that a run may go on with other data or settings, so it goes with resume. Give --resume too.",
+            )
+        if file := next((p for p in (Path(self.out), *Path(self.out).parents) if p.is_file()), None):
+            yield "out", f"{str(file)!r} is a file; --out names a folder, in folders."
+        elif self.out and Path(self.model).is_dir() and Path(self.out).absolute().resolve() == Path(self.model).resolve():
+            yield "out", f"{self.out!r} is the model's own folder, which would be read with the adapter from then on. Give another --out."
         if self.out and (Path(self.out) / "adapter_config.json").exists() and not self.resume:
             yield (
                 "out",

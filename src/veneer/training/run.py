@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -37,6 +39,22 @@ from .recipe import Recipe
 
 # in a checkpoint of the Trainer: what methods remember from step to step, and the ranks that a file lacks
 _REMEMBERED = "methods.safetensors"
+_OTHERWISE = "Delete this checkpoint to go on from the one before it, or start anew in another --out."
+_STARTED = "started.json"  # in a checkpoint: what its run was started with
+# may change from one start of a run to the next; where model and data lie is no matter, what they are is compared by itself
+_FREE = (
+    "model",
+    "data",
+    "eval_data",
+    "out",
+    "steps",
+    "epochs",
+    "save_every",
+    "statistics",
+    "gradient_checkpointing",
+    "resume",
+    "resume_anyway",
+)
 
 
 @dataclasses.dataclass
@@ -62,6 +80,8 @@ def prepare(recipe: Recipe) -> Prepared:
     torch.manual_seed(recipe.seed)
     model = _load(recipe, labels, _pad(tokenizer))
     _check_positions(model, max(len(r["input_ids"]) for r in (*train, *held_out)))
+    if recipe.task == "causal-lm":
+        _check_causal(model, train, recipe.model)
     peft = get_peft_model(model, config)
     _check_disk(recipe.out, peft)
     if recipe.gradient_checkpointing:
@@ -81,6 +101,8 @@ def read_model(recipe: Recipe, rows: int) -> tuple[Any, Callable[[int], Iterator
     join = collate(_pad(tokenizer))
     model = _load(recipe, labels, _pad(tokenizer))
     _check_positions(model, max(len(train[i]["input_ids"]) for i in order))
+    if recipe.task == "causal-lm":
+        _check_causal(model, train, recipe.model)
     return model, lambda size: (join([train[i] for i in order[at : at + size]]) for at in range(0, len(order), size))
 
 
@@ -114,6 +136,10 @@ def _read_data(recipe: Recipe) -> tuple[Any, list[dict[str, Any]], list[dict[str
             held_out = classification_examples(held, tokenizer, recipe.length, labels, str(recipe.eval_data))
         else:
             train, held_out = _split(train, recipe)
+    if held and not held_out:
+        raise ConfigError(
+            f"{recipe.eval_data!r} gives nothing to evaluate on: within {recipe.length} tokens there is no row whose prediction counts."
+        )
     if not train:
         raise ConfigError(f"{recipe.data!r} gives no training rows: within {recipe.length} tokens there is none whose prediction counts.")
     return tokenizer, train, held_out, labels
@@ -179,6 +205,36 @@ def _check_positions(model: Any, longest: int) -> None:
         return
 
 
+def _check_causal(model: Any, rows: Sequence[dict[str, Any]], name: str) -> None:
+    """Raise ConfigError if what the model says of a token hangs on tokens behind it, one of which is the answer: found out by a gradient, which is zero where
+    nothing hangs on them, and not by what configs say."""
+    row = max(rows[:64], key=lambda r: len(r["input_ids"]))["input_ids"]
+    ids = torch.as_tensor(row)[None, :8].to(model.device)
+    held: list[Tensor] = []
+
+    def take(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        held.append(output.detach().requires_grad_())
+        return held[-1]
+
+    try:
+        hook = model.get_input_embeddings().register_forward_hook(take)
+        try:
+            with torch.enable_grad():
+                earlier = model(input_ids=ids).logits[0, :-1].float().square().mean()
+                (grad,) = torch.autograd.grad(earlier, held[:1])
+        finally:
+            hook.remove()
+    except Exception:  # a model that tells no embeddings, or that takes no gradients yet
+        return
+    reach = grad.float().abs().amax((0, 2))
+    if reach[-1] > 1e-6 * reach.max():
+        raise ConfigError(
+            f"{name!r} sees tokens that come later: a {type(model).__name__} would find each answer in its input, and learn nothing. For --task "
+            'causal-lm take a decoder (Llama, Qwen, GPT-2 …), or write "is_decoder": true into the config.json of a model that knows the switch, as '
+            "BERT does. Encoders are trained to classify: --task sequence-classification."
+        )
+
+
 def _first_line(e: BaseException) -> str:
     return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
 
@@ -218,6 +274,48 @@ def _steps(recipe: Recipe, rows: int) -> int:
     return recipe.steps or max(1, math.ceil(rows / (recipe.batch_size * processes() * recipe.accumulate) * recipe.epochs))
 
 
+def _started(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
+    """What the steps of a run hang on, each by its name."""
+    found = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in (*_FREE, "method_fields")}
+    found |= {f"method_fields.{k.replace('-', '_')}": v for k, v in recipe.method_fields.items()}
+    rows = hashlib.sha256(json.dumps([sorted(r.items()) for r in prepared.train]).encode()).hexdigest()
+    told: dict[str, Any] = json.loads(
+        json.dumps({**found, "processes": processes(), "rows": len(prepared.train), "data": rows}, default=str)
+    )
+    return told
+
+
+def check_resumed(prepared: Prepared, recipe: Recipe, checkpoint: str) -> None:
+    """Raise ConfigError if the run that the checkpoint is of was started with other data or settings; a checkpoint that does not tell goes unasked."""
+    try:
+        then = json.loads((Path(checkpoint) / _STARTED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if not isinstance(then, dict) or not {"rows", "data"} <= then.keys():
+        return
+    now = _started(prepared, recipe)
+    changed = [k for k in sorted({*then, *now}) if k not in ("rows", "data") and then.get(k) != now.get(k)]
+    said = [f"{k} was {then.get(k)!r} and is {now.get(k)!r}" for k in changed]
+    if then["data"] != now["data"]:
+        many = (
+            f"{then['rows']:,} and are {now['rows']:,}"
+            if then["rows"] != now["rows"]
+            else f"as many ({now['rows']:,}), with other contents"
+        )
+        said.append(f"the training rows were {many}")
+    if said and not recipe.resume_anyway:
+        raise ConfigError(
+            f"--resume: the run in {recipe.out!r} was started otherwise: {'; '.join(said)}. It would not be the run it was. Give what it was started with, "
+            "start anew in another --out, or go on all the same with --resume-anyway (the learning rate and weight decay then stay those of the checkpoint)."
+        )
+
+
+def losses_of(checkpoint: str) -> list[dict[str, Any]]:
+    """The losses of the steps up to a checkpoint."""
+    told = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8")).get("log_history", [])
+    return [{k: x.get(k) for k in ("step", "loss", "learning_rate")} for x in told if "loss" in x]
+
+
 def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = ()) -> Any:
     """transformers' Trainer, saving and resuming adapters by veneer's own files, with the chunked loss where the model allows it."""
     import transformers
@@ -247,7 +345,9 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
             return Shuffled(len(prepared.train), recipe.batch_size * processes(), recipe.seed)
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-            self.model.save_pretrained(output_dir or self.args.output_dir)
+            folder = Path(output_dir or self.args.output_dir)
+            self.model.save_pretrained(folder)
+            (folder / _STARTED).write_text(json.dumps(_started(prepared, recipe)), encoding="utf-8")
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             load_into(self.model, "default", read_adapter(resume_from_checkpoint), check_base="error")
@@ -259,7 +359,15 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
                 save_file(remembered, Path(output_dir) / _REMEMBERED)
 
         def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            whole = checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled or (Path(checkpoint) / "optimizer.pt").is_file()
+            if not whole:
+                raise ConfigError(
+                    f"--resume: {checkpoint!r} has no optimizer.pt, without which the run would not go on as it was. {_OTHERWISE}"
+                )
+            try:
+                super()._load_optimizer_and_scheduler(checkpoint)
+            except (UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as e:
+                raise ConfigError(f"--resume: the optimizer's state in {checkpoint!r} cannot be read: {_first_line(e)} {_OTHERWISE}") from e
             if checkpoint is not None and (file := Path(checkpoint) / _REMEMBERED).is_file():
                 carry_on(find_switch(self.model), load_file(file))
 

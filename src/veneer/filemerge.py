@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,6 +70,7 @@ def merge_files(
         )
     if check_base:
         _check_base(read_adapter(adapter).metadata.get(BASE_KEY, ""), stored, base)
+    _check_experts(stored, _config(adapter, "adapter_config.json").get("target_parameters") or (), base)
     whole = PeftModel.from_pretrained(model if model is not None else _skeleton(stored, adapter), adapter)
     merging = _Merging(whole, stored, config)
     with _appearing(target) as folder:
@@ -269,7 +271,13 @@ def _replace(root: nn.Module, path: str, new: nn.Module) -> None:
 
 def _config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     path = folder / name
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as e:
+        raise LoadError(f"{path} is not JSON: {e}") from e
+    if not isinstance(found, dict):
+        raise LoadError(f"{path} has to hold a table, with names and values; it holds a {type(found).__name__}.")
+    return found
 
 
 def _check_base(remembered: str, stored: Mapping[str, Stored], base: Path) -> None:
@@ -277,6 +285,18 @@ def _check_base(remembered: str, stored: Mapping[str, Stored], base: Path) -> No
     if difference is not None:
         raise LoadError(
             f"{base} is not the base model the adapter was made for: {difference}. Give that one, or pass check_base=False if another is meant."
+        )
+
+
+def _check_experts(stored: Mapping[str, Stored], parameters: Sequence[str], base: Path) -> None:
+    """Raise LoadError if the adapter changes fused experts, and the files have them one by one."""
+    single = next((name for name in stored if re.search(r"\.experts\.\d+\.", name)), None)
+    fused = next((p for p in parameters if ".experts." in f".{p}" and not any(f".{name}".endswith(f".{p}") for name in stored)), None)
+    if single is not None and fused is not None:
+        raise LoadError(
+            f"{base} holds its experts one by one ({single!r}), and the adapter changes the one parameter that transformers makes of them in memory "
+            f"({fused!r}): file to file the one does not go into the other. Load the model with from_pretrained of transformers, put the adapter on it "
+            "(PeftModel.from_pretrained), call merge_and_unload() and save_pretrained() of what it returns: that writes the experts one by one again."
         )
 
 
