@@ -1036,3 +1036,27 @@ def test_tensors_of_other_shapes_keep_their_start_values_where_asked(tmp_path: P
         assert torch.equal(up.lora_A[name].weight, trained.up.lora_A["default"].weight)
         assert torch.equal(down.lora_B[name].weight, trained.down.lora_B["default"].weight)
         assert not up.lora_B[name].weight.any() and 0 < down.lora_A[name].weight.abs().max() < 1
+
+
+def test_it_takes_arguments_for_the_loss_where_the_base_model_does() -> None:
+    """transformers' Trainer asks; the wrapper's own forward takes anything."""
+
+    class Strict(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.lin(x)
+
+    class Open(Strict):
+        def forward(self, x: torch.Tensor, **kwargs: object) -> torch.Tensor:
+            return self.lin(x)
+
+    class Said(Open):
+        accepts_loss_kwargs = False
+
+    for base, takes in ((Strict, False), (Open, True), (Said, False)):
+        for mixed in (False, True):
+            model = V.get_peft_model(base(), V.LoraConfig(r=2, target_modules=["lin"]), mixed=mixed)
+            assert model.accepts_loss_kwargs is takes
