@@ -1098,3 +1098,27 @@ def test_a_later_adapter_cannot_ask_for_another_stack() -> None:
 def test_ranges_of_layers_are_pairs_of_integers(ranges: Any) -> None:
     with pytest.raises(ConfigError, match="list of pairs"):
         attention(layer_replication=ranges)
+
+
+def test_it_takes_arguments_for_the_loss_where_the_base_model_does() -> None:
+    """transformers' Trainer asks; the wrapper's own forward takes anything."""
+
+    class Strict(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.lin(x)
+
+    class Open(Strict):
+        def forward(self, x: torch.Tensor, **kwargs: object) -> torch.Tensor:
+            return self.lin(x)
+
+    class Said(Open):
+        accepts_loss_kwargs = False
+
+    for base, takes in ((Strict, False), (Open, True), (Said, False)):
+        for mixed in (False, True):
+            model = V.get_peft_model(base(), V.LoraConfig(r=2, target_modules=["lin"]), mixed=mixed)
+            assert model.accepts_loss_kwargs is takes

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import io
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -256,3 +259,37 @@ def test_a_tensor_in_two_places_of_a_function_gets_the_gradient_of_each() -> Non
     (g,) = torch.autograd.grad(Product.apply(x, x).sum(), x, create_graph=True)  # type: ignore[no-untyped-call]
     assert torch.equal(g, 2 * x)
     assert torch.equal(torch.autograd.grad(g.sum(), x)[0], torch.full((3,), 2.0))
+
+
+WRITTEN = [
+    *[veneer.LoraConfig(r=2), veneer.LoraConfig(r=12), veneer.LoraConfig(r=2, use_dora=True)],
+    *[veneer.IA3Config(feedforward_modules=["second"]), veneer.OFTConfig(oft_block_size=4), veneer.LoHaConfig(r=2), veneer.HRAConfig(r=2)],
+    *[veneer.RoadConfig(group_size=4), veneer.RandLoraConfig(r=2), veneer.VeraConfig(r=4), veneer.ShiraConfig(r=2), veneer.LoKrConfig(r=2)],
+]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # shapes of frozen tensors become numbers
+@pytest.mark.parametrize("config", WRITTEN, ids=lambda c: type(c).__name__)
+def test_graphs_for_elsewhere_hold_for_any_number_of_rows(config: Any) -> None:
+    """torch.export with dynamic shapes, and torch.jit.trace into a file: of torch's own operators alone, and not of the example's size."""
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(OrderedDict(first=torch.nn.Linear(16, 24), act=torch.nn.ReLU(), second=torch.nn.Linear(24, 16)))
+    model = veneer.get_peft_model(base, dataclasses.replace(config, target_modules=["first", "second"]))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.3)
+    model.eval()
+    x, other = torch.randn(3, 5, 16), torch.randn(7, 40, 16)
+    expected = model(other).detach()
+    sizes = {0: torch.export.Dim("rows"), 1: torch.export.Dim("tokens")}
+    for strict in (
+        (False,) if isinstance(config, veneer.VeraConfig) else (False, True)
+    ):  # strict: of tensors that layers share torch says KeyError
+        written = torch.export.export(model.get_base_model(), (x,), dynamic_shapes=(sizes,), strict=strict)
+        torch.testing.assert_close(written.module()(other), expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-4)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, x, check_trace=False), file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(other), expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-4)
+    torch.testing.assert_close(model(other), expected)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import inspect
 import pkgutil
 import re
+import sys
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,6 +87,29 @@ def of_acting(path: str) -> Any:
 
 
 METHODS: dict[str, type[PeftConfig]] = {}  # weight methods and prompts
+KINDS = ("linear", "embedding", "conv", "attention", "parameter", "module", "self_attention", "block")
+
+
+def register(cls: type[PeftConfig], peft_type: str) -> None:
+    """Let files that say `peft_type` mean this class. The same class may be defined again, as in a notebook.
+
+    Raises:
+        ConfigError: if another class has the name: files of that one would be read as of this one.
+    """
+    same = METHODS.get(peft_type)
+    ours = cls.__module__.partition(".")[0] == __package__
+    if (peft_type.upper() in PeftType.__members__ and not ours) or (same is not None and _defined(same) != _defined(cls)):
+        holder = f"{same.__module__}.{same.__qualname__}" if same is not None else "one of veneer's own"
+        raise ConfigError(
+            f"{cls.__qualname__}: the peft_type {peft_type!r} is taken by another method ({holder}), whose files would be read as of this one. "
+            "Give a name of its own."
+        )
+    METHODS[peft_type] = cls
+
+
+def _defined(cls: type) -> tuple[str, str]:
+    """Where a class is written: a file may be both `__main__` and a module."""
+    return str(getattr(sys.modules.get(cls.__module__), "__file__", None) or cls.__module__), cls.__qualname__
 
 
 @dataclass
@@ -130,8 +155,16 @@ class Method(PeftConfig):
 
     def __init_subclass__(cls, peft_type: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        for kind in sorted(set(cls.kinds) - set(KINDS)):
+            raise ConfigError(
+                f"{cls.__qualname__}: `kinds` has {kind!r}, and sites are of the kinds {', '.join(KINDS)}.{hint(kind, KINDS)}"
+            )
+        if isinstance(cls.stacking, str) and cls.stacking not in ("sum", "chain"):  # one method has it as a property
+            raise ConfigError(f"{cls.__qualname__}: `stacking` is 'sum' or 'chain', got {cls.stacking!r}.")
         if peft_type is not None:
-            METHODS[peft_type] = cls
+            if not cls.prefix:
+                raise ConfigError(f"{cls.__qualname__} has no `prefix`: what the names of its tensors start with, such as 'lora_'.")
+            register(cls, peft_type)
             cls._peft_type_name = peft_type
 
     _peft_type_name: ClassVar[str] = ""
@@ -139,12 +172,26 @@ class Method(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         name = type(self)._peft_type_name
+        self._check_class(name)
         self.peft_type = PeftType(name) if name in PeftType.__members__ else name  # type: ignore[assignment]
         for field in ("target_modules", "exclude_modules"):
             value = getattr(self, field, None)
             if isinstance(value, (list, tuple)):
                 setattr(self, field, set(value))
         self._check_fields()
+
+    def _check_class(self, name: str) -> None:
+        """What would make a file that nothing reads back: no name of the method, or options that are no fields."""
+        cls = type(self)
+        if not name:
+            raise ConfigError(
+                f"{cls.__qualname__} has no peft_type, so no file could say of which method it is. Define it as "
+                f"`class {cls.__name__}({cls.__bases__[0].__name__}, peft_type={cls.__name__.removesuffix('Config').upper()!r})`."
+            )
+        if "__dataclass_fields__" not in vars(cls):
+            bare = [n for n, kind in inspect.get_annotations(cls).items() if "ClassVar" not in str(kind)]
+            if bare:
+                raise ConfigError(f"{cls.__qualname__}: `{bare[0]}` is no field, so no file would hold it. Put @dataclass above the class.")
 
     def _check_fields(self) -> None:
         for field in self.positive:
@@ -410,11 +457,15 @@ def config_class(peft_type: str) -> type[PeftConfig]:
     Raises:
         ConfigError: if no method of that name exists; names the nearest ones.
     """
-    name = name_of(peft_type).upper()
+    name = name_of(peft_type)
+    name = name if name in METHODS else name.upper()
     if name not in METHODS:
         load_methods()
     if name not in METHODS:
-        raise ConfigError(f"Unknown peft_type {peft_type!r}. Known ones: {', '.join(sorted(METHODS))}.{hint(name, METHODS)}")
+        raise ConfigError(
+            f"Unknown peft_type {peft_type!r}. Known ones: {', '.join(sorted(METHODS))}.{hint(name, METHODS)} "
+            "If it is a method of your own, import the file that defines it first."
+        )
     return METHODS[name]
 
 

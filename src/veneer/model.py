@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -159,6 +160,16 @@ class PeftModel(nn.Module):
     def modules_to_save(self) -> set[str] | None:
         names = {n for c in self.peft_config.values() for n in getattr(c, "modules_to_save", None) or ()}
         return names or None
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the base model's forward takes arguments for its loss, such as `num_items_in_batch`: transformers' Trainer asks this, and goes by the
+        signature of `forward` otherwise, which here takes anything."""
+        model: Any = self.get_base_model()
+        said = getattr(model, "accepts_loss_kwargs", None)
+        if said is not None:
+            return bool(said)
+        return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
 
     @property
     def has_active_enabled_adapter(self) -> bool:

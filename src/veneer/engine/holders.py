@@ -128,11 +128,16 @@ class Holder(nn.Module):
 
     @property
     def in_features(self) -> int:
-        return self.weight.shape[1]
+        return self._sides()[1]
 
     @property
     def out_features(self) -> int:
-        return self.weight.shape[0]
+        return self._sides()[0]
+
+    def _sides(self) -> torch.Size:
+        if (shape := self.weight.shape) and len(shape) > 1:
+            return shape
+        raise AttributeError(f"a tensor of shape {tuple(shape)} is no matrix")  # which hasattr takes for an answer
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={tuple(v.shape)}" for k, v in [*self._parameters.items(), *self._buffers.items()] if v is not None)

@@ -96,11 +96,32 @@ def stage(
     layer.scaling[adapter] = here.scale()
     try:
         here.check(place)
-        return Staged(path, layer, Attached(here, here.leaves(place), place), new)
+        leaves = here.leaves(place)
+        check_leaves(layer, here, leaves)
+        return Staged(path, layer, Attached(here, leaves, place), new)
     except BaseException:
         if not new:
             layer.scaling.pop(adapter, None)
         raise
+
+
+def check_leaves(layer: AdaptedLayer, config: Method, leaves: Mapping[str, Leaf]) -> None:
+    """Raise ConfigError for what is no leaf, or would be kept where something else is."""
+    taken: dict[tuple[str, str | None], str] = {}
+    for name, leaf in leaves.items():
+        said = f"{type(config).__name__}: the leaf {name!r}"
+        if not isinstance(leaf, Leaf):
+            raise ConfigError(f"{said} is a {type(leaf).__name__}, not a veneer.Leaf(shape, init).")
+        container = leaf.container or name
+        if container == "base_layer" or hasattr(AdaptedLayer, container) or "." in container:
+            raise ConfigError(
+                f"{said} cannot be kept as {container!r}, which is no name or is something of the layer's own. Give another one, such as "
+                f"'{config.prefix}{container.replace('.', '_')}'."
+            )
+        other = taken.setdefault((container, leaf.attr), name)
+        if other != name:
+            where = container if leaf.attr is None else f"{container}.<adapter>.{leaf.attr}"
+            raise ConfigError(f"{said} would be kept where {other!r} is ({where}). Give each its own container or attr.")
 
 
 def _check_storage(layer: AdaptedLayer, path: str) -> None:
@@ -163,7 +184,12 @@ def _made_tensors(attached: Attached, place: Place, options: Options) -> dict[st
         t = torch.empty(leaf.shape, device=where, dtype=leaf.dtype or dtype)
         if made and t.device.type != "meta":
             fresh = t if t.dtype not in _LOW else t.float()
-            leaf.init(fresh)
+            given_back = leaf.init(fresh)
+            if isinstance(given_back, Tensor) and given_back is not fresh and not given_back._is_view():
+                raise ConfigError(
+                    f"{type(config).__name__}: the init of the leaf {name!r} gives a new tensor, and has to fill the one it gets in place, as "
+                    "torch.nn.init.zeros_ or lambda t: t.fill_(0.1) does."
+                )
             t = fresh.to(t.dtype)
         out[name] = t
     return out

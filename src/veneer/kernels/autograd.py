@@ -78,8 +78,14 @@ def stand_in(n: int, like: Tensor, dtype: torch.dtype | None) -> Tensor | None:
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func (grad, vmap, jvp …) is on its way, which ordinary functions alone go through."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether a transform of torch.func (grad, vmap, jvp …) is on its way, or the call is written down as a graph for elsewhere (torch.export,
+    torch.jit.trace, ONNX), which is to hold for any number of rows: ordinary functions alone go through these."""
+    if torch.compiler.is_compiling():
+        return _exporting()
+    return torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
+
+
+_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has none
 
 
 def by_hand(w: Any, *parts: Tensor) -> bool:

@@ -49,10 +49,10 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     Args:
         x: (..., n_in);  w: W (n_out, n_in);  b: (n_out,) or None.
     """
-    if x.device.type != "cpu" or x.numel() < _THICK * x.shape[-1]:
+    if x.device.type != "cpu" or transformed() or x.numel() < _THICK * x.shape[-1]:
         return F.linear(x, w, b)
     dtype = autocast_dtype("cpu") or x.dtype
-    if dtype not in _MISSING or x.dtype != w.dtype or transformed() or not (ordinary(x) and ordinary(w)):
+    if dtype not in _MISSING or x.dtype != w.dtype or not (ordinary(x) and ordinary(w)):
         return F.linear(x, w, b)
     if dtype != x.dtype:
         with no_autocast("cpu"):

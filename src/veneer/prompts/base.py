@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import PromptLearningConfig
 from ..errors import ConfigError
-from ..method import METHODS
+from ..method import register
 from ..sites.parallel import is_planned
 from ..types import PeftType, name_of
 from .shape import read_shape
@@ -109,7 +109,7 @@ class Prompt(PromptLearningConfig):
     def __init_subclass__(cls, peft_type: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if peft_type is not None:
-            METHODS[peft_type] = cls
+            register(cls, peft_type)
             cls._peft_type_name = peft_type
 
     def __post_init__(self) -> None:

@@ -15,13 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.base import flat
+from ..change import Change
 from ..config import PeftConfig
 from ..engine.layer import AdaptedLayer, adapted_layers
 from ..engine.substitute import call_with
-from ..errors import MergeError, PeftWarning
+from ..errors import MergeError, PeftWarning, hint
 from ..kernels import reference
 from ..method import Method
 from ..model import PeftModel
+from ..ops import Op
+from ..sites import Site
 from .case import Case, Exempt, cases, examples, move, sites_of
 
 __all__ = ["LAWS", "Case", "Exempt", "cases", "check_method", "examples", "hold", "move", "sites_of"]
@@ -57,7 +60,9 @@ def identity_at_the_start(case: Case) -> None:
 
 def moves_the_output(case: Case) -> None:
     """A trained adapter changes something: no law below holds for want of an effect."""
-    assert not torch.equal(case.run(case.trained()), case.run(case.base().eval()))
+    assert not torch.equal(case.run(case.trained()), case.run(case.base().eval())), (
+        "the output with the trained adapter is the base model's"
+    )
 
 
 def output_is_that_of_the_changed_weight(case: Case) -> None:
@@ -176,11 +181,17 @@ def saved_and_loaded_is_the_same(case: Case) -> None:
     model = case.trained()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        again = PeftModel.from_pretrained(case.base(), folder).eval()
-        assert torch.equal(case.output(again), case.output(model))
+        base = case.base()
+        torch.manual_seed(7)  # what no file holds has to come out the same from any state of the generator
+        again = PeftModel.from_pretrained(base, folder).eval()
         ours, theirs = _state(model), _state(again)
-        assert set(ours) == set(theirs)
-        assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
+        assert set(ours) == set(theirs), f"of these tensors only one model has each: {sorted(set(ours) ^ set(theirs))}"
+        other = [k for k, v in ours.items() if not torch.equal(v, theirs[k])]
+        assert not other, f"{other} have other values after loading"
+        unsaved = (
+            "the output is another after loading: what no file holds (`saved=False`) has to come out the same again, such as from a seed"
+        )
+        assert torch.equal(case.output(again), case.output(model)), unsaved
 
 
 def only_the_adapter_trains(case: Case) -> None:
@@ -354,8 +365,9 @@ def config_survives_json(case: Case) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         again = PeftConfig.from_pretrained(folder)
-    assert type(again) is type(config)
-    assert _plain(again.to_dict()) == _plain(config.to_dict())
+    assert type(again) is type(config), f"its file is read as {type(again).__name__}: a class of its own needs a peft_type of its own"
+    ours, theirs = _plain(config.to_dict()), _plain(again.to_dict())
+    assert ours == theirs, f"other values come back: { {k: theirs.get(k) for k, v in ours.items() if theirs.get(k) != v} } of {ours}"
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -366,8 +378,8 @@ Law = Callable[[Case], None]
 LAWS: dict[str, Law] = {
     law.__name__: law
     for law in (
-        identity_at_the_start, moves_the_output, output_is_that_of_the_changed_weight, fused_equals_reference, merged_equals_unmerged,
-        unmerging_is_exact, saved_and_loaded_is_the_same, only_the_adapter_trains, several_adapters, threads_choose_for_themselves,
+        identity_at_the_start, moves_the_output, only_the_adapter_trains, output_is_that_of_the_changed_weight, fused_equals_reference,
+        merged_equals_unmerged, unmerging_is_exact, saved_and_loaded_is_the_same, several_adapters, threads_choose_for_themselves,
         both_at_once_merge_as_they_run, mixed_batch_equals_one_by_one, autocast_runs, checkpointing_recomputes_the_same, compiles_whole,
         copies_are_independent, builds_on_meta, config_survives_json,
     )
@@ -396,12 +408,50 @@ def hold(law: str, case: Case) -> bool:
     except Exception as e:
         if declared:
             return False
-        raise AssertionError(f"{law} does not hold for {case}: {e}") from e
+        said = " ".join((LAWS[law].__doc__ or "").split())
+        raise AssertionError(f"{law} does not hold for {case}: {_why(case)}{e or type(e).__name__}\nThe law: {said}") from e
     if (
         declared and case.dtype.itemsize >= 4 and case.place.loose == 1
     ):  # what a law forbids may be too small for 16 bits, or rounded inputs, to show
         raise AssertionError(f"{law} holds for {case}, and is declared not to: {declared}")
     return True
+
+
+def _why(case: Case) -> str:
+    """What is wrong with the parts of the change, as far as their forms tell."""
+    name = type(case.config).__name__
+    try:
+        for path, layer in adapted_layers(case.trained()):
+            a = layer.attached.get("default")
+            if a is None or not isinstance(layer.site, Site) or layer.site.experts or case.config.routes:
+                continue
+            try:
+                change, w = layer.change("default", at_rest=True), layer.frozen_weight()
+            except AttributeError as e:
+                asked = str(e)
+                return (
+                    ""
+                    if not asked.isidentifier()
+                    else f"{name}.change asks for {asked!r}, and its leaves are {', '.join(a.leaves)}.{hint(asked, a.leaves)} "
+                )
+            if not isinstance(change, Change):
+                return f"{name}.change gives a {type(change).__name__}, not a veneer.Change. "
+            n_out, n_in = w.shape
+            sides = {"left": (n_out, n_out), "right": (n_in * layer.site.groups,) * 2, "add": (n_out, n_in)}
+            for part, wanted in sides.items():
+                op = getattr(change, part)
+                if op is None:
+                    continue
+                if not isinstance(op, Op):
+                    return f"{name}.change gives a {type(op).__name__} as `{part}`, not one of veneer.ops. "
+                if not op.fixed and not case.config.unmergeable:
+                    return f"{name}'s `{part}` depends on the input, so no weight holds it: the class has to say why in `unmergeable`. "
+                found = tuple(op.dense().shape) if op.fixed else wanted
+                if found != wanted and case.place.mergeable:
+                    return f"{name}'s `{part}` is {found} at {path!r}, where it has to be {wanted}. "
+    except Exception:
+        return ""  # what went wrong is said anyway
+    return ""
 
 
 def check_method(
@@ -417,8 +467,11 @@ def check_method(
     Raises:
         AssertionError: for the first law that is broken, naming law and case.
     """
+    given = examples(config) if isinstance(config, type) else [config]
+    for law in {law for c in given for law in c.exceptions if law not in LAWS}:
+        raise AssertionError(f"`exceptions` names {law!r}, which is no law. The laws are {', '.join(LAWS)}.{hint(law, LAWS)}")
     done: list[str] = []
-    for case in cases(examples(config) if isinstance(config, type) else [config], sites, dtypes):
+    for case in cases(given, sites, dtypes):
         for law in LAWS:
             try:
                 if hold(law, case):
@@ -426,5 +479,6 @@ def check_method(
             except Exempt:
                 continue
     if not done:
-        raise AssertionError(f"{config} was refused by every site it claims, so nothing was checked.")
+        why = next((f" {case}: {case.refused}" for case in cases(given, sites, dtypes) if case.refused), "")
+        raise AssertionError(f"{config} was refused by every site it claims, so nothing was checked.{why}")
     return done
