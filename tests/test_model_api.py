@@ -1082,6 +1082,35 @@ def test_a_rebuilt_stack_merges_into_a_model_that_saves(tmp_path: Path) -> None:
     assert torch.equal(again(input_ids=ids).logits, merged(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("ranges", [[[0, 2], [1, 2]], [[1, 2]]])
+def test_unloading_gives_the_first_stack_back(ranges: Any) -> None:
+    ids = torch.arange(12).view(2, 6)
+    base = llama().train().requires_grad_(True)
+    layers, y = base.model.layers, base.eval()(input_ids=ids).logits
+    base.train()
+    for _ in range(2):
+        model = V.get_peft_model(base, attention(layer_replication=ranges)).eval().double()
+        fill(model)
+        assert len(base.model.layers) == base.config.num_hidden_layers == sum(b - a for a, b in ranges)
+        model.merge_adapter()
+        assert model.unload() is base and base.model.layers is layers
+        assert len(layers) == base.config.num_hidden_layers == 2
+        assert not any(m.training for m in base.modules()) and all(p.requires_grad for p in base.parameters())
+    torch.testing.assert_close(base.float()(input_ids=ids).logits, y)
+    assert [layer.self_attn.layer_idx for layer in layers] == [0, 1]
+
+
+def test_a_copy_of_a_model_with_a_rebuilt_stack_unloads_by_itself() -> None:
+    ids = torch.arange(12).view(2, 6)
+    base = llama().eval()
+    y = base(input_ids=ids).logits
+    model = V.get_peft_model(base, attention(layer_replication=[[0, 2], [1, 2]]))
+    fill(model)
+    other = copy.deepcopy(model).unload()
+    assert torch.equal(other(input_ids=ids).logits, y) and len(other.model.layers) == 2
+    assert len(model.get_base_model().model.layers) == 3
+
+
 def test_a_later_adapter_cannot_ask_for_another_stack() -> None:
     model = V.get_peft_model(llama(), attention(layer_replication=[[0, 2], [1, 2]]))
     model.add_adapter("same", attention(layer_replication=[[0, 2], [1, 2]]))

@@ -131,7 +131,7 @@ def _attach(
         raise ConfigError(f"There is already an adapter {adapter_name!r}. Choose another name, or delete_adapter({adapter_name!r}) first.")
     ranges = getattr(config, "layer_replication", None)
     if not first:
-        check_again(ranges, switch.replication)
+        check_again(ranges, switch.replaced)
     replicated = replicate(model, ranges) if first else None
     staged: list[Staged] = []
     targeted, asked = hasattr(config, "target_modules"), {name: getattr(config, name) for name in FIELDS if hasattr(config, name)}
@@ -179,7 +179,7 @@ def _attach(
     # from here on nothing can fail
     plan = Plan(skipped=dict(selection.skipped), coverage=dict(selection.coverage))
     if first:
-        switch.replication = ranges if replicated is not None else None
+        switch.replaced = replicated
         _freeze(model, switch)
     _train_biases(model, config, selection, {id(m) for _, wrapper, *_ in saved for m in wrapper.inside().modules()})
     if shared is not None:
@@ -393,12 +393,16 @@ def detach(model: nn.Module, adapter_name: str) -> list[str]:
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Take all adapters and wrappers off; merged layers get their frozen weights back, and what trained before trains again."""
+    """Take all adapters and wrappers off: merged layers get their frozen weights back, a rebuilt stack is the first one again, and what trained before
+    trains again."""
     from .merge import unmerge
 
     check_root(model)
     unmerge(model)
-    return unwrap(model, lambda wrapper: wrapper.inside())
+    switch = find_switch(model)
+    top = unwrap(model, lambda wrapper: wrapper.inside())
+    undo(top, switch.replaced if switch is not None else None)
+    return top
 
 
 def check_root(model: nn.Module) -> None:

@@ -280,7 +280,7 @@ def merge_and_unload(
     switch = find_switch(model)
     top = unwrap(model, inner)
     untie_config(top)
-    if switch is not None and switch.replication:
+    if switch is not None and switch.replaced is not None:
         separate(top)
     if packed:
         tell_storage(top)

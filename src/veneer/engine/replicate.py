@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,9 +12,21 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 
 _STACKS = ("layers", "encoder.layer", "h")  # Llama- and Mistral-like, BERT-like, Falcon- and GPT-like
+_MODES = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
 
 
-def replicate(model: nn.Module, ranges: Sequence[Sequence[int]] | None) -> tuple[nn.Module, str, nn.ModuleList, Any] | None:
+@dataclass(frozen=True, eq=False)
+class Replaced:
+    """A stack of layers that another stands in for: in `parent` under `name`, of `count` layers by the model's config."""
+
+    parent: nn.Module
+    name: str
+    layers: nn.ModuleList
+    count: Any
+    ranges: list[tuple[int, int]]
+
+
+def replicate(model: nn.Module, ranges: Sequence[Sequence[int]] | None) -> Replaced | None:
     """Rebuild the stack of layers from half-open ranges [start, end) of it; returns what `undo` needs.
 
     Every copy is a module of its own (so it can carry its own adapter) whose parameters are the original's.
@@ -43,22 +56,34 @@ def replicate(model: nn.Module, ranges: Sequence[Sequence[int]] | None) -> tuple
     count = getattr(config, "num_hidden_layers", None)
     if count is not None:
         config.num_hidden_layers = len(new)  # type: ignore[union-attr]
-    return parent, name, layers, count
+    return Replaced(parent, name, layers, count, [(start, end) for start, end in ranges])
 
 
-def undo(model: nn.Module, replicated: tuple[nn.Module, str, nn.ModuleList, Any] | None) -> None:
-    """Put the original stack back."""
-    if replicated is None:
+def undo(model: nn.Module, replaced: Replaced | None) -> None:
+    """Put the original stack back, with the tensors and modes that the layers' first copies, without wrappers, have by now. Layers that have none are
+    as they were, but for the mode."""
+    if replaced is None:
         return
-    parent, name, layers, count = replicated
-    setattr(parent, name, layers)
-    if count is not None:
-        model.config.num_hidden_layers = count  # type: ignore[union-attr]
+    now: Any = getattr(replaced.parent, replaced.name)
+    origins = [i for start, end in replaced.ranges for i in range(start, end)]
+    replaced.layers.training = now.training
+    for i, layer in enumerate(replaced.layers):
+        if i not in origins:
+            layer.train(now.training)
+            continue
+        for module, copied in zip(layer.modules(), now[origins.index(i)].modules(), strict=True):
+            module._parameters.update(copied._parameters)  # moved, some were replaced
+            module._buffers.update(copied._buffers)
+            module.__dict__.update({key: copied.__dict__[key] for key in _MODES if key in copied.__dict__})
+    setattr(replaced.parent, replaced.name, replaced.layers)
+    if replaced.count is not None:
+        model.config.num_hidden_layers = replaced.count  # type: ignore[union-attr]
 
 
-def check_again(ranges: Sequence[Sequence[int]] | None, so_far: Sequence[Sequence[int]] | None) -> None:
+def check_again(ranges: Sequence[Sequence[int]] | None, replaced: Replaced | None) -> None:
     """Raise ConfigError if a further adapter asks for another stack than that of the first one."""
-    if ranges and list(map(tuple, ranges)) != list(map(tuple, so_far or [])):
+    so_far = replaced.ranges if replaced is not None else []
+    if ranges and list(map(tuple, ranges)) != so_far:
         now = f"by layer_replication={so_far}" if so_far else "without layer_replication"
         raise ConfigError(
             f"layer_replication={ranges} would rebuild the stack of layers, which has adapters already and was built {now}. "

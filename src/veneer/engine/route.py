@@ -65,7 +65,7 @@ class Switch:
         self.untied: list[Any] = []  # configs whose tie_word_embeddings a merge has set False
         self.off: dict[nn.Module, None] = {}  # what was switched off by itself, in order
         self.layers: list[weakref.ref[Any]] = []  # the adapted layers
-        self.replication: list[tuple[int, int]] | None = None  # the ranges that the model's stack of layers was rebuilt from
+        self.replaced: Any = None  # the model's stack of layers before it was rebuilt from ranges of itself
         self.compiled = False  # whether compiled code may run them: who acts is then shown to each
         _switches.add(self)
 
@@ -77,7 +77,7 @@ class Switch:
         self.trained = None
         self.token = next(_tokens)  # a copy of a model has choices of its own
         self.compiled = False
-        self.__dict__.setdefault("replication", None)
+        self.__dict__.setdefault("replaced", None)
         self.__dict__.setdefault("layers", [])  # its layers may have come before it
         _switches.add(self)
         if self.watched:
