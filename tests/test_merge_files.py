@@ -265,6 +265,24 @@ def test_the_command_line_merges_and_tells(tmp_path: Path) -> None:
     assert again.returncode == 2 and "there already" in again.stderr
 
 
+def test_an_adapter_on_a_rebuilt_stack_of_layers(tmp_path: Path) -> None:
+    """What the error advises is what works."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    base.save_pretrained(tmp_path / "base")
+    peft = veneer.get_peft_model(base, veneer.LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]]))
+    move(peft)
+    peft.save_pretrained(tmp_path / "adapter")
+    for check in (True, False):
+        with pytest.raises(MergeError, match=r"layer_replication=\[\[0, 2\], \[1, 2\]\] .*merge_and_unload\(\) and save_pretrained"):
+            veneer.merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", check_base=check)
+    assert not (tmp_path / "out").exists()
+    back = veneer.PeftModel.from_pretrained(peft.unload(), tmp_path / "adapter")
+    back.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert "model.layers.2.self_attn.q_proj.weight" in everything(tmp_path / "merged")
+
+
 def test_an_adapter_on_fused_experts_and_a_base_that_has_them_one_by_one(tmp_path: Path) -> None:
     """What the error advises is what works."""
     transformers = pytest.importorskip("transformers")

@@ -68,6 +68,12 @@ def merge_files(
         raise LoadError(
             f"{base} is packed by a quantisation library. Merge into the unquantised model, or load it and call merge_and_unload()."
         )
+    if ranges := _config(adapter, "adapter_config.json").get("layer_replication"):
+        raise MergeError(
+            f"The adapter stands on a stack of layers that layer_replication={ranges} makes of the model's, and the files have those once: merged, each "
+            "needs weights of its own. Load the model, put the adapter on it (PeftModel.from_pretrained), call merge_and_unload() and save_pretrained() "
+            "of what it returns."
+        )
     if check_base:
         _check_base(read_adapter(adapter).metadata.get(BASE_KEY, ""), stored, base)
     _check_experts(stored, _config(adapter, "adapter_config.json").get("target_parameters") or (), base)
