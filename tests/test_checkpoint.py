@@ -247,6 +247,36 @@ def test_modules_to_save_and_biases_keys() -> None:
     assert {"layers.0.q_proj.base_layer.bias", "layers.0.lora.bias", "layers.1.weight_net.1.bias", "head.bias"} <= every
 
 
+class FrozenNorm(nn.Module):
+    """As DETR has it: a batch norm whose tensors are buffers."""
+
+    bias: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bias", torch.full((4,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias
+
+
+def test_all_biases_are_in_the_file_also_those_that_are_buffers() -> None:
+    """PEFT writes and reads them; they do not train, so a file may lack them."""
+
+    def made() -> Any:
+        torch.manual_seed(0)
+        return get_peft_model(nn.Sequential(nn.Linear(3, 4), FrozenNorm()), config(target_modules=["0"], bias="all"))
+
+    source, target = made(), made()
+    key = "base_model.model.1.bias"
+    state = dict(get_peft_model_state_dict(source))
+    assert set(state) == {f"base_model.model.0.{n}" for n in ("lora_A.weight", "lora_B.weight", "base_layer.bias")} | {key}
+    load_into(target, "default", {**state, key: torch.full((4,), 0.25)})
+    assert torch.equal(target.get_submodule("base_model.model.1").bias, torch.full((4,), 0.25))
+    del state[key]
+    load_into(target, "default", state)
+
+
 def test_files_of_peft_with_all_biases_and_a_saved_module_load() -> None:
     """PEFT also lists the original's bias, and the copy's twice."""
     cfg = config(target_modules=["q_proj"], bias="all", modules_to_save=["head"])

@@ -260,14 +260,23 @@ def _biases(spots: Sequence[Spot], adapter: str, config: Any, prefix: str) -> It
     if mode in (None, "none"):
         return
     for spot in spots:
-        if not isinstance(spot.module._parameters.get("bias"), nn.Parameter):
+        fixed = "bias" in spot.module._buffers and "bias" not in spot.module._non_persistent_buffers_set  # a frozen norm's: in PEFT's files
+        if not (isinstance(spot.module._parameters.get("bias"), nn.Parameter) or (fixed and spot.module._buffers["bias"] is not None)):
             continue
         targeted = any(child == "base_layer" and adapter in adapters_of(w) for w, child in spot.wrappers)
         if targeted or mode == "all":
             replaced = any(child == "original_module" and adapter in adapters_of(w) for w, child in spot.wrappers)
             key, memory = prefix + join_path(spot.path, "bias"), join_path(spot.memory, "bias")
             yield Slot(
-                key, memory, spot.module, "bias", spot.module, required=not replaced, saved=not replaced, base=True, kept=kept(spot, "bias")
+                key,
+                memory,
+                spot.module,
+                "bias",
+                spot.module,
+                required=not (replaced or fixed),
+                saved=not replaced,
+                base=True,
+                kept=kept(spot, "bias"),
             )
 
 
