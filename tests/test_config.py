@@ -381,3 +381,9 @@ def test_nearest() -> None:
     assert len(nearest("a_proj", ["b_proj", "c_proj", "d_proj", "e_proj"], n=2)) == 2
     assert hint("qproj", ["q_proj"]) == " Did you mean 'q_proj'?"
     assert hint("xyz", ["q_proj"]) == ""
+
+
+@pytest.mark.parametrize("fields", [{"r": True}, {"rank_pattern": {"q": True}}])
+def test_a_rank_is_a_number_and_no_yes(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="positive integer value but the value passed is True"):
+        veneer.LoraConfig(**fields)

@@ -162,6 +162,15 @@ def test_olora_is_an_orthonormal_basis_times_what_it_sees(shape: tuple[int, int]
     assert s.A0 is not None
 
 
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_2", "olora", "mica", "loftq"])
+def test_weights_that_are_not_finite_have_no_start(kind: str) -> None:
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    net[1].weight.data[2, 3] = float("nan")
+    with pytest.raises(ConfigError, match=f"weight of '1' holds numbers that are not finite, so init_lora_weights='{kind}'"):
+        veneer.get_peft_model(net, veneer.LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=kind, loftq_config=LoftQConfig()))
+    assert type(net[0]) is nn.Linear
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_mica_takes_the_directions_that_the_weight_writes_least(shape: tuple[int, int]) -> None:
     w = matrix(*shape)

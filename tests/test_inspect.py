@@ -116,6 +116,8 @@ def _spoil(folder: Path, how: str) -> None:
     elif how == "cut":
         file.write_bytes(file.read_bytes()[:-40])
         return
+    elif how == "empty":
+        tensors = {}
     elif how == "zero":
         tensors = {k: t * ("lora_A" in k) for k, t in tensors.items()}
     elif how == "thin":
@@ -135,7 +137,8 @@ def _spoil(folder: Path, how: str) -> None:
         ("method", "'LORA'", True), ("field", "Did you mean 'lora_alpha'", False), ("value", "lora_dropout", True),
         ("alpha", "`lora_alpha` should be a number", True),
         ("target", "Did you mean 'up'", False), ("json", "not JSON", True), ("gone", "There is no adapter_config.json", True),
-        ("cut", "adapter_model.safetensors", True), ("zero", "the adapter does nothing", True), ("thin", "effective rank of 1.0 of 4", False),
+        ("cut", "adapter_model.safetensors", True), ("empty", "adapter_model.safetensors holds no tensors", True),
+        ("zero", "the adapter does nothing", True), ("thin", "effective rank of 1.0 of 4", False),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_found(tmp_path: Path, how: str, text: str, fatal: bool) -> None:

@@ -198,7 +198,7 @@ class Method(PeftConfig):
             pattern, usual = getattr(self, self.patterns.get(field, ""), None) or {}, self.__dataclass_fields__[field].default
             kind: Any = (int, float) if isinstance(usual, float) else int
             for value in (getattr(self, field), *pattern.values()):
-                if (not isinstance(value, kind) or value <= 0) and not (value is None and usual is None):
+                if (isinstance(value, bool) or not isinstance(value, kind) or value <= 0) and not (value is None and usual is None):
                     what = "integer value" if kind is int else "number"
                     raise ConfigError(f"`{field}` should be a positive {what} but the value passed is {value!r}.")
         for field in self.shares:

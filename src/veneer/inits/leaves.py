@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from . import Start, start
+from .base import wide
 
 _COUNTED = ("pissa", "olora", "corda", "lora_ga")
 
@@ -50,9 +51,18 @@ def starting_leaves(config: Any, site: Any, *, only_frozen: bool) -> dict[str, T
     if kind is True or (only_frozen and not count and kind != "loftq"):
         return {}  # the leaves' own start
 
+    def weight() -> Tensor:
+        w = wide(site.weight())
+        if not w.is_meta and not bool(torch.isfinite(w).all()):
+            raise ConfigError(
+                f"The weight of {site.name!r} holds numbers that are not finite, so init_lora_weights={kind!r} finds no start in it. Load the model anew, "
+                "or leave the start at True."
+            )
+        return w
+
     def begin(r: int) -> Start:
         return start(
-            kind, site.weight, r, site.scaling,
+            kind, weight, r, site.scaling,
             n_out=site.n_out, n_in=site.n_in * site.groups, config=config, context=site.module, embedding=embedding,
         )  # fmt: skip
 

@@ -144,6 +144,9 @@ def inspect_adapter(path: str | os.PathLike[str], model: nn.Module | None = None
     file = _read_tensors(out, where)
     if file is None:
         return out
+    if not file.tensors:
+        out.problems.append(Problem("tensors", f"{file.path.name} holds no tensors, so there is no adapter in it. Save the adapter again."))
+        return out
     out.parameters = sum(t.numel() for t in file.tensors.values())
     out.bytes = sum(t.nbytes for t in file.tensors.values())
     out.dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in file.tensors.values()})
