@@ -238,8 +238,9 @@ class AdaptedLayer(Wrapper):
                 y = direct(self, here[0], args[0]) if self.plain and len(here) == len(args) == 1 and not kwargs else None
                 return y if y is not None else self.run_acting(here, args, kwargs)
         choice = self.switch.current(self.own)
-        if not compiling and self.last is not None:
-            out = self.last.run(self, choice, args, kwargs)
+        last = self.last  # read once: another thread may take an adapter off
+        if not compiling and last is not None:
+            out = last.run(self, choice, args, kwargs)
             if out is not None:
                 return out
         if "_original_parameters" in self.__dict__:  # DeepSpeed's, under ZeRO-3
@@ -247,8 +248,8 @@ class AdaptedLayer(Wrapper):
             zero_fetches(self, self._read_here())
         if not compiling and self.training:
             for name in choice.acting:
-                if name in self.attached:
-                    check_reduced(name, self.name, (store[key] for store, key in self.attached[name].trains))
+                if (a := self.attached.get(name)) is not None:
+                    check_reduced(name, self.name, (store[key] for store, key in a.trains))
         if choice.rows is not None and choice.enabled:
             return run_rows(self, choice, args, kwargs)
         out = self.run_acting(self._acting(choice), args, kwargs, choice.facts)
@@ -274,7 +275,7 @@ class AdaptedLayer(Wrapper):
     def _acting(self, choice: Choice) -> list[Attached]:
         if not choice.enabled or not choice.names:
             return []
-        return [self.attached[n] for n in choice.names if n in self.attached]
+        return [a for n in choice.names if (a := self.attached.get(n)) is not None]
 
     def run_acting(
         self, acting: list[Attached], args: tuple[Any, ...], kwargs: Mapping[str, Any], facts: Mapping[str, Facts] = NO_FACTS
