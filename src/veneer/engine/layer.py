@@ -36,6 +36,10 @@ from .wrapper import Wrapper, check_reduced
 NO_FACTS: Mapping[str, Facts] = {}
 
 
+class _NoOneWeight(TypeError, AttributeError):
+    """An `AttributeError` too: torch.jit asks a module for each of its attributes whether it is there."""
+
+
 class AdaptedLayer(Wrapper):
     """A module with adapters on one of its weights. In memory its tensors have PEFT's names: `<leaf>.<adapter>.weight`.
 
@@ -157,7 +161,7 @@ class AdaptedLayer(Wrapper):
             TypeError: for one that is not.
         """
         if not isinstance(self.site, Site):
-            raise TypeError(f"{self.name!r} is adapted as a {self.site.kind}, not in one weight of it.")
+            raise _NoOneWeight(f"{self.name!r} is adapted as a {self.site.kind}, not in one weight of it.")
         return self.site
 
     def home(self) -> torch.device:
@@ -532,6 +536,8 @@ class AdaptedLayer(Wrapper):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name == "weight_site":  # it has raised, and Python asks here
+                raise _NoOneWeight(f"{self.name!r} is adapted as a {self.site.kind}, not in one weight of it.") from None
             attached = self.__dict__.get("attached") or {}
             values = {k: getattr(a.config, name) for k, a in attached.items() if name in {f.name for f in dataclasses.fields(a.config)}}
             if values:
