@@ -36,7 +36,7 @@ from .wrapper import Wrapper, check_reduced
 NO_FACTS: Mapping[str, Facts] = {}
 
 
-class _NoOneWeight(TypeError, AttributeError):
+class _NoOneWeightError(TypeError, AttributeError):
     """An `AttributeError` too: torch.jit asks a module for each of its attributes whether it is there."""
 
 
@@ -161,7 +161,7 @@ class AdaptedLayer(Wrapper):
             TypeError: for one that is not.
         """
         if not isinstance(self.site, Site):
-            raise _NoOneWeight(f"{self.name!r} is adapted as a {self.site.kind}, not in one weight of it.")
+            raise _NoOneWeightError(f"{self.name!r} is adapted as a {self.site.kind}, not in one weight of it.")
         return self.site
 
     def home(self) -> torch.device:
@@ -279,7 +279,8 @@ class AdaptedLayer(Wrapper):
     def _acting(self, choice: Choice) -> list[Attached]:
         if not choice.enabled or not choice.names:
             return []
-        return [a for n in choice.names if (a := self.attached.get(n)) is not None]
+        found = [self.attached.get(n) for n in choice.names]  # one look for each: another thread may take one off
+        return [a for a in found if a is not None]
 
     def run_acting(
         self, acting: list[Attached], args: tuple[Any, ...], kwargs: Mapping[str, Any], facts: Mapping[str, Facts] = NO_FACTS
@@ -537,7 +538,7 @@ class AdaptedLayer(Wrapper):
             return super().__getattr__(name)
         except AttributeError:
             if name == "weight_site":  # it has raised, and Python asks here
-                raise _NoOneWeight(f"{self.name!r} is adapted as a {self.site.kind}, not in one weight of it.") from None
+                raise _NoOneWeightError(f"{self.name!r} is adapted as a {self.site.kind}, not in one weight of it.") from None
             attached = self.__dict__.get("attached") or {}
             values = {k: getattr(a.config, name) for k, a in attached.items() if name in {f.name for f in dataclasses.fields(a.config)}}
             if values:
