@@ -16,6 +16,7 @@ from torch.nn.utils import prune
 import veneer
 from veneer.engine.layer import adapted_layers
 from veneer.errors import MergeError
+from veneer.testing.laws import move
 
 
 def _bf16(size: float) -> Any:
@@ -319,6 +320,40 @@ def test_a_weight_that_is_computed_is_not_merged_into_until_it_is_one(compute: A
     keep(layer.base_layer)
     model.merge_adapter()
     torch.testing.assert_close(model(x), y)
+
+
+@pytest.mark.parametrize("compute", [torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.parametrizations.spectral_norm, _pruned])
+@pytest.mark.parametrize("layer", [nn.Linear, nn.Conv1d])
+def test_a_change_of_a_whole_weight_acts_on_one_that_is_computed(compute: Any, layer: type[nn.Module]) -> None:
+    """The weight is a property, or written by a hook before each call: over W', it was."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(8, 8) if layer is nn.Linear else nn.Conv1d(8, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.proj(input=x)  # by its name: whatever the module does with it
+
+    torch.manual_seed(0)
+    net = Net()
+    compute(net.proj)
+    net.eval()
+    config = veneer.OFTConfig(oft_block_size=4, target_modules=["proj"])
+    plain = Net()
+    plain.proj.weight.data, plain.proj.bias.data = net.proj.weight.detach().clone(), net.proj.bias.detach().clone()
+    models = [veneer.get_peft_model(m, copy.copy(config)).eval() for m in (net, plain)]
+    for m in models:
+        move(m)
+    x = torch.randn(3, 8) if layer is nn.Linear else torch.randn(3, 8, 5)
+    y, want = (m(x) for m in models)
+    torch.testing.assert_close(y, want)
+    y.sum().backward()
+    assert all(p.grad is not None for p in models[0].parameters() if p.requires_grad)
+    with models[0].disable_adapter(), torch.no_grad():
+        assert not torch.allclose(models[0](x), y)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(models[0], backend="eager")(x), want)
 
 
 @pytest.mark.parametrize("use_dora", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -162,3 +163,45 @@ def test_a_copy_finds_out_for_itself() -> None:
         layer.base_layer.weight.mul_(2)
         assert not torch.allclose(other(x), y)
         torch.testing.assert_close(model(x), y)
+
+
+@torch.no_grad()
+def test_another_thread_may_forget_what_was_found_out_at_any_moment() -> None:
+    """As a hot swap and the deletion of another adapter do: between any two instructions of a call."""
+    torch.manual_seed(0)
+    model = veneer.get_peft_model(Net(), veneer.LoraConfig(r=2, target_modules=["proj"])).eval()
+    move(model)
+    ((_, layer),) = adapted_layers(model)
+    a, x = layer.attached["default"], torch.randn(1, 6)
+    y, moments = model(x), 0
+
+    def forgetting(at: int) -> Any:
+        def each(frame: Any, event: str, _: Any) -> Any:
+            nonlocal moments
+            if frame.f_code.co_name not in ("forward", "change_of", "run", "of") or "veneer" not in frame.f_code.co_filename:
+                return None
+            frame.f_trace_opcodes = True
+            moments += event == "opcode"
+            if event == "opcode" and moments == at:
+                layer.last = a.kept = None
+            return each
+
+        return each
+
+    before = sys.gettrace()
+    try:
+        for short in (True, False):
+            at, total = 1, 2
+            while at <= total:
+                layer.last = None
+                model(x)
+                layer.last = layer.last if short else None
+                moments = 0
+                sys.settrace(forgetting(at))
+                got = model(x)
+                sys.settrace(before)
+                total, at = max(moments, 1), at + 1
+                assert torch.equal(got, y)
+            assert total > 50
+    finally:
+        sys.settrace(before)

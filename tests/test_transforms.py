@@ -265,6 +265,7 @@ WRITTEN = [
     *[veneer.LoraConfig(r=2), veneer.LoraConfig(r=12), veneer.LoraConfig(r=2, use_dora=True)],
     *[veneer.IA3Config(feedforward_modules=["second"]), veneer.OFTConfig(oft_block_size=4), veneer.LoHaConfig(r=2), veneer.HRAConfig(r=2)],
     *[veneer.RoadConfig(group_size=4), veneer.RandLoraConfig(r=2), veneer.VeraConfig(r=4), veneer.ShiraConfig(r=2), veneer.LoKrConfig(r=2)],
+    *[veneer.LilyConfig(r=2), veneer.LNTuningConfig()],
 ]
 
 

@@ -99,6 +99,42 @@ def test_a_device_map_with_parts_on_disk(tmp_path: Path) -> None:
         assert torch.allclose(model.merge_and_unload()(ids()).logits, want, atol=1e-5)
 
 
+OWN: dict[str, Any] = {
+    "modules_to_save": lambda: LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "mlp"]),
+    "norms": lambda: veneer.LNTuningConfig(target_modules=["input_layernorm"]),
+}
+
+
+@pytest.mark.parametrize("where", ["cpu", "layers", "map"])
+@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.filterwarnings("ignore:.*offload.*")
+def test_whole_modules_of_an_adapter_act_where_the_base_is_offloaded(kind: str, where: str, tmp_path: Path) -> None:
+    """accelerate's forward runs the very module it was put into, and brings the base's weights in over what is there."""
+    whole = get_peft_model(llama(), OWN[kind]())
+    stir(whole)
+    whole.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        want = whole(ids()).logits
+    base = llama()
+    if where == "cpu":
+        accelerate.cpu_offload(base, execution_device=torch.device("cpu"))
+    else:  # "layers": hooks that bring nothing in, as a map over several devices has
+        places: dict[str, Any] = {name: "disk" if (name, where) == ("model.layers.1", "map") else "cpu" for name in PARTS}
+        base = accelerate.dispatch_model(base, places, offload_dir=str(tmp_path / "offload"), force_hooks=True)
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True).eval()
+    loss = model(ids()).logits.square().sum()
+    with torch.no_grad():
+        assert torch.allclose(model(ids()).logits, want, atol=1e-6)
+        with model.disable_adapter():
+            assert torch.allclose(model(ids()).logits, llama()(ids()).logits, atol=1e-6)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(PeftModel.from_pretrained(llama(), tmp_path / "again")(ids()).logits, want)
+        assert torch.allclose(model.merge_and_unload()(ids()).logits, want, atol=1e-5)
+
+
 TARGETS = ["q_proj", "down_proj"]
 OFFLOADED: dict[str, Any] = {
     "lora": lambda: LoraConfig(r=4, target_modules=TARGETS),

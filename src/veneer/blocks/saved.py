@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..engine.holders import Keyed, keep_dtypes
 from ..engine.mixing import split_rows
 from ..engine.modules import saved_tensors
+from ..engine.offload import stay
 from ..engine.route import BASE, Choice, Switch
 from ..engine.wrapper import Wrapper, check_reduced
 from ..errors import RouteError
@@ -46,6 +47,7 @@ class ModulesToSaveWrapper(Wrapper):
     def attach(self, adapter: str, tied_to: nn.Module | None = None) -> None:
         """Make the copy that `adapter` trains; `tied_to`: a trained copy whose weight this one shares."""
         new = whole_copy(self.original_module) if self.cut else copied(self.original_module)
+        stay(new, self.original_module)
         if tied_to is not None:
             new.weight = tied_to.weight
         keep_dtypes(new)

@@ -37,8 +37,9 @@ def change_of(layer: AdaptedLayer, a: Attached, facts: Mapping[str, Facts], at_r
     if keeping() and not torch.is_grad_enabled() and isinstance(layer.site, Site):
         return _cached(layer, a)
     scaling = a.place.scaling
-    if a.kept is not None and a.kept.holds(scaling):
-        return a.kept.change
+    kept = a.kept  # read once: another thread may forget it
+    if kept is not None and kept.holds(scaling):
+        return kept.change
     if torch.is_grad_enabled() or a.config.routes or isinstance(scaling, Tensor) or not isinstance(layer.site, Site) or transformed():
         change = a.config.change(Tensors(a), a.place)
         a.kept = Kept.of(change, a, scaling)
@@ -78,9 +79,10 @@ def _cached(layer: AdaptedLayer, a: Attached) -> Change:
     """The change as it was the last time, if nothing it is made of has been written to since."""
     assert a.place is not None
     now = (float(a.place.scaling), stamp([*vars(tensors := Tensors(a)).values(), layer.frozen_weight()]))
-    if a.cached is None or a.cached[0] != now:
+    cached = a.cached
+    if cached is None or cached[0] != now:
         change: Any = a.config.change(tensors, a.place)
         if type(change.add) is not LowRank:
             return change  # type: ignore[no-any-return]  # it may be as large as the weight
-        a.cached = now, change
-    return a.cached[1]
+        a.cached = cached = now, change
+    return cached[1]

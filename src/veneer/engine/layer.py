@@ -36,6 +36,10 @@ from .wrapper import Wrapper, check_reduced
 NO_FACTS: Mapping[str, Facts] = {}
 
 
+class _NoOneWeightError(TypeError, AttributeError):
+    """An `AttributeError` too: torch.jit asks a module for each of its attributes whether it is there."""
+
+
 class AdaptedLayer(Wrapper):
     """A module with adapters on one of its weights. In memory its tensors have PEFT's names: `<leaf>.<adapter>.weight`.
 
@@ -157,7 +161,7 @@ class AdaptedLayer(Wrapper):
             TypeError: for one that is not.
         """
         if not isinstance(self.site, Site):
-            raise TypeError(f"{self.name!r} is adapted as a {self.site.kind}, not in one weight of it.")
+            raise _NoOneWeightError(f"{self.name!r} is adapted as a {self.site.kind}, not in one weight of it.")
         return self.site
 
     def home(self) -> torch.device:
@@ -238,8 +242,9 @@ class AdaptedLayer(Wrapper):
                 y = direct(self, here[0], args[0]) if self.plain and len(here) == len(args) == 1 and not kwargs else None
                 return y if y is not None else self.run_acting(here, args, kwargs)
         choice = self.switch.current(self.own)
-        if not compiling and self.last is not None:
-            out = self.last.run(self, choice, args, kwargs)
+        last = self.last  # read once: another thread may take an adapter off
+        if not compiling and last is not None:
+            out = last.run(self, choice, args, kwargs)
             if out is not None:
                 return out
         if "_original_parameters" in self.__dict__:  # DeepSpeed's, under ZeRO-3
@@ -247,8 +252,8 @@ class AdaptedLayer(Wrapper):
             zero_fetches(self, self._read_here())
         if not compiling and self.training:
             for name in choice.acting:
-                if name in self.attached:
-                    check_reduced(name, self.name, (store[key] for store, key in self.attached[name].trains))
+                if (a := self.attached.get(name)) is not None:
+                    check_reduced(name, self.name, (store[key] for store, key in a.trains))
         if choice.rows is not None and choice.enabled:
             return run_rows(self, choice, args, kwargs)
         out = self.run_acting(self._acting(choice), args, kwargs, choice.facts)
@@ -274,7 +279,8 @@ class AdaptedLayer(Wrapper):
     def _acting(self, choice: Choice) -> list[Attached]:
         if not choice.enabled or not choice.names:
             return []
-        return [self.attached[n] for n in choice.names if n in self.attached]
+        found = [self.attached.get(n) for n in choice.names]  # one look for each: another thread may take one off
+        return [a for a in found if a is not None]
 
     def run_acting(
         self, acting: list[Attached], args: tuple[Any, ...], kwargs: Mapping[str, Any], facts: Mapping[str, Facts] = NO_FACTS
@@ -531,6 +537,8 @@ class AdaptedLayer(Wrapper):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name == "weight_site":  # it has raised, and Python asks here
+                raise _NoOneWeightError(f"{self.name!r} is adapted as a {self.site.kind}, not in one weight of it.") from None
             attached = self.__dict__.get("attached") or {}
             values = {k: getattr(a.config, name) for k, a in attached.items() if name in {f.name for f in dataclasses.fields(a.config)}}
             if values:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +36,44 @@ def brought_in(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         hook.post_forward(module, None)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether accelerate has put a forward of its own into the module, which moves inputs, brings in weights, and runs this very module."""
+    return "_hf_hook" in module.__dict__
+
+
+def around_call(module: nn.Module, call: Callable[[Any, Any], Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What `call` makes of a call's arguments, with the module's weights there and all else done that its hook does around a call."""
+    hook: Any = module.__dict__["_hf_hook"]
+    args, kwargs = hook.pre_forward(module, *args, **kwargs)
+    return hook.post_forward(module, call(args, kwargs))
+
+
+def forget_hook(module: nn.Module, state: dict[str, Any]) -> None:
+    """Take that forward out of a copy of the module's attributes."""
+    if not is_hooked(module):
+        return
+    del state["_hf_hook"], state["forward"]
+    old = state.pop("_old_forward")
+    if getattr(old, "__func__", None) is not type(module).forward:
+        state["forward"] = old
+
+
+def stay(new: nn.Module, old: nn.Module) -> None:
+    """Let the weights of a copy be its own, which stay where they are used: nothing is brought in over them."""
+    for module, copy in zip(old.modules(), new.modules(), strict=True):
+        hook = _hook(copy)
+        if hook is None:
+            continue
+        with brought_in(module):
+            for name, t in module.named_parameters(recurse=hook.place_submodules):
+                path, _, key = name.rpartition(".")
+                copy.get_submodule(path)._parameters[key] = nn.Parameter(t.detach().clone(), requires_grad=t.requires_grad)
+            for name, b in module.named_buffers(recurse=hook.place_submodules):
+                path, _, key = name.rpartition(".")
+                copy.get_submodule(path)._buffers[key] = b.detach().clone()
+        hook.offload, hook.weights_map = False, None
 
 
 def keep(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .offload import around_call, forget_hook, is_hooked
+
 
 def call_with(module: nn.Module, tensors: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], **attributes: Any) -> Any:
     """`module(*args, **kwargs)` with parameters, buffers or attributes replaced.
@@ -19,14 +21,25 @@ def call_with(module: nn.Module, tensors: Mapping[str, Any], args: tuple[Any, ..
         tensors: by dotted name inside the module; a value may be any object that stands for a tensor, or None.
         attributes: plain attributes of the module itself, such as `groups=1`.
     """
+    if is_hooked(module):
+        return around_call(module, lambda args, kwargs: _replaced(module, tensors, attributes)(*args, **kwargs), args, kwargs)
     if torch.compiler.is_compiling() and not attributes and all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        if _computed(module, tensors):
+            return _uncompiled(module, tensors, args, kwargs)
         return torch.func.functional_call(module, dict(tensors), args, dict(kwargs))
     return _replaced(module, tensors, attributes)(*args, **kwargs)
 
 
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _uncompiled(module: nn.Module, tensors: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return _replaced(module, tensors, {})(*args, **kwargs)
+
+
 def _replaced(module: nn.Module, tensors: Mapping[str, Any], attributes: Mapping[str, Any]) -> nn.Module:
-    copy: nn.Module = object.__new__(type(module))
     state = dict(module.__dict__)
+    computed = _computed(module, tensors)
+    copy: nn.Module = object.__new__(_holding(type(module), computed) if computed else type(module))
+    forget_hook(module, state)
     state["_parameters"], state["_modules"] = dict(module._parameters), dict(module._modules)
     state["_buffers"] = dict(module._buffers)
     bound: Any = state.get("forward")
@@ -39,7 +52,7 @@ def _replaced(module: nn.Module, tensors: Mapping[str, Any], attributes: Mapping
         head, dot, tail = name.partition(".")
         if dot:
             inner.setdefault(head, {})[tail] = value
-        else:
+        elif name not in computed:
             for store in (state["_parameters"], state["_buffers"]):
                 store.pop(name, None)
             state[name] = value
@@ -49,3 +62,14 @@ def _replaced(module: nn.Module, tensors: Mapping[str, Any], attributes: Mapping
         state["_modules"][head] = _replaced(child, rest, {})
     state.update(attributes)
     return copy
+
+
+def _computed(module: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the module's own tensors that are no tensors it holds: a property or a hook computes them in each call."""
+    return {n: t for n, t in tensors.items() if "." not in n and n not in module._parameters and n not in module._buffers}
+
+
+def _holding(kind: type[nn.Module], tensors: Mapping[str, Any]) -> type[nn.Module]:
+    """The class with these values, whatever its property (a parametrization) or a hook (weight_norm's, pruning's) would compute in their place."""
+    fixed = {n: property(lambda _, t=t: t, lambda _, computed: None) for n, t in tensors.items()}  # type: ignore[misc]
+    return type(kind.__name__, (kind,), fixed)

@@ -73,7 +73,8 @@ class LilyConfig(Targeted, peft_type="LILY"):
         def up(h: Tensor) -> Tensor:  # (n_out, r)
             logits = F.linear(h, router.to(h.dtype))
             chosen = logits.to(torch.promote_types(h.dtype, torch.float32)).softmax(-1).reshape(-1, self.num_B)
-            mixture = chosen.sum(0) / max(len(chosen), 1)  # no rows: nothing is mixed
+            tokens = chosen.shape[0]  # not `len`, which a graph would keep as the number it was
+            mixture = chosen.sum(0) / max(tokens, 1)  # no rows: nothing is mixed
             mixed: Tensor = torch.tensordot(mixture.to(b.dtype), b, 1)
             return mixed.T
 
