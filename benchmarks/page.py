@@ -14,7 +14,7 @@ PAGE = FOLDER.with_suffix(".md")
 
 def text() -> str:
     """The page."""
-    files = [f for f in FOLDER.glob("*.json") if f.stem.partition("-")[0].isdigit()]  # `768.json`; of a further machine `768-xeon.json`
+    files = [f for f in FOLDER.glob("*.json") if f.stem.partition("-")[0].isdigit()]  # `768.json`; of a further machine `768-without.json`
     runs = [(f.stem.partition("-")[2], json.loads(f.read_text(encoding="utf-8"))) for f in files]
     parts = [
         "# Measured",
