@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from . import reference
 from .autograd import autocast_dtype, by_hand, no_autocast, stand_in, written_out
 from .lowrank import shaped_like
-from .products import addmm_, linear, mm
+from .products import addmm_, linear, mm, times, wide
 
 Make = Callable[..., Tensor]
 
@@ -54,6 +54,8 @@ def _forward(x: Tensor, w: Tensor, b: Tensor | None, d: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if _one(w, d):
         return F.linear(rows, w + d, b)
+    if wide(rows, w.mT):  # and it does in 32 bits
+        return times(rows, (w + d.float()).mT, b)
     return addmm_(linear(rows, w, b), rows, d.to(x.dtype).mT)
 
 
@@ -81,7 +83,7 @@ class _DerivedLinear(torch.autograd.Function):
             d = ctx.make(*fresh)
         dx = None
         if need_x:  # one product in 16 bits too: what W + D rounds away of D is less than what dx itself is rounded by
-            dx = mm(dy, w + d.detach().to(w.dtype))
+            dx = times(dy, w + d.detach().float()) if wide(dy, w) else mm(dy, w + d.detach().to(w.dtype))
         grads: list[Tensor | None] = [None] * len(parts)
         if wanted := [i for i, n in enumerate(need) if n]:
             found = torch.autograd.grad(d, [fresh[i] for i in wanted], mm(dy.mT, rows).to(d.dtype), allow_unused=True)

@@ -58,24 +58,24 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         with no_autocast("cpu"):
             return linear(x.to(dtype), w.to(dtype), b if b is None else b.to(dtype))
     rows = x.reshape(-1, x.shape[-1])
-    if not _wide(rows, w.mT):
+    if not wide(rows, w.mT):
         return F.linear(x, w, b)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b))
-    y: Tensor = _Linear.apply(rows, w, b) if wanted else _times(rows, w.mT, b)  # type: ignore[no-untyped-call]
+    y: Tensor = _Linear.apply(rows, w, b) if wanted else times(rows, w.mT, b)  # type: ignore[no-untyped-call]
     return y if x.ndim == 2 else y.view(*x.shape[:-1], w.shape[0])  # no view inside a function of autograd: see `lowrank.shaped_like`
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """A B, of matrices; without gradients."""
-    return _times(a, b) if _wide(a, b) else a @ b
+    return times(a, b) if wide(a, b) else a @ b
 
 
 def addmm_(y: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
     """y += alpha · A B, of matrices; without gradients."""
-    return y.add_(a.float() @ b.float(), alpha=alpha) if _wide(a, b) else y.addmm_(a, b, alpha=alpha)
+    return y.add_(a.float() @ b.float(), alpha=alpha) if wide(a, b) else y.addmm_(a, b, alpha=alpha)
 
 
-def _wide(a: Tensor, b: Tensor) -> bool:
+def wide(a: Tensor, b: Tensor) -> bool:
     """Whether A B is taken in 32 bits."""
     if not slow(a):
         return False
@@ -83,13 +83,13 @@ def _wide(a: Tensor, b: Tensor) -> bool:
     return min(m, k, n) >= _THICK and m * k * n >= _WORTH
 
 
-def _times(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
-    """A B + shift in 32 bits, rounded to the dtype of A; some columns of B at a time."""
-    wide, step = a.float(), max(_BLOCK // b.shape[0], 1)
+def times(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
+    """A B + shift in 32 bits, rounded to the dtype of A; some columns of B, which may be of 32 bits, at a time. Without gradients."""
+    left, step = a.float(), max(_BLOCK // b.shape[0], 1)
 
     def part(i: int) -> Tensor:
         some = b[:, i : i + step].float()
-        return wide @ some if shift is None else torch.addmm(shift[i : i + step].float(), wide, some)
+        return left @ some if shift is None else torch.addmm(shift[i : i + step].float(), left, some)
 
     n = b.shape[1]
     if n <= step:
@@ -113,7 +113,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w)
         ctx.b_dtype = None if b is None else b.dtype
-        return _times(x, w.mT, b)
+        return times(x, w.mT, b)
 
     @staticmethod
     @written_out(_again)
