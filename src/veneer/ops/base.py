@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.autograd import autocast_dtype
 from ..kernels.dropout import dropped
-from ..kernels.products import linear, slow
+from ..kernels.products import linear, wide
 
 
 class Geometry(Protocol):
@@ -60,8 +60,10 @@ class Rows:
 
 def mixed_onto(y: Tensor, h: Tensor, n: Tensor, geo: Geometry) -> Tensor:
     """y + N h in one pass over y where the geometry is plain; h with the features where the geometry has them."""
-    if geo.plain and y.dtype == h.dtype == n.dtype and autocast_dtype(y.device.type) is None and not slow(y):
-        return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), n.mT).view(y.shape)
+    if geo.plain and y.dtype == h.dtype == n.dtype and autocast_dtype(y.device.type) is None:
+        rows = h.reshape(-1, h.shape[-1])
+        if not wide(rows, n.mT):
+            return torch.addmm(y.reshape(-1, y.shape[-1]), rows, n.mT).view(y.shape)
     return y + geo.mix(h, n).to(y.dtype)
 
 
