@@ -68,7 +68,8 @@ def merge_files(
         raise LoadError(
             f"{base} is packed by a quantisation library. Merge into the unquantised model, or load it and call merge_and_unload()."
         )
-    if ranges := _config(adapter, "adapter_config.json").get("layer_replication"):
+    fields = _config(adapter, "adapter_config.json")
+    if ranges := fields.get("layer_replication"):
         raise MergeError(
             f"The adapter stands on a stack of layers that layer_replication={ranges} makes of the model's, and the files have those once: merged, each "
             "needs weights of its own. Load the model, put the adapter on it (PeftModel.from_pretrained), call merge_and_unload() and save_pretrained() "
@@ -76,7 +77,7 @@ def merge_files(
         )
     if check_base:
         _check_base(read_adapter(adapter).metadata.get(BASE_KEY, ""), stored, base)
-    _check_experts(stored, _config(adapter, "adapter_config.json").get("target_parameters") or (), base)
+    _check_experts(stored, fields.get("target_parameters") or (), base)
     whole = PeftModel.from_pretrained(model if model is not None else _skeleton(stored, adapter), adapter)
     merging = _Merging(whole, stored, config)
     with _appearing(target) as folder:

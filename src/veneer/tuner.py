@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +24,8 @@ from .engine.original import Original
 from .engine.parts import Recipe
 from .engine.route import check_known, find_switch, the_switch
 from .engine.steps import ask
-from .errors import ConfigError, PeftWarning
+from .engine.wrapper import warn_of_heir
+from .errors import ConfigError
 from .method import Method, config_class
 
 
@@ -225,9 +225,7 @@ class Tuner(nn.Module):
         drop_parts(self, adapter_name, self.parts.pop(adapter_name, []))
         del self.peft_config[adapter_name]
         if adapter_name in before and not set(left) <= set(before):
-            warnings.warn(
-                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.", PeftWarning, stacklevel=3
-            )
+            warn_of_heir(adapter_name, left[0], stacklevel=4)
             self.set_requires_grad(left, not self.peft_config[left[0]].inference_mode)
 
     # ---------------------------------------------------------------- merging

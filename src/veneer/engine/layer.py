@@ -7,7 +7,6 @@ several in `mixing`.
 from __future__ import annotations
 
 import dataclasses
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..change import Stacking
-from ..errors import ConfigError, MergeError, PeftWarning
+from ..errors import ConfigError, MergeError
 from ..method import Method
 from ..sharding import whole, zero_fetches
 from ..sites import Adaptable, Site
@@ -31,7 +30,7 @@ from .repeat import Repeat
 from .route import Choice, Facts, Switch, ready
 from .substitute import call_with
 from .traced import Acting, Seat, Traced, acting, direct, seen
-from .wrapper import Wrapper, check_reduced
+from .wrapper import Wrapper, check_reduced, warn_of_heir
 
 NO_FACTS: Mapping[str, Facts] = {}
 
@@ -161,8 +160,11 @@ class AdaptedLayer(Wrapper):
             TypeError: for one that is not.
         """
         if not isinstance(self.site, Site):
-            raise _NoOneWeightError(f"{self.name!r} is adapted as a {self.site.kind}, not in one weight of it.")
+            raise self._no_one_weight()
         return self.site
+
+    def _no_one_weight(self) -> _NoOneWeightError:
+        return _NoOneWeightError(f"{self.name!r} is adapted as a {self.site.kind}, not in one weight of it.")
 
     def home(self) -> torch.device:
         """Where the layer runs."""
@@ -422,9 +424,7 @@ class AdaptedLayer(Wrapper):
         if not names and self.attached:
             names = (next(iter(self.attached)),)
             self.set_requires_grad(names)
-            warnings.warn(
-                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {names[0]}.", PeftWarning, stacklevel=2
-            )
+            warn_of_heir(adapter_name, names[0], stacklevel=3)
         self.own = Choice(names, None, choice.enabled)
 
     def take_off(self, adapter_name: str) -> None:
@@ -538,7 +538,7 @@ class AdaptedLayer(Wrapper):
             return super().__getattr__(name)
         except AttributeError:
             if name == "weight_site":  # it has raised, and Python asks here
-                raise _NoOneWeightError(f"{self.name!r} is adapted as a {self.site.kind}, not in one weight of it.") from None
+                raise self._no_one_weight() from None
             attached = self.__dict__.get("attached") or {}
             values = {k: getattr(a.config, name) for k, a in attached.items() if name in {f.name for f in dataclasses.fields(a.config)}}
             if values:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, PeftWarning
 from ..sharding import unreduced
 from .holders import visited
 from .route import Choice, Switch
@@ -116,3 +117,10 @@ def check_reduced(adapter: str, name: str, tensors: Iterable[Tensor]) -> None:
             "gradients of what trained when it was made, and every process would train a copy of its own. Add all adapters and let train what is to train "
             "(set_adapter) before the model is wrapped, or wrap it anew now: DistributedDataParallel(wrapped.module)."
         )
+
+
+def warn_of_heir(deleted: str, now: str, stacklevel: int) -> None:
+    """Say that another adapter acts, and trains, in the place of the deleted one."""
+    warnings.warn(
+        f"Adapter {deleted} was active which is now deleted. Setting active adapter to {now}.", PeftWarning, stacklevel=stacklevel
+    )

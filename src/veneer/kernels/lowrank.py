@@ -13,10 +13,9 @@ from . import reference
 from .autograd import autocast_dtype, by_hand, no_autocast, stand_in, written_out
 from .dropout import masked, new_seed, survivors
 from .packed import Packed, product
-from .products import addmm_, linear, mm
+from .products import LOW, addmm_, linear, mm
 
 FEW = 8  # rows
-_LOW = (torch.float16, torch.bfloat16)
 
 
 def lowrank_linear(
@@ -118,13 +117,13 @@ def _wide(tokens: int, a: Tensor, up: Tensor, trains: bool) -> bool:
     """Whether the rank is so high, and the tokens so many, that forming D costs less than passing the tokens through both factors."""
     (r, n_in), n_out = a.shape, up.shape[0]
     thin, whole = tokens * r * (n_in + n_out), n_in * n_out
-    passes = (a.dtype in _LOW) + trains * (1 + (a.dtype in _LOW))  # of all tokens through a matrix of W's size, beside the frozen layer's
+    passes = (a.dtype in LOW) + trains * (1 + (a.dtype in LOW))  # of all tokens through a matrix of W's size, beside the frozen layer's
     return 2 * r > min(n_in, n_out) and thin * (1 + trains) > whole * (r * (1 + 2 * trains) + tokens * passes)
 
 
 def _times(x: Tensor, w: Tensor, b: Tensor | None, d: Tensor) -> Tensor:
     """x (W + D)ᵀ + b; in 16 bits as two products, since a small D added to W would be rounded away."""
-    return addmm_(linear(x, w, b), x, d.mT) if x.dtype in _LOW else F.linear(x, d.add_(w), b)
+    return addmm_(linear(x, w, b), x, d.mT) if x.dtype in LOW else F.linear(x, d.add_(w), b)
 
 
 def _again(ctx: Any, dy: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .autograd import autocast_dtype, no_autocast, ordinary, stand_in, transformed, written_out
 
-_LOW = (torch.float16, torch.bfloat16)
+LOW = (torch.float16, torch.bfloat16)
 _THICK = 16  # each of the three dimensions, below which the casts cost more than they save …
 _WORTH = 1 << 22  # … and multiplications, below which the calls do
 _BLOCK = 1 << 20  # entries of the second factor that are widened at a time: they stay in the cache, and W is never held twice
@@ -28,11 +28,11 @@ def _missing() -> frozenset[torch.dtype]:
         return frozenset()
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     if limit in _BELOW or not torch.backends.mkldnn.is_available():
-        return frozenset(_LOW)
+        return frozenset(LOW)
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     halves = limit != "AVX512_CORE_BF16" and (capabilities.get("avx512_fp16") or capabilities.get("amx_fp16"))
     brains = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return frozenset(dtype for dtype, there in zip(_LOW, (halves, brains), strict=True) if not there)
+    return frozenset(dtype for dtype, there in zip(LOW, (halves, brains), strict=True) if not there)
 
 
 _MISSING = _missing()  # once: compiled code asks too

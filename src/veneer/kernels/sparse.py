@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 from . import reference
 from .autograd import autocast_dtype, by_hand, no_autocast, stand_in, transformed, written_out
-from .products import linear, mm
+from .products import LOW, linear, mm
 
-_LOW = (torch.float16, torch.bfloat16)
 _FEW = 8  # rows for which the entries are gone through one by one
 _MKL = torch.backends.mkl.is_available()
 _PART = 160  # tokens at a time, so that their transposes stay in the cache
@@ -124,7 +123,7 @@ def _whole(w: Tensor, index: Tensor, values: Tensor) -> Tensor:
 
 def _apart(x: Tensor) -> bool:
     """Whether x Wᵀ and x Dᵀ are two products."""
-    return x.dtype in _LOW or _few(x)
+    return x.dtype in LOW or _few(x)
 
 
 def _few(x: Tensor) -> bool:
@@ -157,7 +156,7 @@ def _rows_and_columns(index: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
 
 
 def _at_least_32(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in _LOW else dtype
+    return torch.float32 if dtype in LOW else dtype
 
 
 def _wide(x: Tensor) -> Tensor:

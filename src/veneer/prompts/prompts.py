@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 from ..engine import inject
 from ..engine.holders import Keyed
 from ..engine.route import BASE, Choice, Switch, check_known
-from ..engine.wrapper import adapter_modules, check_reduced
-from ..errors import ConfigError, PeftWarning, RouteError
+from ..engine.wrapper import adapter_modules, check_reduced, warn_of_heir
+from ..errors import ConfigError, RouteError
 from ..types import name_of
 from .base import Prompt, PromptModule
 from .cpt import CPTConfig
@@ -123,9 +122,7 @@ class Prompts(Keyed):
         left = [n for n in before if n != adapter_name] or self.adapters()[:1]
         self.switch.set(left)
         if left and left[0] not in before:
-            warnings.warn(
-                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.", PeftWarning, stacklevel=3
-            )
+            warn_of_heir(adapter_name, left[0], stacklevel=4)
             self.set_requires_grad(left, not self.peft_config[left[0]].inference_mode)
 
     def take_off(self) -> None:

@@ -34,10 +34,6 @@ class LinearGeometry(Rows):
 _GEOMETRY = LinearGeometry()
 
 
-def _plus(y: Tensor, b: Tensor | None) -> Tensor:
-    return y if b is None else y + b
-
-
 class LinearSite(Site):
     """y = x Wᵀ + b, x (..., n_in)."""
 
@@ -131,20 +127,18 @@ class LinearSite(Site):
             return None
         if b is not None and b.dtype != w.dtype:
             return None
-        left, right, add, gain = change.left, change.right, change.add, change.gain
-        if isinstance(add, LowRank) and left is None and right is None and add.dropout == 0 and ordinary(add.up) and ordinary(add.down):
-            return partial(few_rows, w=w, b=b, a=add.down, up=add.up, scale=add.scale, gain=gain)
-        if isinstance(add, Vectored) and left is None and right is None and gain is None and add.dropout == 0:
-            vectored = add
-            return lambda x: vectored.add_to(F.linear(x, w, b), x, _GEOMETRY)
-        if isinstance(left, Diag) and add is None and right is None and gain is None:
-            rows = left
-            within, after = (b, None) if change.left_on_bias else (None, b)
-            return lambda x: _plus(rows.rows(F.linear(x, w, within), _GEOMETRY), after)
-        if isinstance(right, Diag) and add is None and left is None and gain is None:
-            columns = right
-            return lambda x: F.linear(columns.rows(x, _GEOMETRY), w, b)
-        return None
+        add, beside = change.add, [op for op in (change.left, change.right) if op is not None]
+        if isinstance(add, LowRank) and not beside and add.dropout == 0 and ordinary(add.up) and ordinary(add.down):
+            return partial(few_rows, w=w, b=b, a=add.down, up=add.up, scale=add.scale, gain=change.gain)
+        if change.gain is not None or not all(isinstance(op, (Diag, Vectored)) for op in (add, *beside) if op is not None):
+            return None
+        within, after = (b, None) if change.left is None or change.left_on_bias else (None, b)
+
+        def run(x: Tensor) -> Tensor:
+            y = change.rows(lambda z: F.linear(z, w, within), x, _GEOMETRY)
+            return y if after is None else y + after
+
+        return run
 
     def _packed(self, module: nn.Module, changes: Changes, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """With W packed: multiplied by its storage, never kept whole. A module with hooks is called as a whole."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -67,6 +68,11 @@ class Prepared:
     held_out: list[dict[str, Any]]
     labels: list[str]
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the training rows; every checkpoint says it."""
+        return hashlib.sha256(json.dumps([sorted(r.items()) for r in self.train]).encode()).hexdigest()
+
 
 def prepare(recipe: Recipe) -> Prepared:
     """Load and check everything; nothing is written.
@@ -78,10 +84,7 @@ def prepare(recipe: Recipe) -> Prepared:
     config = recipe.config()
     tokenizer, train, held_out, labels = _read_data(recipe)
     torch.manual_seed(recipe.seed)
-    model = _load(recipe, labels, _pad(tokenizer))
-    _check_positions(model, max(len(r["input_ids"]) for r in (*train, *held_out)))
-    if recipe.task == "causal-lm":
-        _check_causal(model, train, recipe.model)
+    model = _load_for([*train, *held_out], recipe, labels, _pad(tokenizer))
     peft = get_peft_model(model, config)
     _check_disk(recipe.out, peft)
     if recipe.gradient_checkpointing:
@@ -99,10 +102,7 @@ def read_model(recipe: Recipe, rows: int) -> tuple[Any, Callable[[int], Iterator
     tokenizer, train, _, labels = _read_data(recipe)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.seed)).tolist()[:rows]
     join = collate(_pad(tokenizer))
-    model = _load(recipe, labels, _pad(tokenizer))
-    _check_positions(model, max(len(train[i]["input_ids"]) for i in order))
-    if recipe.task == "causal-lm":
-        _check_causal(model, train, recipe.model)
+    model = _load_for([train[i] for i in order], recipe, labels, _pad(tokenizer))
     return model, lambda size: (join([train[i] for i in order[at : at + size]]) for at in range(0, len(order), size))
 
 
@@ -169,6 +169,15 @@ def check_model(model: str) -> None:
         raise ConfigError(f"The folder {model!r} holds no model: it has no config.json.")
     if looks_local and not path.exists():
         raise ConfigError(f"There is no model folder {model!r}.")
+
+
+def _load_for(rows: Sequence[dict[str, Any]], recipe: Recipe, labels: Sequence[str], pad: int) -> Any:
+    """The model, which has been found to suit these rows and the task."""
+    model = _load(recipe, labels, pad)
+    _check_positions(model, max(len(r["input_ids"]) for r in rows))
+    if recipe.task == "causal-lm":
+        _check_causal(model, rows, recipe.model)
+    return model
 
 
 def _load(recipe: Recipe, labels: Sequence[str], pad: int) -> Any:
@@ -278,9 +287,8 @@ def _started(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
     """What the steps of a run hang on, each by its name."""
     found = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in (*_FREE, "method_fields")}
     found |= {f"method_fields.{k.replace('-', '_')}": v for k, v in recipe.method_fields.items()}
-    rows = hashlib.sha256(json.dumps([sorted(r.items()) for r in prepared.train]).encode()).hexdigest()
     told: dict[str, Any] = json.loads(
-        json.dumps({**found, "processes": processes(), "rows": len(prepared.train), "data": rows}, default=str)
+        json.dumps({**found, "processes": processes(), "rows": len(prepared.train), "data": prepared.digest}, default=str)
     )
     return told
 
