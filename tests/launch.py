@@ -74,16 +74,26 @@ def start(*commands: Sequence[str], each: Sequence[Mapping[str, str]] = (), limi
 
 
 def _abort(started: Sequence[subprocess.Popen[Any]]) -> None:
-    """End all of them and what they started; Python's fault handler writes where each was."""
+    """End all of them and what they started; Python's fault handler writes where each was.
+
+    One at a time, while the others are held: processes that share a file for errors would write into each other's lines, and one whose peer is
+    gone would be elsewhere by the time it is asked.
+    """
     import psutil
 
     trees = [[*psutil.Process(p.pid).children(recursive=True), psutil.Process(p.pid)] for p in started if p.poll() is None]
     every = [process for tree in trees for process in tree]
-    for number, seconds in ((signal.SIGABRT, 20), (signal.SIGKILL, 5)):
+    end = time.monotonic() + 30  # on a busy machine a process needs its time to write
+    for process in every:
+        with suppress(psutil.NoSuchProcess):
+            process.suspend()
+    for number in (signal.SIGABRT, signal.SIGKILL):
         for process in every:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
-        psutil.wait_procs(every, timeout=seconds)  # on a busy machine a process needs its time to write
+                process.resume()
+                while process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < end:  # what its parent has yet to collect has ended
+                    time.sleep(0.01)
 
 
 def _read(file: Any) -> str:
