@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -25,16 +26,17 @@ def interleaved(
     warmup: int = 2,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Ratio]:
-    """Run all candidates in turn, `rounds` times, the order turning with every round.
+    """Run all candidates in turn, `rounds` times, in another order every round: what ran just before leaves its traces in caches and in the allocator,
+    and with one order, however it is turned, each candidate would always have the same one before it (worth up to 0.08 at a width of 2048).
 
     Args:
         clock: `time.process_time` on a machine that others use too, with one thread: it leaves out what they take.
     """
     names = list(candidates)
     times: dict[str, list[float]] = {n: [] for n in names}
+    orders = random.Random(0)
     for i in range(-warmup, rounds):
-        turn = i % len(names)
-        for name in names[turn:] + names[:turn]:
+        for name in orders.sample(names, len(names)):
             started = clock()
             candidates[name]()
             if i >= 0:

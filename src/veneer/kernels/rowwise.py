@@ -67,4 +67,5 @@ def _stacked(factors: Sequence[Factors], dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def _one(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack([t.to(tensors[0].dtype) for t in tensors])
+    dtype = tensors[0].dtype
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack([t if t.dtype is dtype else t.to(dtype) for t in tensors])
