@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import veneer
 from veneer.errors import ConfigError
-from veneer.kernels import reference
+from veneer.kernels import reference, sparse
 from veneer.kernels.sparse import sparse_linear
 from veneer.ops import Rows, Sparse
 from veneer.testing.laws import move
@@ -60,6 +60,22 @@ def test_bfloat16_equals_the_reference(shape: tuple[int, ...]) -> None:
             grads.append((y, *torch.autograd.grad(y.float().square().sum(), (x, values))))
         for got, want in zip(*grads, strict=True):
             torch.testing.assert_close(got, want, atol=0.06 * float(want.detach().float().abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("sorted_", [False, True])
+@pytest.mark.parametrize("rows", [10, 11, 12])
+def test_parts_of_the_tokens_and_what_is_left_over(rows: int, sorted_: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "_PART", 4)
+    monkeypatch.setattr(sparse, "_PARTS", 2)
+    t = _some(14, 12, 5, rows=rows)
+    index = t["index"].sort().values if sorted_ else t["index"]
+    found = []
+    for run in (sparse_linear, reference.sparse_linear):
+        for w in (t["w"], None):
+            x, values = t["x"].mT.contiguous().mT.requires_grad_(), t["values"].clone().requires_grad_()
+            y = run(x, w, t["b"], index, values, (14, 12))
+            found.append((y, *torch.autograd.grad(y.square().sum(), (x, values))))
+    torch.testing.assert_close(found[:2], found[2:])
 
 
 @pytest.mark.parametrize("rows", [1, 20])

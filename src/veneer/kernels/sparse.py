@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from .products import LOW, linear, mm
 
 _FEW = 8  # rows for which the entries are gone through one by one
 _MKL = torch.backends.mkl.is_available()
-_PART = 160  # tokens at a time, so that their transposes stay in the cache
+_PART = 160  # tokens that are multiplied at a time, so that their transposes stay in the cache
+_PARTS = 8  # so many are turned over in one pass, which several threads share
 _THIN = 0.05  # the share of entries below which a product of sparse matrices beats a dense one on the CPU
 
 Shape = tuple[int, int]
@@ -71,7 +72,7 @@ class _SparseLinear(torch.autograd.Function):
             if w is not None and not _few(x):  # also in 16 bits: what W + D rounds away of D is less than what dx itself is rounded by
                 dx = mm(dy, _whole(w, index, values))
             else:
-                dx = _times(dy, index, values, ctx.shape, transposed=True)
+                dx = _times(dy, _turned(index, ctx.shape), values, ctx.shape[::-1])
                 dx = dx if w is None else mm(dy, w).add_(dx)
         if ctx.needs_input_grad[2]:
             db = dy.sum(0).to(ctx.b_dtype)
@@ -100,16 +101,14 @@ class _SparseLeft(torch.autograd.Function):
     def forward(ctx: Any, index: Tensor, values: Tensor, shape: Shape, z: Tensor) -> Tensor:
         ctx.save_for_backward(index, values, z)
         ctx.shape = shape
-        return _left(z, *_rows_and_columns(index, shape), values, shape)
+        return _left(z, index, values, shape)
 
     @staticmethod
     @written_out(_again_left)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         index, values, z = ctx.saved_tensors
-        n, m = ctx.shape
         dvalues = _at(grad.T, z.T, index, ctx.shape).to(values.dtype) if ctx.needs_input_grad[1] else None
-        i, j = _rows_and_columns(index, ctx.shape)
-        dz = _left(grad, j, i, values, (m, n)) if ctx.needs_input_grad[3] else None
+        dz = _left(grad, _turned(index, ctx.shape), values, ctx.shape[::-1]) if ctx.needs_input_grad[3] else None
         return None, dvalues, None, dz
 
 
@@ -137,22 +136,22 @@ def _thin(x: Tensor, index: Tensor, shape: Shape) -> bool:
     return True
 
 
-def _rows_of(i: Tensor, j: Tensor, values: Tensor, shape: Shape) -> Tensor:
-    """D as torch's matrix of compressed rows; i, j (k,) in order."""
-    starts = F.pad(torch.bincount(i, minlength=shape[0]).cumsum(0), (1, 0))
-    return torch.sparse_csr_tensor(starts, j, values, shape, check_invariants=False)
-
-
 @functools.cache
 def _no_word_of_beta() -> None:
     """Torch warns once of sparse matrices; here they are used for two products that are tested."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _rows_of(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(1), (1, 1))
+        _compressed(torch.zeros(1, dtype=torch.long), torch.zeros(1), (1, 1))
 
 
 def _rows_and_columns(index: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
     return index // shape[1], index % shape[1]
+
+
+def _turned(index: Tensor, shape: Shape) -> Tensor:
+    """Where the entries at these positions are in the transpose."""
+    i, j = _rows_and_columns(index, shape)
+    return j * shape[0] + i
 
 
 def _at_least_32(dtype: torch.dtype) -> torch.dtype:
@@ -163,9 +162,19 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(_at_least_32(x.dtype))
 
 
+def _parts(x: Tensor) -> Iterator[Tensor]:
+    """x (tokens, n) in order, as views (parts, tokens of each, n)."""
+    for some in x.split(_PARTS * _PART):
+        whole = len(some) // _PART * _PART
+        if whole:
+            yield some[:whole].unflatten(0, (-1, _PART))
+        if whole < len(some):
+            yield some[whole:].unsqueeze(0)
+
+
 def _columns(x: Tensor) -> Tensor:
-    """xᵀ (n, tokens), in at least 32 bits: the layout in which the library of sparse products is fastest."""
-    return _wide(x.T.contiguous())
+    """Of parts (parts, tokens, n) their transposes, in at least 32 bits: the layout in which the library of sparse products is fastest."""
+    return _wide(x.transpose(1, 2).contiguous())
 
 
 def _order(at: Tensor) -> Tensor | None:
@@ -173,47 +182,50 @@ def _order(at: Tensor) -> Tensor | None:
     return None if bool((at[1:] > at[:-1]).all()) else torch.argsort(at)
 
 
-def _times(x: Tensor, index: Tensor, values: Tensor, shape: Shape, transposed: bool = False) -> Tensor:
-    """x Dᵀ (or x D), in the dtype of x."""
-    i, j = _rows_and_columns(index, shape)
-    (n, m), (i, j) = (shape[::-1], (j, i)) if transposed else (shape, (i, j))
+def _times(x: Tensor, index: Tensor, values: Tensor, shape: Shape) -> Tensor:
+    """x Dᵀ, in the dtype of x."""
     if not _thin(x, index, shape):
-        return _left(x.T, i, j, values, (n, m)).T
-    d, y = _compressed(i, j, values, (n, m), x.dtype), x.new_empty(len(x), n)
-    for out, part in zip(y.split(_PART), x.split(_PART), strict=True):
-        out.copy_((d @ _columns(part)).to(x.dtype).T)
+        return _left(x.T, index, values, shape).T
+    d, y = _compressed(index, values.to(_at_least_32(x.dtype)), shape)[0], x.new_empty(len(x), shape[0])
+    for out, some in zip(_parts(y), _parts(x), strict=True):
+        columns = _columns(some)
+        made = columns.new_empty(len(columns), shape[0], columns.shape[2])
+        for one, part in zip(made, columns, strict=True):
+            torch.mm(d, part, out=one)
+        out.copy_(made.to(x.dtype).transpose(1, 2))
     return y
 
 
-def _left(z: Tensor, i: Tensor, j: Tensor, values: Tensor, shape: Shape) -> Tensor:
+def _left(z: Tensor, index: Tensor, values: Tensor, shape: Shape) -> Tensor:
     """D z, z (m, tokens), in the dtype of z."""
     n, m = shape
     if _few(z.T):
-        w = _wide(z)
+        w, (i, j) = _wide(z), _rows_and_columns(index, shape)
         return w.new_zeros(n, w.shape[1]).index_add_(0, i, w[j] * values.to(w.dtype).unsqueeze(1)).to(z.dtype)
-    if _thin(z, i, shape):
-        return (_compressed(i, j, values, shape, z.dtype) @ _wide(z.contiguous())).to(z.dtype)
-    return mm(z.new_zeros(n * m).index_put_((i * m + j,), values.to(z.dtype)).view(n, m), z)
+    if _thin(z, index, shape):
+        return (_compressed(index, values.to(_at_least_32(z.dtype)), shape)[0] @ _wide(z.contiguous())).to(z.dtype)
+    return mm(z.new_zeros(n * m).index_put_((index,), values.to(z.dtype)).view(n, m), z)
 
 
-def _compressed(i: Tensor, j: Tensor, values: Tensor, shape: Shape, dtype: torch.dtype) -> Tensor:
-    """D as torch's matrix of compressed rows, to be multiplied with numbers of this dtype made at least 32 bits wide."""
-    if (order := _order(i * shape[1] + j)) is not None:
-        i, j, values = i[order], j[order], values[order]
-    return _rows_of(i, j, values.to(_at_least_32(dtype)), shape)
+def _compressed(index: Tensor, values: Tensor, shape: Shape) -> tuple[Tensor, Tensor | None]:
+    """D as torch's matrix of compressed rows, and what has sorted the positions where they were out of order."""
+    if (order := _order(index)) is not None:
+        index, values = index[order], values[order]
+    n, m = shape
+    starts = torch.searchsorted(index, torch.arange(0, n * m + 1, m, device=index.device))
+    return torch.sparse_csr_tensor(starts, index % m, values, shape, check_invariants=False), order
 
 
 def _at(dy: Tensor, x: Tensor, index: Tensor, shape: Shape) -> Tensor:
     """The entries of dyᵀ x at these positions, (k,)."""
-    i, j = _rows_and_columns(index, shape)
     if _few(x):
+        i, j = _rows_and_columns(index, shape)
         return (_wide(dy)[:, i] * _wide(x)[:, j]).sum(0)
     if _thin(x, index, shape):
-        if (order := _order(index)) is not None:
-            i, j = i[order], j[order]
-        sums = _rows_of(i, j, x.new_zeros(len(index), dtype=_at_least_32(x.dtype)), shape)
-        for left, right in zip(dy.split(_PART), x.split(_PART), strict=True):
-            sums = torch.sparse.sampled_addmm(sums, _columns(left), _columns(right).T)
+        sums, order = _compressed(index, x.new_zeros(len(index), dtype=_at_least_32(x.dtype)), shape)
+        for lefts, rights in zip(_parts(dy), _parts(x), strict=True):
+            for left, right in zip(_columns(lefts), _columns(rights), strict=True):
+                sums = torch.sparse.sampled_addmm(sums, left, right.T)
         some = sums.values()
         return some if order is None else torch.empty_like(some).index_copy_(0, order, some)
     return mm(dy.mT, x).flatten()[index]
