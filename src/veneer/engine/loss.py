@@ -31,6 +31,11 @@ class LayerReport:
     quantisation: float | None = None
 
     @property
+    def finite(self) -> bool:
+        """Whether all figures are: then so is every number that they were made of."""
+        return math.isfinite(self.error) and math.isfinite(self.size)
+
+    @property
     def verdict(self) -> str:
         """In words: `exact`, `good`, `lossy` where more than a tenth of the change is lost, `drowned` where quantising does more than it."""
         if self.quantisation is not None and self.quantisation > 1:
@@ -83,7 +88,7 @@ def check_finite(path: str, names: Sequence[str], *tensors: Tensor | None) -> No
 
 def at_a_time(device: torch.device) -> int:
     """How many numbers of a weight are gone through at a time: on a CPU, what a cache holds."""
-    return 1 << 18 if device.type == "cpu" else 1 << 23
+    return 1 << 17 if device.type == "cpu" else 1 << 23
 
 
 class Tally:
@@ -92,22 +97,28 @@ class Tally:
     def __init__(self) -> None:
         self.error, self.size, self.weight = 0.0, 0.0, 0.0  # squares of norms
         self.moved, self.lost = 0.0, 0.0
+        self._rooms: tuple[Tensor, Tensor] | None = None  # kept: memory that is asked for anew costs more than what is done with it
+
+    def _two_like(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        rooms = self._rooms
+        if rooms is None or rooms[0].numel() < t.numel() or rooms[0].dtype != t.dtype or rooms[0].device != t.device:
+            self._rooms = rooms = torch.empty_like(t), torch.empty_like(t)
+        return rooms[0][: t.numel()], rooms[1][: t.numel()]
 
     def add(self, exact: Tensor, new: Tensor, frozen: Tensor) -> None:
         """Take in W' in a wide dtype, what became of it (the same object, if nothing was rounded), and W."""
         for e, n, f in zip(*(t.reshape(-1).split(at_a_time(exact.device)) for t in (exact, new, frozen)), strict=True):
-            w = f.to(e.dtype)
-            change = e - w
+            one, two = self._two_like(e)
+            w = f if f.dtype == e.dtype else one.copy_(f)
             self.weight += _square(w)
-            self.size += _square(change)
+            self.size += _square(torch.sub(e, w, out=two))
             if new is exact:
                 continue
-            got = n.to(e.dtype)
-            self.error += _square(got - e)
-            moved, same = torch.empty_like(e), torch.empty_like(e)  # counted as sums of floating numbers, which is much faster
-            torch.ne(change, 0, out=moved)
-            self.moved += float(moved.sum())
-            self.lost += float(moved.dot(torch.eq(got, w, out=same)))
+            moved = float(torch.ne(two, 0, out=two).sum())  # counted as sums of floating numbers, which is much faster
+            got = two.copy_(n)
+            self.moved += moved
+            self.lost += moved - float(torch.ne(got, w, out=one).sum())  # what has no change is rounded to itself
+            self.error += _square(got.sub_(e))
 
     def report(self) -> LayerReport:
         size = math.sqrt(self.size)

@@ -147,7 +147,7 @@ def _formed(path: str, layer: AdaptedLayer, names: list[str]) -> tuple[dict[str,
         if shifts and b is not None:
             shifted = bias(changes, b.to(torch.promote_types(b.dtype, torch.float32)))
             rounded[site.bias_name] = shifted.to(b.dtype)  # type: ignore[union-attr]
-        check_finite(path, names, *rounded.values())
+        check_finite(path, names, *(t for t in rounded.values() if t is not new or not lost.finite))
         return rounded, lost
     wide = {k: t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t for k, t in frozen.items()}
     try:
@@ -156,9 +156,9 @@ def _formed(path: str, layer: AdaptedLayer, names: list[str]) -> tuple[dict[str,
         raise MergeError(f"{path}: {e}") from None
     _check_held(path, layer, frozen, exact)
     rounded = {k: t.to(frozen[k].dtype).contiguous() for k, t in exact.items() if t is not wide[k]}
-    check_finite(path, names, *rounded.values())
-    floating = [k for k, t in rounded.items() if t.is_floating_point()]
-    return rounded, loss([(exact[k], rounded[k], frozen[k]) for k in floating])
+    lost = loss([(exact[k], t, frozen[k]) for k, t in rounded.items() if t.is_floating_point()])
+    check_finite(path, names, *(t for t in rounded.values() if not (t.is_floating_point() and lost.finite)))
+    return rounded, lost
 
 
 def _check_held(path: str, layer: AdaptedLayer, frozen: Mapping[str, Tensor], new: Iterable[str]) -> None:
