@@ -42,6 +42,7 @@ FORMS: dict[str, Callable[[], Any]] = {
     "boft": lambda: veneer.BOFTConfig(boft_block_size=4),
     "hra": lambda: veneer.HRAConfig(r=4),
     "loha": lambda: veneer.LoHaConfig(r=4),
+    "loha, thin": lambda: veneer.LoHaConfig(r=2),
     "lokr": lambda: veneer.LoKrConfig(r=4),
     "hira": lambda: veneer.HiraConfig(r=4),
     "fourierft": lambda: veneer.FourierFTConfig(n_frequency=50),

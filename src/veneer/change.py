@@ -185,11 +185,13 @@ def factors(add: Op | None) -> LowRank | None:
     """The matrix as one of two factors (n_out, r) and (r, n_in), if it is; else None."""
     if not two_factors(add):
         return None
-    return add.low() if isinstance(add, Vectored) else add  # type: ignore[return-value]
+    return add.low() if isinstance(add, (Vectored, Derived)) else add  # type: ignore[return-value]
 
 
 def two_factors(add: Op | None) -> bool:
     """Whether `factors` gives any; nothing is formed to see it."""
+    if isinstance(add, Derived):
+        return add.factors is not None
     return isinstance(add, Vectored) or (isinstance(add, LowRank) and add.up.ndim == 2)
 
 

@@ -113,6 +113,12 @@ def _forward(
     return y, h, u
 
 
+def thin_forward(x: Tensor, w: Tensor, b: Tensor | None, a: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """(x Wᵀ + h Bᵀ + b, h = x Aᵀ) of x (tokens, n_in), no gradients."""
+    h = mm(x, a.to(x.dtype).mT)
+    return addmm_(linear(x, w, b), h, up.to(x.dtype).mT), h
+
+
 def _wide(tokens: int, a: Tensor, up: Tensor, trains: bool) -> bool:
     """Whether the rank is so high, and the tokens so many, that forming D costs less than passing the tokens through both factors."""
     (r, n_in), n_out = a.shape, up.shape[0]

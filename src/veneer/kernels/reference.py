@@ -36,8 +36,10 @@ def lowrank_linear(
     return y if b is None else y + b.to(y.dtype)
 
 
-def derived_linear(x: Tensor, w: Tensor, b: Tensor | None, make: Callable[..., Tensor], parts: Sequence[Tensor]) -> Tensor:
-    """y = x Wᵀ + x Dᵀ + b, D = make(*parts), by ordinary autograd."""
+def derived_linear(
+    x: Tensor, w: Tensor, b: Tensor | None, make: Callable[..., Tensor], parts: Sequence[Tensor], factors: object = None
+) -> Tensor:
+    """y = x Wᵀ + x Dᵀ + b, D = make(*parts) itself even where it has factors, by ordinary autograd."""
     y = F.linear(x, w, b)
     return y + F.linear(x, make(*parts).to(x.dtype))
 

@@ -37,7 +37,7 @@ class LoHaConfig(Targeted, peft_type="LOHA"):
     positive: ClassVar[Any] = ("r",)
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
     stacking: ClassVar[Any] = "sum"
-    examples: ClassVar[Any] = ({"r": 4},)
+    examples: ClassVar[Any] = ({"r": 4}, {"r": 1})
 
     def scale(self) -> float:
         return self.alpha / self.r
@@ -60,13 +60,21 @@ class LoHaConfig(Targeted, peft_type="LOHA"):
 
     def change(self, p: Any, site: Any) -> Change:
         parts: tuple[Tensor, ...] = (p.hada_w1_a * site.scaling, p.hada_w1_b, p.hada_w2_a, p.hada_w2_b)
+        r, thin = p.hada_w1_b.shape[0], None
         if hasattr(p, "hada_t1"):
             parts = (*parts, p.hada_t1, p.hada_t2)
+        elif 3 * r * r * (site.n_in + site.n_out) < site.n_in * site.n_out and (site.kind == "linear" or site.groups == 1):
+            thin = _thin
         rate = self.rank_dropout if site.training else 0.0
-        return Change(add=rank_dropped(Derived(_hadamard, parts), rate, site.n_out, parts[0], rescale=True))
+        return Change(add=rank_dropped(Derived(_hadamard, parts, thin), rate, site.n_out, parts[0], rescale=True))
 
 
 def _hadamard(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, t1: Tensor | None = None, t2: Tensor | None = None) -> Tensor:
     one, two = (a @ b if t is None else torch.einsum("ij...,ip,jq->pq...", t, a, b).flatten(1) for a, b, t in ((a1, b1, t1), (a2, b2, t2)))
     whole: Tensor = one * two
     return whole
+
+
+def _thin(a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
+    """(n_out, r²) and (r², n_in), whose product is the Hadamard product: each column of the one first factor times each of the other, and so with rows."""
+    return torch.einsum("oi,oj->oij", a1, a2).flatten(1), torch.einsum("in,jn->ijn", b1, b2).flatten(0, 1)

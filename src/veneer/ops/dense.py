@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import Geometry, Op
+from .lowrank import LowRank
 
 
 @dataclass(eq=False)
@@ -26,14 +27,32 @@ class Dense(Op):
 class Derived(Op):
     """M = make(*parts), (n_out, n_in), a dense matrix of a few small tensors. A linear layer keeps those for the backward, and makes M anew.
 
-    `make` gives a new tensor, the same at each call, and every tensor of it that trains is among the parts.
+    `make` gives a new tensor, the same at each call, and every tensor of it that trains is among the parts. So does `factors`, if given: (n_out, r) and
+    (r, n_in), so thin that multiplying by both costs less than by M, which is their product.
     """
 
     make: Callable[..., Tensor]
     parts: tuple[Tensor, ...]
+    factors: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def dense(self) -> Tensor:
         return self.make(*self.parts)
+
+    def low(self) -> LowRank | None:
+        """M as its two factors, if it has any."""
+        return None if self.factors is None else LowRank(*self.factors(*self.parts))
+
+    def thin(self) -> tuple[Tensor, Tensor, float] | None:
+        low = self.low()
+        return None if low is None else low.thin()
+
+    @property
+    def lean(self) -> bool:
+        return self.factors is not None
+
+    def rows(self, x: Tensor, geo: Geometry) -> Tensor:
+        low = self.low()
+        return super().rows(x, geo) if low is None else low.rows(x, geo)
 
 
 @dataclass(eq=False)

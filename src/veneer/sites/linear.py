@@ -106,7 +106,7 @@ class LinearSite(Site):
             return lowrank_linear(x, w, b, low.down, low.up, low.scale, dropout=low.dropout, gain=gain)
         dense = derived(changes)
         if dense is not None:
-            return derived_linear(x, w, b, dense.make, dense.parts)
+            return derived_linear(x, w, b, dense.make, dense.parts, dense.factors)
         some = placed(changes)
         if some is not None:
             sparse, rest = some
