@@ -12,8 +12,10 @@ from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 from torch import Tensor, nn
 
 from ..engine.layer import get_slot
+from ..engine.offload import kept as kept_elsewhere
+from ..engine.offload import runs_on
 from ..errors import PeftError
-from ..sharding import is_partitioned, shape_of
+from ..sharding import is_partitioned, shape_of, whole
 
 PREFIX = "base_model.model."  # what the keys of a file start with: the path of the user's model in a PeftModel
 
@@ -77,6 +79,16 @@ class Slot:
     @property
     def shape(self) -> tuple[int, ...]:
         return shape_of(self.tensor)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether accelerate keeps it, a weight of the base model, in another place, and brings it in for each call. One that trains there is lost."""
+        return self.base and self.tensor.is_meta and not self.tensor.requires_grad and runs_on(self.owner) is not None
+
+    def value(self) -> Tensor:
+        """The tensor with all its numbers, wherever they are. All processes have to take part."""
+        there = kept_elsewhere(self.owner, self.attribute) if self.elsewhere else None
+        return whole(self.tensor if there is None else there).detach()
 
 
 # ---------------------------------------------------------------- walking a model

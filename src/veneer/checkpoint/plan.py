@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.layer import set_slot
-from ..engine.offload import runs_on
+from ..engine.offload import keep, runs_on
 from ..errors import LoadError, hint, nearest
 from ..sharding import fill
 from .keys import Slot, walk
@@ -189,6 +189,8 @@ def _assign(slot: Slot, value: Tensor, tied: Sequence[Slot]) -> None:
             setattr(slot.owner, slot.attribute, value)
         else:
             set_slot(slot.owner, slot.attribute, value)
+    elif slot.elsewhere:  # what is put into the module would be written over at its next call
+        keep(slot.owner, {slot.attribute: value})
     elif old.is_meta:
         new = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
         for s in (slot, *tied):

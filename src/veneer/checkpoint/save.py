@@ -105,7 +105,7 @@ def save_adapter(
     check_saving(find_switch(model), adapter_name)
     found = slots(model, adapter_name, config, save_embedding_layers=save_embedding_layers)
     tensors = _encoded(config, _collect(model, found, adapter_name, state_dict, save_embedding_layers is True))
-    start = {k: whole(s.tensor).detach() for k, s in slots(model, adapter_name, config, start=True).items()}
+    start = {k: s.value() for k, s in slots(model, adapter_name, config, start=True).items()}
     if not is_main_process:
         return None
     base = fingerprint(base_root(model))
@@ -199,7 +199,7 @@ def _collect(
     wanted = {k: s for k, s in found.items() if s.saved}
     if state_dict is None:
         if not is_flat(model):
-            return {k: whole(s.tensor).detach() for k, s in wanted.items()}
+            return {k: s.value() for k, s in wanted.items()}
         state_dict = model.state_dict()  # the only way to whole tensors under FSDP1
     given = {
         wanted_key: state_dict[name] for name, wanted_key in match(state_dict, found, foreign=False).slot_of.items() if wanted_key in wanted
