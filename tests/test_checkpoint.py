@@ -39,9 +39,11 @@ from veneer.checkpoint import save as save_module
 from veneer.checkpoint.base import other_base
 from veneer.checkpoint.save import digest, folder_of
 from veneer.engine.inject import attach
+from veneer.engine.layer import adapted_layers
 from veneer.engine.merge import merge
 from veneer.errors import LoadError, PeftWarning, RouteError, SaveError
 from veneer.mapping import get_peft_model
+from veneer.methods.hira import HiraConfig
 from veneer.methods.lora import LoraConfig
 from veneer.model import PeftModel
 
@@ -1053,6 +1055,37 @@ def test_a_method_may_add_slots_and_recode(tmp_path: Path) -> None:
     nn.init.zeros_(model.bank)  # type: ignore[arg-type]
     load_into(model, "default", read_adapter(tmp_path))
     assert torch.equal(model.bank, want)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "ranks", [{"up": 4, "down": 4}, {"up": 2, "down": 4}, {"0.up": 2, "1.up": 4, "down": 4}], ids=["none", "all", "some"]
+)
+def test_hira_is_read_with_the_ranks_of_the_file(ranks: dict[str, int], tmp_path: Path) -> None:
+    """PEFT writes `rank_pattern` and heeds it only where the layer has a HiRA already."""
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({n: nn.ModuleDict({"up": nn.Linear(8, 8), "down": nn.Linear(8, 8)}) for n in "01"})
+
+    targets = ["up", "down"]
+    made = get_peft_model(net(), HiraConfig(r=4, target_modules=targets, rank_pattern=ranks))
+    with torch.no_grad():
+        for p in made.parameters():
+            if p.requires_grad:
+                p.normal_()
+    made.save_pretrained(tmp_path)
+    base = made.get_base_model()
+    want = {n: layer.get_delta_weight("default") for n, layer in adapted_layers(base)}
+    save_file(load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "adapter_model.safetensors")  # without what veneer notes
+    written = tmp_path / "adapter_config.json"
+    written.write_text(json.dumps({**json.loads(written.read_text()), "r": 4, "rank_pattern": {"up": 2}}))
+    loaded = PeftModel.from_pretrained(net(), tmp_path)
+    loaded.load_adapter(tmp_path, "other")
+    for name in ("default", "other"):
+        got = {n: layer.get_delta_weight(name) for n, layer in adapted_layers(loaded.get_base_model())}
+        assert got.keys() == want.keys() and all(torch.equal(got[n], d) for n, d in want.items())
+    loaded.save_pretrained(tmp_path / "again")
+    PeftModel.from_pretrained(net(), tmp_path / "again")
 
 
 # ---------------------------------------------------------------- the model card

@@ -341,6 +341,10 @@ class Method(PeftConfig):
         """
         return self
 
+    def as_made(self: M, tensors: Mapping[str, Tensor]) -> M:
+        """The config of an adapter that is to be loaded, as its tensors (by key of the file) are: for fields that PEFT writes down and does not heed."""
+        return self
+
     def scale(self) -> float:
         """The nominal scaling of the change, by default the field `scaling`, if any; `site.scaling` is its present value."""
         return float(getattr(self, "scaling", 1.0))

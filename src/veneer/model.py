@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .checkpoint import LoadReport, folder_of, load_into, read_adapter, save_adapter, update_card
 from .checkpoint.hub import upload
-from .checkpoint.load import for_loading, hub_options, warn_unused
+from .checkpoint.load import as_made, for_loading, hub_options, warn_unused
 from .config import PeftConfig
 from .engine import inject
 from .engine.calls import by_name, hold, knowing, knowing_each, routing, taken
@@ -426,6 +426,7 @@ class PeftModel(nn.Module):
             mixing: Any = config
             mixing.adapters, mixing.origin = dict(experts), None
         file = read_adapter(model_id, key_mapping=key_mapping or getattr(model, "_checkpoint_conversion_mapping", None), **hub)
+        config = as_made(config, file)
         out = cls._class_for(config)(
             model,
             config,
@@ -469,7 +470,9 @@ class PeftModel(nn.Module):
         mapping = key_mapping or getattr(self.get_base_model(), "_checkpoint_conversion_mapping", None)
         file = read_adapter(model_id, device=torch_device or "cpu", key_mapping=mapping, **hub)
         if new:
-            self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype, empty=not ignore_mismatched_sizes)
+            self.add_adapter(
+                adapter_name, as_made(config, file), low_cpu_mem_usage, autocast_adapter_dtype, empty=not ignore_mismatched_sizes
+            )
         upcast = is_trainable and autocast_adapter_dtype
         try:
             report = load_into(self, adapter_name, file, upcast=upcast, ignore_mismatched_sizes=ignore_mismatched_sizes)

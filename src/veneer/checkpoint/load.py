@@ -232,6 +232,12 @@ def for_loading(
         config.runtime_config.ephemeral_gpu_offload = True
 
 
+def as_made(config: Any, file: AdapterFile) -> Any:
+    """The config that a new adapter is attached with, to be filled from the file."""
+    made = getattr(config, "as_made", None)
+    return config if made is None else made(file.tensors)
+
+
 def hub_options(kwargs: Mapping[str, Any], caller: str) -> dict[str, Any]:
     """Those arguments that say where to find a file."""
     hub = PeftConfig._split_kwargs(kwargs)[0]
