@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,6 +42,7 @@ from veneer.checkpoint.save import digest, folder_of
 from veneer.engine.inject import attach
 from veneer.engine.layer import adapted_layers
 from veneer.engine.merge import merge
+from veneer.engine.original import original_weights
 from veneer.errors import LoadError, PeftWarning, RouteError, SaveError
 from veneer.mapping import get_peft_model
 from veneer.methods.hira import HiraConfig
@@ -1086,6 +1088,17 @@ def test_hira_is_read_with_the_ranks_of_the_file(ranks: dict[str, int], tmp_path
         assert got.keys() == want.keys() and all(torch.equal(got[n], d) for n, d in want.items())
     loaded.save_pretrained(tmp_path / "again")
     PeftModel.from_pretrained(net(), tmp_path / "again")
+
+
+@pytest.mark.parametrize("name", ["runs--2", "a..b", "x.git", "models--gpt2/snapshot", "n" * 120, "modèle/x", "C:\\models\\x", "../gone"])
+def test_whatever_the_base_is_called_the_adapter_is_saved(name: str, tmp_path: Path) -> None:
+    """The base's config tells whether its vocabulary was resized; a folder that is gone, and whose name no repository may have, tells nothing."""
+    pytest.importorskip("huggingface_hub")
+    model = adapted(config(base_model_name_or_path=name), model=Tokens())
+    save_adapter(model, model.peft_config["default"], "default", tmp_path)
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 12
+    with pytest.raises(LoadError, match="no safetensors files"), original_weights(SimpleNamespace(name_or_path=name)):  # type: ignore[arg-type]
+        pass
 
 
 # ---------------------------------------------------------------- the model card
