@@ -1169,3 +1169,25 @@ def test_a_model_with_a_number_for_a_parameter_saves(tmp_path: Path) -> None:
     base.logit_scale.data.fill_(3.0)
     with pytest.warns(PeftWarning, match="logit_scale"):
         PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_a_card_keeps_its_line_ends_and_a_mark_before_it_hides_nothing(tmp_path: Path) -> None:
+    """As editors on Windows write it."""
+    path = tmp_path / "README.md"
+    path.write_bytes(b"\xef\xbb\xbf---\r\nlicense: mit\r\n---\r\nmine\r\n")
+    update_card(tmp_path, tags=["lora"])
+    assert path.read_bytes() == b"---\r\nlicense: mit\r\nlibrary_name: peft\r\ntags:\r\n- lora\r\n- veneer\r\n---\r\nmine\r\n"
+
+
+def test_a_card_that_is_no_utf_8_is_named_and_left(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_bytes("café".encode("cp1252"))
+    with pytest.raises(SaveError, match=r"README.md.*no UTF-8.*adapter itself is written"):
+        get_peft_model(Net(), config()).save_pretrained(tmp_path)
+    assert path.read_bytes() == "café".encode("cp1252") and PeftModel.from_pretrained(Net(), tmp_path)
+
+
+def test_a_byte_order_mark_before_a_config_is_passed_over(saved: tuple[Path, Tensor]) -> None:
+    path = saved[0] / "adapter_config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert torch.equal(PeftModel.from_pretrained(Net(), saved[0])(IDS), saved[1])

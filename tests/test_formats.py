@@ -457,3 +457,9 @@ def test_the_command_line(base: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert code == 2 and "Did you mean 'use_dora'" in text
     code, text = run("convert", str(tmp_path / "a"), str(tmp_path), "--to", "gguf", "--model", str(base))
     assert code == 2 and "could not be written" in text
+
+
+def test_a_damaged_config_is_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"adapter_config.json is not JSON"):
+        detect(tmp_path)

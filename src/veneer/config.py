@@ -163,7 +163,7 @@ class PeftConfigMixin:
             ConfigError: if the file is not a JSON object.
         """
         try:
-            loaded = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
+            loaded = json.loads(Path(path_json_file).read_text(encoding="utf-8-sig"))  # with a byte order mark or without
         except (json.JSONDecodeError, UnicodeDecodeError) as e:
             raise ConfigError(f"{path_json_file} is not JSON: {e}") from e
         if not isinstance(loaded, dict):

@@ -307,7 +307,7 @@ def _is_table(place: Stored | None, config: Mapping[str, Any]) -> bool:
 def _config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     path = folder / name
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
     except (OSError, ValueError) as e:
         raise LoadError(f"{path} is not JSON: {e}") from e
     if not isinstance(found, dict):
