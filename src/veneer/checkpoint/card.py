@@ -67,7 +67,9 @@ def _read(path: Path) -> tuple[str, str]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise SaveError(f"{str(path)!r} is no UTF-8 ({e}), so nothing was added to it. Save it as UTF-8. The adapter itself is written.") from e
+        raise SaveError(
+            f"{str(path)!r} is no UTF-8 ({e}), so nothing was added to it. Save it as UTF-8. The adapter itself is written."
+        ) from e
     return text.replace("\r\n", "\n"), "\r\n" if "\r\n" in text else "\n"
 
 
