@@ -44,6 +44,7 @@ from veneer.engine.layer import adapted_layers
 from veneer.engine.merge import merge
 from veneer.engine.original import original_weights
 from veneer.errors import LoadError, PeftWarning, RouteError, SaveError
+from veneer.hotswap import hotswap_adapter
 from veneer.mapping import get_peft_model
 from veneer.methods.hira import HiraConfig
 from veneer.methods.lora import LoraConfig
@@ -233,6 +234,9 @@ def test_files_in_which_parameters_nest_by_name_stay_readable(tmp_path: Path) ->
     save_file(turned, tmp_path / "adapter_model.safetensors", metadata=notes)
     model = several_parameters(["up", "down", "across"], seed=2)
     load_into(model, "default", read_adapter(tmp_path))
+    swapped = several_parameters(["up", "down", "across"], seed=3)
+    hotswap_adapter(swapped, tmp_path, "default")
+    assert all(torch.equal(t, now[k]) for k, t in get_peft_model_state_dict(swapped).items())
     again = get_peft_model_state_dict(model)
     assert again.keys() == now.keys() and all(torch.equal(again[k], t) for k, t in now.items())
 

@@ -238,6 +238,18 @@ def as_made(config: Any, file: AdapterFile) -> Any:
     return config if made is None else made(file.tensors)
 
 
+def checks_in(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What is asked of `check_identity`, taken out of a caller's arguments.
+
+    Raises:
+        ValueError: for a `check_base` that there is not.
+    """
+    checks: dict[str, Any] = {n: kwargs.pop(n) for n in ("check_base", "check_config") if n in kwargs}
+    if checks.get("check_base", "warn") not in ("warn", "error", "off"):
+        raise ValueError(f"check_base is 'warn', 'error' or 'off', not {checks['check_base']!r}.")
+    return checks
+
+
 def hub_options(kwargs: Mapping[str, Any], caller: str) -> dict[str, Any]:
     """Those arguments that say where to find a file."""
     hub = PeftConfig._split_kwargs(kwargs)[0]
