@@ -931,6 +931,27 @@ def test_start_values_stand_in_a_file_of_their_own(tmp_path: Path) -> None:
     assert not (tmp_path / "adapter_init.safetensors").exists()
 
 
+@pytest.mark.parametrize("fails", ["adapter_init", "adapter_model"])
+def test_a_save_that_fails_between_the_two_files_leaves_both(fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pissa(seed: int) -> Wrapped:
+        return adapted(config(target_modules=["q_proj"], init_lora_weights="pissa"), model=Net(seed), seed=seed)
+
+    model, other = pissa(0), pissa(1)
+    save_adapter(model, model.peft_config["default"], "default", tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    real = save_module.save_file
+
+    def full(tensors: Any, path: Path, metadata: Any = None) -> None:
+        if fails in Path(path).name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(save_module, "save_file", full)
+    with pytest.raises(SaveError, match="No space left"):
+        save_adapter(other, other.peft_config["default"], "default", tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize(("kind", "why"), [("pissa_niter_2", "random"), ("lora_ga", "gradients"), ("pissa", None)])
 def test_a_file_without_a_start_that_cannot_be_found_again_warns(kind: str, why: str | None, tmp_path: Path) -> None:
     model = adapted(config(target_modules=["q_proj"], init_lora_weights="pissa"))

@@ -10,7 +10,7 @@ import struct
 import tempfile
 import uuid
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -156,9 +156,10 @@ def write_adapter(
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=folder) as beside:
             saved.save_pretrained(beside)
-            if ready_start:
-                _write(folder / START_NAME, ready_start, {"format": "pt"}, verify)
-            _write(folder / written, ready, notes, verify)
+            with ExitStack() as together:  # one is of no use without the other
+                _write(together, folder / written, ready, notes, verify)
+                if ready_start:
+                    _write(together, folder / START_NAME, ready_start, {"format": "pt"}, verify)
             for file in Path(beside).iterdir():
                 file.replace(folder / file.name)
         # a reader would take what an earlier save left in the other format, or its start values, for this adapter's
@@ -286,17 +287,18 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # ---------------------------------------------------------------- files
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], verify: bool) -> None:
-    with replacing(path) as beside:
-        try:
-            if path.suffix == ".safetensors":
-                save_file(tensors, beside, metadata=metadata)
-            else:
-                torch.save(tensors, beside)
-        except (SafetensorError, RuntimeError) as e:  # how the two report a full disk
-            raise OSError(str(e)) from e
-        if verify:
-            _compare(beside, tensors, path)
+def _write(together: ExitStack, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], verify: bool) -> None:
+    """Write a file beside its place, which it takes when `together` ends."""
+    beside = together.enter_context(replacing(path))
+    try:
+        if path.suffix == ".safetensors":
+            save_file(tensors, beside, metadata=metadata)
+        else:
+            torch.save(tensors, beside)
+    except (SafetensorError, RuntimeError) as e:  # how the two report a full disk
+        raise OSError(str(e)) from e
+    if verify:
+        _compare(beside, tensors, path)
 
 
 @contextmanager
