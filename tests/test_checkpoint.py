@@ -1126,6 +1126,29 @@ def test_whatever_the_base_is_called_the_adapter_is_saved(name: str, tmp_path: P
         pass
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("eva_config", {"rho": 1.5}),
+        ("corda_config", {"corda_method": "kpm"}),
+        ("loftq_config", {"loftq_bits": 8}),
+        ("kasa_config", {"beta": 0.1}),
+        ("velora_config", {}),
+        ("arrow_config", {"top_k": 1}),
+    ],
+)
+def test_unknown_options_inside_a_field_are_passed_over_too(name: str, value: dict[str, Any], tmp_path: Path) -> None:
+    """As files of a later version may have them."""
+    LoraConfig().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    fields = {**json.loads(path.read_text()), "init_lora_weights": {"eva_config": "eva", "corda_config": "corda"}.get(name, True)}
+    path.write_text(json.dumps({**fields, name: {**value, "later": 3, "empty": None}}))
+    with pytest.warns(PeftWarning, match=rf"`{name}` has later, which .* does not know"):
+        read = LoraConfig.from_pretrained(tmp_path)
+    options = getattr(read, name)
+    assert all(getattr(options, k) == v for k, v in value.items()) and not hasattr(options, "later")
+
+
 # ---------------------------------------------------------------- the model card
 
 

@@ -202,8 +202,9 @@ class Method(PeftConfig):
                     what = "integer value" if kind is int else "number"
                     raise ConfigError(f"`{field}` should be a positive {what} but the value passed is {value!r}.")
         for field in self.shares:
-            if not 0 <= getattr(self, field) < 1:
-                raise ConfigError(f"`{field}` should lie in [0, 1), got {getattr(self, field)!r}.")
+            share = getattr(self, field)
+            if not isinstance(share, (int, float)) or not 0 <= share < 1:
+                raise ConfigError(f"`{field}` should lie in [0, 1), got {share!r}.")
         for field, known in self.choices.items():
             if (value := getattr(self, field)) not in known:
                 raise ConfigError(f"`{field}` is one of {', '.join(map(repr, known))}, got {value!r}.{hint(str(value), map(str, known))}")

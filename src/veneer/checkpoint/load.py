@@ -302,7 +302,7 @@ def read_safetensors(path: str | os.PathLike[str], device: torch.device | str = 
 def _read_bin(path: Path, device: torch.device) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as e:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise LoadError(
             f"{path} cannot be read as plain tensors: {e}. It is damaged, or holds code, which is never run. Save it as {SAFETENSORS_NAME}."
         ) from e
