@@ -1149,6 +1149,24 @@ def test_unknown_options_inside_a_field_are_passed_over_too(name: str, value: di
     assert all(getattr(options, k) == v for k, v in value.items()) and not hasattr(options, "later")
 
 
+def test_a_tied_heads_trained_rows_may_be_in_the_file_once_more() -> None:
+    """PEFT writes them where it writes whole embeddings, as after a resize."""
+    tied = "base_model.model.lm_head.token_adapter.trainable_tokens_delta"
+
+    def made(seed: int) -> Wrapped:
+        return adapted(config(target_modules=["q_proj"], trainable_token_indices=[1, 3]), model=Tokens(tied=True), seed=seed)
+
+    model, fresh = made(1), made(2)
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=True)
+    assert tied not in tensors
+    rows = tensors["base_model.model.embed_tokens.token_adapter.trainable_tokens_delta"]
+    with pytest.raises(LoadError, match="are tied in the model, but differ"):
+        load_into(fresh, "default", {**tensors, tied: rows + 1})
+    load_into(fresh, "default", {**tensors, tied: rows.clone()})
+    assert torch.equal(fresh(IDS), model(IDS))
+    load_into(made(3), "default", tensors)
+
+
 # ---------------------------------------------------------------- the model card
 
 

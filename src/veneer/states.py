@@ -176,7 +176,7 @@ def _slots(model: nn.Module) -> dict[str, Slot]:
     """All that belongs to adapters, by its name in memory without wrappers."""
     names = adapter_names(model)
     every = [s for n in names for start in (False, True) for s in slots(model, n, config_of(model, n), start=start).values()]
-    return {plain(s.memory_key): s for s in every if s.saved or not s.base}
+    return {plain(s.memory_key): s for s in every if s.saved}
 
 
 def _copied(t: Any) -> Any:

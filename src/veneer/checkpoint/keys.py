@@ -42,6 +42,14 @@ class HasStartSlots(Protocol):
         """As `adapter_slots`, for the start values."""
 
 
+@runtime_checkable
+class HasSpareSlots(Protocol):
+    """A module that a file may have tensors for which stand elsewhere already."""
+
+    def adapter_spare_slots(self, adapter: str) -> Iterator[tuple[str, str, str, nn.Module]]:
+        """As `adapter_slots`, for these."""
+
+
 @dataclass(eq=False)
 class Slot:
     """One tensor of an adapter (or trained with it) in a model.
@@ -242,9 +250,14 @@ def slots(
             yielded = spot.module.adapter_start_slots(adapter_name)  # type: ignore[operator]
         elif not start and has_slots(spot.module):
             yielded = spot.module.adapter_slots(adapter_name)
-        for file_suffix, memory_suffix, attribute, owner in yielded:
-            key, memory = prefix + join_path(spot.path, file_suffix), join_path(spot.memory, memory_suffix)
-            add(Slot(key, memory, owner, attribute, spot.module, _hole(memory, memory_suffix, adapter_name)))
+        spare: Iterable[tuple[str, str, str, nn.Module]] = ()
+        if not start and issubclass(type(spot.module), HasSpareSlots):
+            spare = spot.module.adapter_spare_slots(adapter_name)  # type: ignore[operator]
+        for written, places in ((True, yielded), (False, spare)):
+            for file_suffix, memory_suffix, attribute, owner in places:
+                key, memory = prefix + join_path(spot.path, file_suffix), join_path(spot.memory, memory_suffix)
+                hole = _hole(memory, memory_suffix, adapter_name)
+                add(Slot(key, memory, owner, attribute, spot.module, hole, required=written, saved=written))
     if start:
         return out
     further = getattr(config, "checkpoint_slots", None)
