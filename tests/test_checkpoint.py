@@ -1167,6 +1167,22 @@ def test_a_tied_heads_trained_rows_may_be_in_the_file_once_more() -> None:
     load_into(made(3), "default", tensors)
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], r".*(q_proj|embed_tokens)"])
+def test_tied_factors_that_have_come_apart_in_training_are_two_adapters(targets: Any, tmp_path: Path) -> None:
+    """PEFT's do, where it turns them to float32."""
+    model = get_peft_model(Tokens(tied=True), LoraConfig(r=2, target_modules=targets, ensure_weight_tying=True))
+    model.save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(Tokens(tied=True), tmp_path).peft_config["default"].ensure_weight_tying
+    tensors = {k: torch.randn_like(t) for k, t in load_file(tmp_path / "adapter_model.safetensors").items()}
+    tables = {k: Tokens(tied=True).embed_tokens.weight.detach() for k in tensors if "base_layer" in k}
+    save_file({**tensors, **tables}, tmp_path / "adapter_model.safetensors")
+    loaded = PeftModel.from_pretrained(Tokens(tied=True), tmp_path)
+    got = get_peft_model_state_dict(loaded)
+    assert all(torch.equal(got[k], t) for k, t in tensors.items() if k not in tables)
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(PeftModel.from_pretrained(Tokens(tied=True), tmp_path / "again")(IDS), loaded(IDS))
+
+
 # ---------------------------------------------------------------- the model card
 
 

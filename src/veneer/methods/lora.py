@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -181,6 +182,19 @@ class LoraConfig(Varied, peft_type="LORA"):
             out["lora_B0"] = Leaf((site.n_out, r), nn.init.zeros_, attr="weight", trainable=False, saved="start")
         return variant_of(self).leaves(self, site, out)
 
+    def as_made(self, tensors: Mapping[str, Tensor]) -> LoraConfig:
+        """PEFT lets tied factors come apart where it turns them to float32, beside a model in 16 bits: then the head has a LoRA of its own."""
+        heads = list(_heads(tensors)) if self.ensure_weight_tying else []
+        if not heads or any(same for _, same in heads):
+            return self
+        names, targets = {name for name, _ in heads}, self.target_modules
+        named: Any = (
+            "|".join([f"(?:{targets})", *map(re.escape, sorted(names))])
+            if isinstance(targets, str)
+            else [*(targets or ()), *(n for n in sorted(names) if n not in (targets or ()))]
+        )
+        return dataclasses.replace(self, ensure_weight_tying=False, target_modules=named)
+
     def tied(self) -> Mapping[str, tuple[str, bool]]:
         return {"lora_A": ("lora_embedding_B", True), "lora_B": ("lora_embedding_A", True)} if self.ensure_weight_tying else {}
 
@@ -203,6 +217,18 @@ class LoraConfig(Varied, peft_type="LORA"):
 
     def combine(self, parts: Any, site: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return self.holding(parts.low_rank(), site)
+
+
+def _heads(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, bool]]:
+    """The layers whose factors have the shapes of a table's transposed, and whether they are these."""
+    for key, b in tensors.items():
+        table, _, leaf = key.rpartition(".")
+        a = tensors.get(f"{table}.lora_embedding_A")
+        for name, down in tensors.items() if leaf == "lora_embedding_B" and a is not None else ():
+            up = tensors.get(name.replace(".lora_A.", ".lora_B."))
+            if a is not None and up is not None and name.endswith(".lora_A.weight") and (down.shape, up.shape) == (b.T.shape, a.T.shape):
+                path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                yield path, torch.equal(down, b.T) and torch.equal(up, a.T)
 
 
 def _ranges(given: Any) -> list[tuple[int, int]]:
