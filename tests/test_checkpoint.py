@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,9 +40,13 @@ from veneer.checkpoint import save as save_module
 from veneer.checkpoint.base import other_base
 from veneer.checkpoint.save import digest, folder_of
 from veneer.engine.inject import attach
+from veneer.engine.layer import adapted_layers
 from veneer.engine.merge import merge
+from veneer.engine.original import original_weights
 from veneer.errors import LoadError, PeftWarning, RouteError, SaveError
+from veneer.hotswap import hotswap_adapter
 from veneer.mapping import get_peft_model
+from veneer.methods.hira import HiraConfig
 from veneer.methods.lora import LoraConfig
 from veneer.model import PeftModel
 
@@ -229,6 +234,9 @@ def test_files_in_which_parameters_nest_by_name_stay_readable(tmp_path: Path) ->
     save_file(turned, tmp_path / "adapter_model.safetensors", metadata=notes)
     model = several_parameters(["up", "down", "across"], seed=2)
     load_into(model, "default", read_adapter(tmp_path))
+    swapped = several_parameters(["up", "down", "across"], seed=3)
+    hotswap_adapter(swapped, tmp_path, "default")
+    assert all(torch.equal(t, now[k]) for k, t in get_peft_model_state_dict(swapped).items())
     again = get_peft_model_state_dict(model)
     assert again.keys() == now.keys() and all(torch.equal(again[k], t) for k, t in now.items())
 
@@ -923,6 +931,27 @@ def test_start_values_stand_in_a_file_of_their_own(tmp_path: Path) -> None:
     assert not (tmp_path / "adapter_init.safetensors").exists()
 
 
+@pytest.mark.parametrize("fails", ["adapter_init", "adapter_model"])
+def test_a_save_that_fails_between_the_two_files_leaves_both(fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pissa(seed: int) -> Wrapped:
+        return adapted(config(target_modules=["q_proj"], init_lora_weights="pissa"), model=Net(seed), seed=seed)
+
+    model, other = pissa(0), pissa(1)
+    save_adapter(model, model.peft_config["default"], "default", tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    real = save_module.save_file
+
+    def full(tensors: Any, path: Path, metadata: Any = None) -> None:
+        if fails in Path(path).name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(save_module, "save_file", full)
+    with pytest.raises(SaveError, match="No space left"):
+        save_adapter(other, other.peft_config["default"], "default", tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize(("kind", "why"), [("pissa_niter_2", "random"), ("lora_ga", "gradients"), ("pissa", None)])
 def test_a_file_without_a_start_that_cannot_be_found_again_warns(kind: str, why: str | None, tmp_path: Path) -> None:
     model = adapted(config(target_modules=["q_proj"], init_lora_weights="pissa"))
@@ -1055,6 +1084,105 @@ def test_a_method_may_add_slots_and_recode(tmp_path: Path) -> None:
     assert torch.equal(model.bank, want)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "ranks", [{"up": 4, "down": 4}, {"up": 2, "down": 4}, {"0.up": 2, "1.up": 4, "down": 4}], ids=["none", "all", "some"]
+)
+def test_hira_is_read_with_the_ranks_of_the_file(ranks: dict[str, int], tmp_path: Path) -> None:
+    """PEFT writes `rank_pattern` and heeds it only where the layer has a HiRA already."""
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({n: nn.ModuleDict({"up": nn.Linear(8, 8), "down": nn.Linear(8, 8)}) for n in "01"})
+
+    targets = ["up", "down"]
+    made = get_peft_model(net(), HiraConfig(r=4, target_modules=targets, rank_pattern=ranks))
+    with torch.no_grad():
+        for p in made.parameters():
+            if p.requires_grad:
+                p.normal_()
+    made.save_pretrained(tmp_path)
+    base = made.get_base_model()
+    want = {n: layer.get_delta_weight("default") for n, layer in adapted_layers(base)}
+    save_file(load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "adapter_model.safetensors")  # without what veneer notes
+    written = tmp_path / "adapter_config.json"
+    written.write_text(json.dumps({**json.loads(written.read_text()), "r": 4, "rank_pattern": {"up": 2}}))
+    loaded = PeftModel.from_pretrained(net(), tmp_path)
+    loaded.load_adapter(tmp_path, "other")
+    for name in ("default", "other"):
+        got = {n: layer.get_delta_weight(name) for n, layer in adapted_layers(loaded.get_base_model())}
+        assert got.keys() == want.keys() and all(torch.equal(got[n], d) for n, d in want.items())
+    loaded.save_pretrained(tmp_path / "again")
+    PeftModel.from_pretrained(net(), tmp_path / "again")
+
+
+@pytest.mark.parametrize("name", ["runs--2", "a..b", "x.git", "models--gpt2/snapshot", "n" * 120, "modèle/x", "C:\\models\\x", "../gone"])
+def test_whatever_the_base_is_called_the_adapter_is_saved(name: str, tmp_path: Path) -> None:
+    """The base's config tells whether its vocabulary was resized; a folder that is gone, and whose name no repository may have, tells nothing."""
+    pytest.importorskip("huggingface_hub")
+    model = adapted(config(base_model_name_or_path=name), model=Tokens())
+    save_adapter(model, model.peft_config["default"], "default", tmp_path)
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 12
+    with pytest.raises(LoadError, match="no safetensors files"), original_weights(SimpleNamespace(name_or_path=name)):  # type: ignore[arg-type]
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("eva_config", {"rho": 1.5}),
+        ("corda_config", {"corda_method": "kpm"}),
+        ("loftq_config", {"loftq_bits": 8}),
+        ("kasa_config", {"beta": 0.1}),
+        ("velora_config", {}),
+        ("arrow_config", {"top_k": 1}),
+    ],
+)
+def test_unknown_options_inside_a_field_are_passed_over_too(name: str, value: dict[str, Any], tmp_path: Path) -> None:
+    """As files of a later version may have them."""
+    LoraConfig().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    fields = {**json.loads(path.read_text()), "init_lora_weights": {"eva_config": "eva", "corda_config": "corda"}.get(name, True)}
+    path.write_text(json.dumps({**fields, name: {**value, "later": 3, "empty": None}}))
+    with pytest.warns(PeftWarning, match=rf"`{name}` has later, which .* does not know"):
+        read = LoraConfig.from_pretrained(tmp_path)
+    options = getattr(read, name)
+    assert all(getattr(options, k) == v for k, v in value.items()) and not hasattr(options, "later")
+
+
+def test_a_tied_heads_trained_rows_may_be_in_the_file_once_more() -> None:
+    """PEFT writes them where it writes whole embeddings, as after a resize."""
+    tied = "base_model.model.lm_head.token_adapter.trainable_tokens_delta"
+
+    def made(seed: int) -> Wrapped:
+        return adapted(config(target_modules=["q_proj"], trainable_token_indices=[1, 3]), model=Tokens(tied=True), seed=seed)
+
+    model, fresh = made(1), made(2)
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=True)
+    assert tied not in tensors
+    rows = tensors["base_model.model.embed_tokens.token_adapter.trainable_tokens_delta"]
+    with pytest.raises(LoadError, match="are tied in the model, but differ"):
+        load_into(fresh, "default", {**tensors, tied: rows + 1})
+    load_into(fresh, "default", {**tensors, tied: rows.clone()})
+    assert torch.equal(fresh(IDS), model(IDS))
+    load_into(made(3), "default", tensors)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], r".*(q_proj|embed_tokens)"])
+def test_tied_factors_that_have_come_apart_in_training_are_two_adapters(targets: Any, tmp_path: Path) -> None:
+    """PEFT's do, where it turns them to float32."""
+    model = get_peft_model(Tokens(tied=True), LoraConfig(r=2, target_modules=targets, ensure_weight_tying=True))
+    model.save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(Tokens(tied=True), tmp_path).peft_config["default"].ensure_weight_tying
+    tensors = {k: torch.randn_like(t) for k, t in load_file(tmp_path / "adapter_model.safetensors").items()}
+    tables = {k: Tokens(tied=True).embed_tokens.weight.detach() for k in tensors if "base_layer" in k}
+    save_file({**tensors, **tables}, tmp_path / "adapter_model.safetensors")
+    loaded = PeftModel.from_pretrained(Tokens(tied=True), tmp_path)
+    got = get_peft_model_state_dict(loaded)
+    assert all(torch.equal(got[k], t) for k, t in tensors.items() if k not in tables)
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(PeftModel.from_pretrained(Tokens(tied=True), tmp_path / "again")(IDS), loaded(IDS))
+
+
 # ---------------------------------------------------------------- the model card
 
 
@@ -1123,3 +1251,25 @@ def test_a_model_with_a_number_for_a_parameter_saves(tmp_path: Path) -> None:
     base.logit_scale.data.fill_(3.0)
     with pytest.warns(PeftWarning, match="logit_scale"):
         PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_a_card_keeps_its_line_ends_and_a_mark_before_it_hides_nothing(tmp_path: Path) -> None:
+    """As editors on Windows write it."""
+    path = tmp_path / "README.md"
+    path.write_bytes(b"\xef\xbb\xbf---\r\nlicense: mit\r\n---\r\nmine\r\n")
+    update_card(tmp_path, tags=["lora"])
+    assert path.read_bytes() == b"---\r\nlicense: mit\r\nlibrary_name: peft\r\ntags:\r\n- lora\r\n- veneer\r\n---\r\nmine\r\n"
+
+
+def test_a_card_that_is_no_utf_8_is_named_and_left(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_bytes("café".encode("cp1252"))
+    with pytest.raises(SaveError, match=r"README.md.*no UTF-8.*adapter itself is written"):
+        get_peft_model(Net(), config()).save_pretrained(tmp_path)
+    assert path.read_bytes() == "café".encode("cp1252") and PeftModel.from_pretrained(Net(), tmp_path)
+
+
+def test_a_byte_order_mark_before_a_config_is_passed_over(saved: tuple[Path, Tensor]) -> None:
+    path = saved[0] / "adapter_config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert torch.equal(PeftModel.from_pretrained(Net(), saved[0])(IDS), saved[1])

@@ -367,6 +367,27 @@ def test_a_state_that_does_not_fit_says_what_is_missing_and_changes_nothing(tmp_
     save_state(model, None, tmp_path)  # the adapter's numbers are whole there
 
 
+def test_a_damaged_state_changes_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    model, opt = small(4)
+    model(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.sum().backward()
+    opt.step()
+    place = save_state(model, opt, tmp_path)
+    with torch.no_grad():
+        for p in opt.param_groups[0]["params"]:
+            p.fill_(5)
+            opt.state[p]["exp_avg"].fill_(7)
+    (file,) = place.glob("*.distcp")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) * 3 // 5])
+    with pytest.raises(LoadError, match="could not be read"):
+        load_state(model, opt, tmp_path)
+    assert all(bool((p == 5).all()) and bool((opt.state[p]["exp_avg"] == 7).all()) for p in opt.param_groups[0]["params"])
+    file.write_bytes(whole)
+    load_state(model, opt, tmp_path)
+    assert not any(bool((p == 5).all()) or bool((opt.state[p]["exp_avg"] == 7).all()) for p in opt.param_groups[0]["params"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
 def test_every_method_on_four_processes(layout: str, tmp_path: Path) -> None:

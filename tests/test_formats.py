@@ -309,6 +309,30 @@ def test_a_tucker_core_is_multiplied_in(tmp_path: Path) -> None:
     assert torch.allclose(conv(conv(x, f.down), f.up), conv(conv(conv(x, down), mid), up), atol=1e-4)
 
 
+@pytest.mark.parametrize(("shape", "reads"), [((6, 1), True), ((6,), True), ((1, 6), False)])
+def test_which_side_of_a_square_weight_a_magnitude_is_for(shape: tuple[int, ...], reads: bool, tmp_path: Path) -> None:
+    stem = "lora_unet_conv_in"
+    raw = {
+        f"{stem}.lora_down.weight": torch.ones(2, 6),
+        f"{stem}.lora_up.weight": torch.ones(6, 2),
+        f"{stem}.dora_scale": torch.ones(shape),
+    }
+    save_file(raw, tmp_path / "k.safetensors")
+    if reads:
+        assert FORMATS["kohya"].read(tmp_path / "k.safetensors")["unet"].layers["conv_in"].magnitude is not None
+    else:
+        with pytest.raises(ConversionError, match="columns were normed"):
+            FORMATS["kohya"].read(tmp_path / "k.safetensors")
+
+
+def test_the_folder_of_a_component_is_not_overwritten_either(tmp_path: Path) -> None:
+    stem = "unet.mid_block.attentions.0.proj_in"
+    save_file({f"{stem}.lora_A.weight": torch.ones(2, 6), f"{stem}.lora_B.weight": torch.ones(6, 2)}, tmp_path / "d.safetensors")
+    convert(tmp_path / "d.safetensors", tmp_path / "out", "peft")
+    with pytest.raises(ConversionError, match=r"out/unet' holds an adapter already"):
+        convert(tmp_path / "d.safetensors", tmp_path / "out", "peft")
+
+
 def test_old_names_of_diffusers_are_read(tmp_path: Path) -> None:
     a, b = torch.randn(4, 6), torch.randn(6, 4)
     save_file(
@@ -457,3 +481,9 @@ def test_the_command_line(base: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert code == 2 and "Did you mean 'use_dora'" in text
     code, text = run("convert", str(tmp_path / "a"), str(tmp_path), "--to", "gguf", "--model", str(base))
     assert code == 2 and "could not be written" in text
+
+
+def test_a_damaged_config_is_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"adapter_config.json is not JSON"):
+        detect(tmp_path)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import veneer
 from veneer.engine.layer import adapted_layers
-from veneer.errors import ConfigError, MergeError, PeftWarning, RouteError, SwapError
+from veneer.errors import ConfigError, LoadError, MergeError, PeftWarning, RouteError, SwapError
 from veneer.helpers import rescale_adapter_scale
 from veneer.hotswap import (
     check_hotswap_configs_compatible,
@@ -104,6 +106,36 @@ def test_copies_of_whole_modules_are_swapped(tmp_path: Path) -> None:
     model = fresh(one)
     hotswap_adapter_from_state_dict(model, tensors, "default", veneer.PeftConfig.from_pretrained(two))
     assert torch.equal(model.get_base_model().lin1.modules_to_save["default"].weight, tensors["base_model.model.lin1.weight"])
+
+
+def test_copies_of_whole_modules_keep_their_dtype(tmp_path: Path) -> None:
+    """As when they are loaded afresh: the module computes in it."""
+    one, two = (saved(tmp_path, n, target_modules=["lin0"], modules_to_save=["lin1"]) for n in ("one", "two"))
+    file = two / "adapter_model.safetensors"
+    save_file({k: t.bfloat16() for k, t in load_file(file).items()}, file)
+    model = fresh(one)
+    hotswap_adapter(model, two, "default")
+    assert torch.equal(out(model), out(fresh(two)))
+
+
+def test_a_config_that_does_not_go_with_its_file_is_refused(tmp_path: Path) -> None:
+    """As where it is loaded; both take `check_config`."""
+    one, two = saved(tmp_path, "one"), saved(tmp_path, "two")
+    written = two / "adapter_config.json"
+    written.write_text(json.dumps({**json.loads(written.read_text()), "lora_alpha": 77}))
+    model = fresh(one)
+    before = out(model)
+    with pytest.raises(LoadError, match=r"lora_alpha is 77.*check_config=False"):
+        hotswap_adapter(model, two, "default")
+    assert torch.equal(out(model), before)
+    hotswap_adapter(model, two, "default", check_config=False)
+    with pytest.raises(LoadError, match=r"lora_alpha is 77.*check_config=False"):
+        fresh(two)
+    other = fresh(one)
+    other.load_adapter(two, "other", check_config=False, check_base="error")
+    other.set_adapter("other")
+    assert torch.equal(out(model), out(other))
+    assert torch.equal(out(model), out(veneer.PeftModel.from_pretrained(other.unload(), two, check_config=False)))
 
 
 def test_from_names_in_memory_on_a_bare_model(tmp_path: Path) -> None:

@@ -188,6 +188,53 @@ def test_what_does_not_go_leaves_nothing_behind(tmp_path: Path) -> None:
         veneer.merge_files(base, adapter, tmp_path / "z")
 
 
+@pytest.mark.parametrize("says", [True, False])
+@pytest.mark.parametrize("fields", [{"target_modules": ["wte"]}, {"target_modules": ["c_fc"], "modules_to_save": ["wte"]}], ids=str)
+def test_a_head_that_is_tied_by_default_is_not_changed_either(fields: dict[str, Any], says: bool, tmp_path: Path) -> None:
+    """Configs of models that are tied by default, such as GPT-2's on the Hub, do not say so. What the error advises is what works."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 1}
+    base = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    base.save_pretrained(tmp_path / "base")
+    if not says:
+        file = tmp_path / "base" / "config.json"
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "tie_word_embeddings"}))
+    model = veneer.get_peft_model(base, veneer.LoraConfig(r=4, **fields))
+    move(model)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(MergeError, match=r"head is tied to 'transformer.wte'.*merge_and_unload"):
+        veneer.merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        want = model.eval()(ids).logits
+        model.merge_and_unload().save_pretrained(tmp_path / "merged")
+        again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "merged").eval()
+        torch.testing.assert_close(again(ids).logits, want, atol=1e-5, rtol=0)
+
+
+def test_an_encoder_without_a_head_has_nothing_tied(tmp_path: Path) -> None:
+    base, adapter = trained(tmp_path, veneer.LoraConfig(r=4, target_modules=["embed"]), architectures=["NetModel"], vocab_size=20)
+    veneer.merge_files(base, adapter, tmp_path / "out")
+    (base / "config.json").write_text(json.dumps({"architectures": ["NetForCausalLM"], "vocab_size": 20}))
+    veneer.merge_files(base, adapter, tmp_path / "own")  # a head whose weights are in the files is not tied
+
+
+def test_the_config_of_an_adapter_in_the_bases_folder_stays_there(tmp_path: Path) -> None:
+    base, adapter = trained(tmp_path)
+    for path in adapter.iterdir():
+        (base / path.name).write_bytes(path.read_bytes())
+    veneer.merge_files(base, base, tmp_path / "out")
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("text", ['{"weight_map": {', "{}", "[]", '{"weight_map": {"a": "../a.safetensors"}}', '{"weight_map": {"a": 1}}'])
+def test_a_damaged_index_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(LoadError, match=r"index.json is no index of safetensors files .*Copy it again"):
+        weights_in(tmp_path)
+
+
 def test_a_tied_head_is_not_changed_unasked(tmp_path: Path) -> None:
     base, adapter = trained(tmp_path, veneer.LoraConfig(r=4, target_modules=["embed"]), tie_word_embeddings=True)
     with pytest.raises(MergeError, match=r"head is tied to 'embed'.*merge_and_unload"):

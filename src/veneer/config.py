@@ -163,7 +163,7 @@ class PeftConfigMixin:
             ConfigError: if the file is not a JSON object.
         """
         try:
-            loaded = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
+            loaded = json.loads(Path(path_json_file).read_text(encoding="utf-8-sig"))  # with a byte order mark or without
         except (json.JSONDecodeError, UnicodeDecodeError) as e:
             raise ConfigError(f"{path_json_file} is not JSON: {e}") from e
         if not isinstance(loaded, dict):
@@ -200,7 +200,7 @@ class PeftConfigMixin:
         """A config from fields of which some may be unknown: those are dropped, with a warning if they say anything."""
         values = cls.check_kwargs(**values)
         known = {f.name for f in dataclasses.fields(cls) if f.init}
-        unknown = {k: v for k, v in values.items() if k not in known and not (v is None or v is False or v in ("", [], {}))}
+        unknown = {k: v for k, v in values.items() if k not in known and says_something(v)}
         if unknown:
             said = ", ".join(f"{k}={v!r}" for k, v in sorted(unknown.items()))
             written = f" It was written by PEFT {values['peft_version']}." if values.get("peft_version") else ""
@@ -293,6 +293,11 @@ class PromptLearningConfig(PeftConfig):
 
 
 # ---------------------------------------------------------------- what the common fields accept
+
+
+def says_something(value: object) -> bool:
+    """Whether a field that is not known may matter by this value."""
+    return not (value is None or value is False or value in ("", [], {}))
 
 
 def _is_names(value: object) -> bool:

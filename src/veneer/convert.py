@@ -122,7 +122,7 @@ def _keyed(
         home: Any = slot.home
         theirs = slot.base or hasattr(type(home), "acting") or (isinstance(home, AdaptedLayer) and home not in made)
         if slot.saved and theirs:
-            out[key] = slot.tensor.detach()
+            out[key] = slot.value()
     return out
 
 

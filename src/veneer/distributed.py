@@ -21,8 +21,10 @@ from .bases import codec_for
 from .blocks.saved import ModulesToSaveWrapper
 from .checkpoint.keys import base_root, join_path, walk
 from .checkpoint.save import replacing
+from .checkpoint.shards import INDEX, SINGLE
 from .engine.layer import AdaptedLayer, adapted_layers
 from .engine.merge import check_packed_whole, merged_tensors
+from .engine.offload import brought_in, kept
 from .engine.wrapper import Wrapper
 from .errors import ConfigError, MergeError, SaveError, hint
 from .sharding import gathered, whole
@@ -133,8 +135,9 @@ def save_merged(
             return None
         close()
         where = {key: name for name, keys in files for key in keys}
-        with replacing(folder / "model.safetensors.index.json") as beside:
+        with replacing(folder / INDEX) as beside:
             beside.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1), encoding="utf-8")
+        (folder / SINGLE).unlink(missing_ok=True)  # which transformers would read instead
         _write_config(root, set(where), folder)
     except OSError as e:
         raise SaveError(f"The merged model could not be written to {str(folder)!r}: {e}.") from e
@@ -154,7 +157,9 @@ def _merged(root: nn.Module, adapter_names: Sequence[str] | None) -> Iterator[tu
                 raise MergeError(f"{path}: the adapter {name!r} cannot be merged: {why}. Keep it unmerged.")
         if layer.quantised and names:
             check_packed_whole(path, layer.get_base_layer())
-        for key, t in merged_tensors(path, layer, names)[0].items() if names else ():
+        with brought_in(layer.get_base_layer()):
+            merged = merged_tensors(path, layer, names)[0] if names else {}
+        for key, t in merged.items():
             owner, _, last = f"{path}.base_layer.{key}".rpartition(".")
             done.add(join_path(owner, last))
             yield join_path(origin[owner], last), t
@@ -178,7 +183,8 @@ def _merged(root: nn.Module, adapter_names: Sequence[str] | None) -> Iterator[tu
             if held is None or memory in done or id(held) in seen or name in module._non_persistent_buffers_set:
                 continue
             seen.add(id(held))
-            yield join_path(spot.origin, name), whole(held)
+            there = kept(module, name) if held.is_meta else None
+            yield join_path(spot.origin, name), whole(held if there is None else there)
 
 
 def _write_config(root: nn.Module, written: set[str], folder: Path) -> None:

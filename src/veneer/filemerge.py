@@ -22,6 +22,7 @@ from .checkpoint.base import BASE_KEY, differing, get_base_model_state_dict
 from .checkpoint.keys import PREFIX
 from .checkpoint.load import read_adapter
 from .checkpoint.shards import DTYPES, INDEX, New, Stored, weights_in, write_index, write_shard
+from .engine.defaults import CONFIG_NAME
 from .engine.holders import Tensors
 from .engine.layer import AdaptedLayer, adapted_layers
 from .engine.loss import MergeReport
@@ -68,7 +69,7 @@ def merge_files(
         raise LoadError(
             f"{base} is packed by a quantisation library. Merge into the unquantised model, or load it and call merge_and_unload()."
         )
-    fields = _config(adapter, "adapter_config.json")
+    fields = _config(adapter, CONFIG_NAME)
     if ranges := fields.get("layer_replication"):
         raise MergeError(
             f"The adapter stands on a stack of layers that layer_replication={ranges} makes of the model's, and the files have those once: merged, each "
@@ -93,7 +94,7 @@ def merge_files(
             if (
                 path.is_file()
                 and path.name not in files
-                and path.name != INDEX
+                and path.name not in (INDEX, CONFIG_NAME)  # an adapter's config would stand there without its adapter
                 and path.suffix not in (".bin", ".safetensors", ".pt", ".pth")
             ):
                 shutil.copy2(path, folder / path.name)
@@ -105,6 +106,7 @@ class _Merging:
 
     def __init__(self, model: Any, stored: Mapping[str, Stored], config: Mapping[str, Any]) -> None:
         self.stored, self.report = stored, MergeReport()
+        self.tied = _head_is_tied(config, stored)
         self.waiting: dict[str, Tensor] = {}  # what was merged together with a tensor that came before it
         self.new: dict[str, New] = {}
         tree, name = model.base_model.model, model.active_adapter
@@ -115,27 +117,33 @@ class _Merging:
             self._plan_given(key, t)
         for path, layer in adapted_layers(tree):
             if name in layer.attached:
-                self._plan_layer(path.replace(".token_adapter", ""), layer, name, config)
+                self._plan_layer(path.replace(".token_adapter", ""), layer, name)
         for path, module in tree.named_modules():
             saved: Any = module.modules_to_save if isinstance(module, ModulesToSaveWrapper) else {}
             if name in saved:
+                if _is_table(stored.get(f"{path}.weight"), config):
+                    self._check_apart(path)
                 for key, t in saved[name].state_dict(prefix=f"{path}.").items():
                     self._plan_given(key, t)
 
-    def _plan_layer(self, path: str, layer: AdaptedLayer, name: str, config: Mapping[str, Any]) -> None:
+    def _plan_layer(self, path: str, layer: AdaptedLayer, name: str) -> None:
         method = layer.attached[name].config
         if why := method.unmergeable:
             raise MergeError(f"{path}: the adapter cannot be merged: {why}. Keep it unmerged.")
         if isinstance(layer.base_layer, AdaptedLayer) or layer.site.kind in ("attention", "self_attention", "block"):
             raise MergeError(f"{path!r} takes several tensors at once. Load the model and call merge_and_unload().")
-        if layer.site.kind == "embedding" and config.get("tie_word_embeddings") and not isinstance(method, TrainableTokensConfig):
+        if layer.site.kind == "embedding" and not isinstance(method, TrainableTokensConfig):
+            self._check_apart(path)
+        for key in layer.frozen_tensors():
+            full = f"{path}.{key}"
+            self._plan(full, self._held(full), partial(self._merged, path, layer, name, key))
+
+    def _check_apart(self, path: str) -> None:
+        if self.tied:
             raise MergeError(
                 f"The model's head is tied to {path!r}, and would change with it; merged in memory they come apart. Load the model and call "
                 "merge_and_unload(), which unties them."
             )
-        for key in layer.frozen_tensors():
-            full = f"{path}.{key}"
-            self._plan(full, self._held(full), partial(self._merged, path, layer, name, key))
 
     def _plan_given(self, key: str, t: Tensor) -> None:
         """A tensor that the adapter's file holds whole takes the place of the base's, in the base's dtype."""
@@ -205,7 +213,7 @@ def _skeleton(stored: Mapping[str, Stored], adapter: Path) -> nn.Module:
     tensors = read_adapter(adapter).tensors
     tables = {k.partition(".lora_embedding_")[0].removeprefix(PREFIX) for k in tensors if ".lora_embedding_" in k}
     tables |= {k.partition(".token_adapter")[0].removeprefix(PREFIX) for k in tensors if ".token_adapter" in k}
-    flipped = bool(_config(adapter, "adapter_config.json").get("fan_in_fan_out")) or any(_is_flipped(name, stored) for name in stored)
+    flipped = bool(_config(adapter, CONFIG_NAME).get("fan_in_fan_out")) or any(_is_flipped(name, stored) for name in stored)
     root = _Skeleton()
     for name, place in stored.items():
         path, _, leaf = name.rpartition(".")
@@ -276,10 +284,30 @@ def _replace(root: nn.Module, path: str, new: nn.Module) -> None:
 # -------------------------------------------------------------------- files
 
 
+def _head_is_tied(config: Mapping[str, Any], stored: Mapping[str, Stored]) -> bool:
+    """Whether the model's head has no weights but its embeddings'. Configs of models that are tied by default need not say so: then it is tied if there
+    is a head and the files have no second table."""
+    parts = [c for c in (config, config.get("text_config")) if isinstance(c, Mapping)]
+    said = [bool(c["tie_word_embeddings"]) for c in parts if "tie_word_embeddings" in c]
+    if said:
+        return any(said)
+    headed = any(a.endswith(_HEADED) for a in config.get("architectures") or ())
+    return headed and sum(_is_table(place, config) for place in stored.values()) < 2
+
+
+_HEADED = ("LMHeadModel", "ForCausalLM", "ForConditionalGeneration", "ForMaskedLM", "DoubleHeadsModel")
+
+
+def _is_table(place: Stored | None, config: Mapping[str, Any]) -> bool:
+    """Whether this is a matrix with a row for each token."""
+    parts = [c for c in (config, config.get("text_config")) if isinstance(c, Mapping)]
+    return place is not None and len(place.shape) == 2 and place.shape[0] in [c.get("vocab_size") for c in parts]
+
+
 def _config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     path = folder / name
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
     except (OSError, ValueError) as e:
         raise LoadError(f"{path} is not JSON: {e}") from e
     if not isinstance(found, dict):

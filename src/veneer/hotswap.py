@@ -12,9 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .checkpoint.base import check_identity
 from .checkpoint.keys import Slot, adapters_of, bare, base_root, slots
 from .checkpoint.load import config_of, read_adapter
 from .checkpoint.match import match, plain
+from .checkpoint.nested import as_registered
+from .checkpoint.plan import keeps_dtype
 from .config import PeftConfig
 from .engine.holders import Attached
 from .engine.layer import AdaptedLayer, adapted_layers, set_slot
@@ -179,19 +182,22 @@ def hotswap_adapter(
         model_name_or_path: the folder, or, where no such folder exists, a name on the Hub.
         adapter_name: of the adapter that goes; the new one is called the same.
         torch_device: taken for PEFT's sake; the tensors go where the old ones are.
-        kwargs: `subfolder, revision, cache_dir, token, ...`.
+        kwargs: `subfolder, revision, cache_dir, token, ...`; `check_config=False`: let the config say another scaling than the one it was saved with.
 
     Raises:
+        LoadError: if it does, or there is no file.
         ConfigError: if the two are not alike enough (see `check_hotswap_configs_compatible`).
         MergeError: if the adapter is merged.
         SwapError: if the file does not fit: keys that are missing or too many, other shapes, or a rank that the model has no room for.
         RouteError: if there is no such adapter.
     """
+    check_config = kwargs.pop("check_config", True)
     hub = PeftConfig._split_kwargs(kwargs)[0]
     config = PeftConfig.from_pretrained(model_name_or_path, **hub)
     check_hotswap_configs_compatible(config_of(model, adapter_name), config)
     file = read_adapter(model_name_or_path, **hub)
-    _swap(model, file.tensors, adapter_name, config, file.start)
+    check_identity(file.metadata, base_root(model), config, check_base="off", check_config=check_config)
+    _swap(model, as_registered(file.tensors, file.metadata, model, adapter_name), adapter_name, config, file.start)
 
 
 def hotswap_adapter_from_state_dict(
@@ -327,7 +333,7 @@ def _fitting(slot: Slot, value: Tensor, layer: AdaptedLayer | None, leaf: str, c
         raise SwapError(
             f"{slot.key!r} has the shape {tuple(value.shape)} in the new adapter and {tuple(now.shape)} in the model. Nothing was changed."
         )
-    if slot.base:
+    if keeps_dtype(slot, value):
         value = value.to(now.dtype)
     return value.to(now.device)
 

@@ -202,8 +202,9 @@ class Method(PeftConfig):
                     what = "integer value" if kind is int else "number"
                     raise ConfigError(f"`{field}` should be a positive {what} but the value passed is {value!r}.")
         for field in self.shares:
-            if not 0 <= getattr(self, field) < 1:
-                raise ConfigError(f"`{field}` should lie in [0, 1), got {getattr(self, field)!r}.")
+            share = getattr(self, field)
+            if not isinstance(share, (int, float)) or not 0 <= share < 1:
+                raise ConfigError(f"`{field}` should lie in [0, 1), got {share!r}.")
         for field, known in self.choices.items():
             if (value := getattr(self, field)) not in known:
                 raise ConfigError(f"`{field}` is one of {', '.join(map(repr, known))}, got {value!r}.{hint(str(value), map(str, known))}")
@@ -339,6 +340,10 @@ class Method(PeftConfig):
         Args:
             saved: the scaling fields of the config that the file was saved with.
         """
+        return self
+
+    def as_made(self: M, tensors: Mapping[str, Tensor]) -> M:
+        """The config of an adapter that is to be loaded, as its tensors (by key of the file) are: for fields that PEFT writes down and does not heed."""
         return self
 
     def scale(self) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .checkpoint import LoadReport, folder_of, load_into, read_adapter, save_adapter, update_card
 from .checkpoint.hub import upload
-from .checkpoint.load import for_loading, hub_options, warn_unused
+from .checkpoint.load import as_made, checks_in, for_loading, hub_options, warn_unused
 from .config import PeftConfig
 from .engine import inject
 from .engine.calls import by_name, hold, knowing, knowing_each, routing, taken
@@ -404,6 +404,8 @@ class PeftModel(nn.Module):
             low_cpu_mem_usage: allocate the tensors only when the file's are there.
             key_mapping: regular expression -> text, for the names of another version of the model.
             kwargs: `subfolder, revision, cache_dir, token, ...`; `ignore_mismatched_sizes`: tensors whose shape differs keep their start values;
+                `check_config=False`: let the config say another scaling than the one the file was saved with; `check_base`: "warn" (the default), "error" or
+                "off", if it was saved with another base model than this one;
                 for X-LoRA `adapters`, its experts by name, where they are not the config's. Others are not used, which a warning says.
 
         Raises:
@@ -412,6 +414,7 @@ class PeftModel(nn.Module):
             PeftError: if the model has adapters already.
         """
         experts, ignore_mismatched_sizes = kwargs.pop("adapters", None), kwargs.pop("ignore_mismatched_sizes", False)
+        checks = checks_in(kwargs)
         hub = hub_options(kwargs, "from_pretrained")
         if isinstance(model, (PeftModel, Tuner)):
             raise PeftError(f"The model is a {type(model).__name__} already. Call model.load_adapter(folder, name) for a further adapter.")
@@ -426,6 +429,7 @@ class PeftModel(nn.Module):
             mixing: Any = config
             mixing.adapters, mixing.origin = dict(experts), None
         file = read_adapter(model_id, key_mapping=key_mapping or getattr(model, "_checkpoint_conversion_mapping", None), **hub)
+        config = as_made(config, file)
         out = cls._class_for(config)(
             model,
             config,
@@ -436,7 +440,7 @@ class PeftModel(nn.Module):
         )
         upcast = is_trainable and autocast_adapter_dtype
         try:
-            load_into(out, adapter_name, file, config, upcast=upcast, ignore_mismatched_sizes=ignore_mismatched_sizes)
+            load_into(out, adapter_name, file, config, upcast=upcast, ignore_mismatched_sizes=ignore_mismatched_sizes, **checks)
         except BaseException:
             inject.unload(model) if out._prompts is None else out._prompts.take_off()
             raise
@@ -460,7 +464,7 @@ class PeftModel(nn.Module):
         Further adapters act once `set_adapter` says so. Unless `is_trainable`, the model is put into eval mode. The other arguments and the
         errors are those of `from_pretrained`.
         """
-        ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
+        ignore_mismatched_sizes, checks = kwargs.pop("ignore_mismatched_sizes", False), checks_in(kwargs)
         hub = hub_options(kwargs, "load_adapter")
         new, before = adapter_name not in self.peft_config, set(self.peft_config)
         if new:
@@ -469,10 +473,12 @@ class PeftModel(nn.Module):
         mapping = key_mapping or getattr(self.get_base_model(), "_checkpoint_conversion_mapping", None)
         file = read_adapter(model_id, device=torch_device or "cpu", key_mapping=mapping, **hub)
         if new:
-            self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype, empty=not ignore_mismatched_sizes)
+            self.add_adapter(
+                adapter_name, as_made(config, file), low_cpu_mem_usage, autocast_adapter_dtype, empty=not ignore_mismatched_sizes
+            )
         upcast = is_trainable and autocast_adapter_dtype
         try:
-            report = load_into(self, adapter_name, file, upcast=upcast, ignore_mismatched_sizes=ignore_mismatched_sizes)
+            report = load_into(self, adapter_name, file, upcast=upcast, ignore_mismatched_sizes=ignore_mismatched_sizes, **checks)
         except BaseException:
             for name in set(self.peft_config) - before:  # it may have brought others
                 self._tuner.delete_adapter(name)

@@ -6,6 +6,7 @@ replaced, so a process that dies at any moment leaves the last complete state as
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from .checkpoint.keys import Slot, adapter_names, slots
 from .checkpoint.load import config_of
@@ -88,8 +90,8 @@ def load_state(model: nn.Module, optimizer: Optimizer | None, folder: str | os.P
         `extra`, as it was given to `save_state`.
 
     Raises:
-        LoadError: if there is no complete state, the model or optimizer needs what the state lacks or has in another shape, or DeepSpeed keeps their
-            tensors; nothing is changed.
+        LoadError: if there is no complete state or it is damaged, the model or optimizer needs what the state lacks or has in another shape, or DeepSpeed
+            keeps their tensors; nothing is changed.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -110,6 +112,7 @@ def load_state(model: nn.Module, optimizer: Optimizer | None, folder: str | os.P
     if optimizer is not None:
         of_methods: dict[str, Any] = {k.removeprefix(_METHODS): m for k, m in held.items() if k.startswith(_METHODS)}
         state["methods"] = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in of_methods.items()}
+    state = tree_map_only(torch.Tensor, _copied, state)  # the model's own would be written one by one, until a file is found to be damaged
     try:
         with _quiet():
             load(state, checkpoint_id=place)
@@ -173,7 +176,12 @@ def _slots(model: nn.Module) -> dict[str, Slot]:
     """All that belongs to adapters, by its name in memory without wrappers."""
     names = adapter_names(model)
     every = [s for n in names for start in (False, True) for s in slots(model, n, config_of(model, n), start=start).values()]
-    return {plain(s.memory_key): s for s in every if s.saved or not s.base}
+    return {plain(s.memory_key): s for s in every if s.saved}
+
+
+def _copied(t: Any) -> Any:
+    """A copy in memory of its own. FSDP1's pieces (ShardedTensor) know no `clone`."""
+    return copy.deepcopy(t) if hasattr(t, "local_shards") else t.clone()
 
 
 def _apart(slot: Slot) -> bool:

@@ -13,6 +13,7 @@ from accelerate.utils import is_peft_model
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import veneer
+from veneer.distributed import save_merged
 
 from .small import ids, llama, stir
 
@@ -97,6 +98,59 @@ def test_a_device_map_with_parts_on_disk(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.allclose(model(ids()).logits, want, atol=1e-6)
         assert torch.allclose(model.merge_and_unload()(ids()).logits, want, atol=1e-5)
+
+
+def _offloaded(base: Any, where: str, tmp_path: Path) -> Any:
+    if where == "cpu":
+        accelerate.cpu_offload(base, execution_device=torch.device("cpu"))
+        return base
+    if where == "disk":
+        accelerate.disk_offload(base, str(tmp_path / "offload"), execution_device=torch.device("cpu"))
+        return base
+    places: dict[str, Any] = {name: "disk" if name in ("model.layers.1", "model.embed_tokens") else "cpu" for name in PARTS}
+    return accelerate.dispatch_model(base, places, offload_dir=str(tmp_path / "offload"), force_hooks=True)
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk", "map"])
+@pytest.mark.filterwarnings("ignore:.*offload.*")
+def test_weights_of_an_offloaded_base_go_with_the_adapter_both_ways(where: str, tmp_path: Path) -> None:
+    """Targeted embeddings and trained biases are in the file. Those that are loaded act, where accelerate would bring the old ones in over them."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], bias="lora_only")
+    whole = get_peft_model(llama(attention_bias=True), config)
+    stir(whole)
+    with torch.no_grad():  # other embeddings than the base's
+        whole.base_model.model.model.embed_tokens.base_layer.weight.mul_(1.5)
+        want = whole(ids()).logits
+    whole.save_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(_offloaded(llama(attention_bias=True), where, tmp_path), tmp_path / "adapter")
+    for _ in range(2):
+        with torch.no_grad():
+            assert torch.allclose(model(ids()).logits, want, atol=1e-6)
+    model.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(PeftModel.from_pretrained(llama(attention_bias=True), tmp_path / "again")(ids()).logits, want)
+
+
+@pytest.mark.filterwarnings("ignore:.*offload.*")
+def test_a_bias_that_would_not_train_there_is_refused(tmp_path: Path) -> None:
+    base = _offloaded(llama(attention_bias=True), "cpu", tmp_path)
+    with pytest.raises(veneer.ConfigError, match=r"keeps the weights of 'model.layers.0.self_attn.q_proj' elsewhere.*bias='none'"):
+        get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], bias="lora_only"))
+    assert not any("lora" in n for n, _ in base.named_parameters())
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk", "map"])
+@pytest.mark.filterwarnings("ignore:.*offload.*")
+def test_a_merged_model_is_written_from_an_offloaded_base(where: str, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "merged")  # the one file there, which transformers reads first, has to go
+    whole = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"]))
+    stir(whole)
+    whole.save_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(_offloaded(llama(), where, tmp_path), tmp_path / "adapter")
+    save_merged(model, tmp_path / "merged")
+    with torch.no_grad():
+        merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        assert torch.allclose(merged(ids()).logits, whole(ids()).logits, atol=1e-5)
 
 
 OWN: dict[str, Any] = {

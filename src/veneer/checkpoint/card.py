@@ -49,17 +49,28 @@ def update_card(
         wanted["pipeline_tag"] = pipeline_tag
     wanted["tags"] = list(dict.fromkeys([*([f"base_model:adapter:{base_model}"] if base_model else []), *tags, "veneer"]))
     try:
-        old = path.read_text(encoding="utf-8") if path.exists() else None
+        old, line_end = _read(path) if path.exists() else (None, "\n")
         head, body = _split(old) if old is not None else ([], _new_body(base_model, title, description))
         head = [_OTHER_LIBRARY.sub(r"\1peft", line) for line in head]
         text = "---\n" + "".join(f"{line}\n" for line in _merged(head, wanted)) + "---\n" + body
         if text != old:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as beside:
-                beside.write_text(text, encoding="utf-8")
+                beside.write_text(text, encoding="utf-8", newline=line_end)
     except OSError as e:
         raise SaveError(f"The model card {str(path)!r} could not be written: {e}") from e
     return path
+
+
+def _read(path: Path) -> tuple[str, str]:
+    """The text of a card, without a byte order mark, and what its lines end with."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise SaveError(
+            f"{str(path)!r} is no UTF-8 ({e}), so nothing was added to it. Save it as UTF-8. The adapter itself is written."
+        ) from e
+    return text.replace("\r\n", "\n"), "\r\n" if "\r\n" in text else "\n"
 
 
 def _split(text: str) -> tuple[list[str], str]:

@@ -124,13 +124,14 @@ def local_config(model_id: str | os.PathLike[str], revision: str | None = None) 
     """The config.json of a base model, from its folder or from the Hub's cache. Never asks the network; None if it is not here."""
     path = Path(os.fspath(model_id), "config.json")
     if not path.is_file():
-        try:
-            from huggingface_hub import try_to_load_from_cache
-        except ImportError:
-            return None
         if not _REPO_ID.fullmatch(os.fspath(model_id)):
             return None
-        found = try_to_load_from_cache(os.fspath(model_id), "config.json", revision=revision)
+        try:
+            from huggingface_hub import try_to_load_from_cache
+
+            found = try_to_load_from_cache(os.fspath(model_id), "config.json", revision=revision)
+        except (ImportError, ValueError):  # the latter: no name that a repository may have, as of a folder that is gone
+            return None
         if not isinstance(found, str):  # not cached, or known not to exist
             return None
         path = Path(found)

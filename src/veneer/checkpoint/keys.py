@@ -12,8 +12,10 @@ from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 from torch import Tensor, nn
 
 from ..engine.layer import get_slot
+from ..engine.offload import kept as kept_elsewhere
+from ..engine.offload import runs_on
 from ..errors import PeftError
-from ..sharding import is_partitioned, shape_of
+from ..sharding import is_partitioned, shape_of, whole
 
 PREFIX = "base_model.model."  # what the keys of a file start with: the path of the user's model in a PeftModel
 
@@ -38,6 +40,14 @@ class HasStartSlots(Protocol):
 
     def adapter_start_slots(self, adapter: str) -> Iterator[tuple[str, str, str, nn.Module]]:
         """As `adapter_slots`, for the start values."""
+
+
+@runtime_checkable
+class HasSpareSlots(Protocol):
+    """A module that a file may have tensors for which stand elsewhere already."""
+
+    def adapter_spare_slots(self, adapter: str) -> Iterator[tuple[str, str, str, nn.Module]]:
+        """As `adapter_slots`, for these."""
 
 
 @dataclass(eq=False)
@@ -77,6 +87,16 @@ class Slot:
     @property
     def shape(self) -> tuple[int, ...]:
         return shape_of(self.tensor)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether accelerate keeps it, a weight of the base model, in another place, and brings it in for each call. One that trains there is lost."""
+        return self.base and self.tensor.is_meta and not self.tensor.requires_grad and runs_on(self.owner) is not None
+
+    def value(self) -> Tensor:
+        """The tensor with all its numbers, wherever they are. All processes have to take part."""
+        there = kept_elsewhere(self.owner, self.attribute) if self.elsewhere else None
+        return whole(self.tensor if there is None else there).detach()
 
 
 # ---------------------------------------------------------------- walking a model
@@ -230,9 +250,14 @@ def slots(
             yielded = spot.module.adapter_start_slots(adapter_name)  # type: ignore[operator]
         elif not start and has_slots(spot.module):
             yielded = spot.module.adapter_slots(adapter_name)
-        for file_suffix, memory_suffix, attribute, owner in yielded:
-            key, memory = prefix + join_path(spot.path, file_suffix), join_path(spot.memory, memory_suffix)
-            add(Slot(key, memory, owner, attribute, spot.module, _hole(memory, memory_suffix, adapter_name)))
+        spare: Iterable[tuple[str, str, str, nn.Module]] = ()
+        if not start and issubclass(type(spot.module), HasSpareSlots):
+            spare = spot.module.adapter_spare_slots(adapter_name)  # type: ignore[operator]
+        for written, places in ((True, yielded), (False, spare)):
+            for file_suffix, memory_suffix, attribute, owner in places:
+                key, memory = prefix + join_path(spot.path, file_suffix), join_path(spot.memory, memory_suffix)
+                hole = _hole(memory, memory_suffix, adapter_name)
+                add(Slot(key, memory, owner, attribute, spot.module, hole, required=written, saved=written))
     if start:
         return out
     further = getattr(config, "checkpoint_slots", None)

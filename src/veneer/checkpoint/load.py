@@ -232,6 +232,24 @@ def for_loading(
         config.runtime_config.ephemeral_gpu_offload = True
 
 
+def as_made(config: Any, file: AdapterFile) -> Any:
+    """The config that a new adapter is attached with, to be filled from the file."""
+    made = getattr(config, "as_made", None)
+    return config if made is None else made(file.tensors)
+
+
+def checks_in(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What is asked of `check_identity`, taken out of a caller's arguments.
+
+    Raises:
+        ValueError: for a `check_base` that there is not.
+    """
+    checks: dict[str, Any] = {n: kwargs.pop(n) for n in ("check_base", "check_config") if n in kwargs}
+    if checks.get("check_base", "warn") not in ("warn", "error", "off"):
+        raise ValueError(f"check_base is 'warn', 'error' or 'off', not {checks['check_base']!r}.")
+    return checks
+
+
 def hub_options(kwargs: Mapping[str, Any], caller: str) -> dict[str, Any]:
     """Those arguments that say where to find a file."""
     hub = PeftConfig._split_kwargs(kwargs)[0]
@@ -284,7 +302,7 @@ def read_safetensors(path: str | os.PathLike[str], device: torch.device | str = 
 def _read_bin(path: Path, device: torch.device) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as e:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise LoadError(
             f"{path} cannot be read as plain tensors: {e}. It is damaged, or holds code, which is never run. Save it as {SAFETENSORS_NAME}."
         ) from e

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.layer import set_slot
-from ..engine.offload import runs_on
+from ..engine.offload import keep, runs_on
 from ..errors import LoadError, hint, nearest
 from ..sharding import fill
 from .keys import Slot, walk
@@ -157,10 +157,16 @@ def _castable(value: Tensor, dtype: torch.dtype) -> bool:
     return kinds[0] == kinds[1]
 
 
+def keeps_dtype(slot: Slot, value: Tensor) -> bool:
+    """Whether the tensor in the model stays in its dtype, whatever the file's is."""
+    own = slot.base or slot.attribute in getattr(slot.owner, "own_dtype", ())
+    return own or value.dtype.is_floating_point != slot.tensor.dtype.is_floating_point
+
+
 def _convert(slot: Slot, value: Tensor, upcast: bool, device: torch.device | str | None) -> Tensor:
     old = slot.tensor
     dtype = value.dtype
-    if slot.base or slot.attribute in getattr(slot.owner, "own_dtype", ()) or dtype.is_floating_point != old.dtype.is_floating_point:
+    if keeps_dtype(slot, value):
         dtype = old.dtype
     elif upcast and dtype.is_floating_point and dtype.itemsize < 4:
         dtype = torch.float32
@@ -189,6 +195,8 @@ def _assign(slot: Slot, value: Tensor, tied: Sequence[Slot]) -> None:
             setattr(slot.owner, slot.attribute, value)
         else:
             set_slot(slot.owner, slot.attribute, value)
+    elif slot.elsewhere:  # what is put into the module would be written over at its next call
+        keep(slot.owner, {slot.attribute: value})
     elif old.is_meta:
         new = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
         for s in (slot, *tied):

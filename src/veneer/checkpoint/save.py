@@ -10,7 +10,7 @@ import struct
 import tempfile
 import uuid
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,7 +105,7 @@ def save_adapter(
     check_saving(find_switch(model), adapter_name)
     found = slots(model, adapter_name, config, save_embedding_layers=save_embedding_layers)
     tensors = _encoded(config, _collect(model, found, adapter_name, state_dict, save_embedding_layers is True))
-    start = {k: whole(s.tensor).detach() for k, s in slots(model, adapter_name, config, start=True).items()}
+    start = {k: s.value() for k, s in slots(model, adapter_name, config, start=True).items()}
     if not is_main_process:
         return None
     base = fingerprint(base_root(model))
@@ -156,9 +156,10 @@ def write_adapter(
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=folder) as beside:
             saved.save_pretrained(beside)
-            if ready_start:
-                _write(folder / START_NAME, ready_start, {"format": "pt"}, verify)
-            _write(folder / written, ready, notes, verify)
+            with ExitStack() as together:  # one is of no use without the other
+                _write(together, folder / written, ready, notes, verify)
+                if ready_start:
+                    _write(together, folder / START_NAME, ready_start, {"format": "pt"}, verify)
             for file in Path(beside).iterdir():
                 file.replace(folder / file.name)
         # a reader would take what an earlier save left in the other format, or its start values, for this adapter's
@@ -199,7 +200,7 @@ def _collect(
     wanted = {k: s for k, s in found.items() if s.saved}
     if state_dict is None:
         if not is_flat(model):
-            return {k: whole(s.tensor).detach() for k, s in wanted.items()}
+            return {k: s.value() for k, s in wanted.items()}
         state_dict = model.state_dict()  # the only way to whole tensors under FSDP1
     given = {
         wanted_key: state_dict[name] for name, wanted_key in match(state_dict, found, foreign=False).slot_of.items() if wanted_key in wanted
@@ -286,17 +287,18 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # ---------------------------------------------------------------- files
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], verify: bool) -> None:
-    with replacing(path) as beside:
-        try:
-            if path.suffix == ".safetensors":
-                save_file(tensors, beside, metadata=metadata)
-            else:
-                torch.save(tensors, beside)
-        except (SafetensorError, RuntimeError) as e:  # how the two report a full disk
-            raise OSError(str(e)) from e
-        if verify:
-            _compare(beside, tensors, path)
+def _write(together: ExitStack, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], verify: bool) -> None:
+    """Write a file beside its place, which it takes when `together` ends."""
+    beside = together.enter_context(replacing(path))
+    try:
+        if path.suffix == ".safetensors":
+            save_file(tensors, beside, metadata=metadata)
+        else:
+            torch.save(tensors, beside)
+    except (SafetensorError, RuntimeError) as e:  # how the two report a full disk
+        raise OSError(str(e)) from e
+    if verify:
+        _compare(beside, tensors, path)
 
 
 @contextmanager

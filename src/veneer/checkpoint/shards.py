@@ -92,7 +92,7 @@ def weights_in(folder: str | os.PathLike[str]) -> dict[str, Stored]:
     """
     root = Path(folder)
     if (root / INDEX).is_file():
-        names = sorted(set(json.loads((root / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        names = _indexed(root / INDEX)
     elif (root / SINGLE).is_file():
         names = [SINGLE]
     else:
@@ -112,6 +112,17 @@ def weights_in(folder: str | os.PathLike[str]) -> dict[str, Stored]:
                 raise LoadError(f"{key!r} is in {out[key].file.name} and in {name}.")
             out[key] = stored
     return out
+
+
+def _indexed(index: Path) -> list[str]:
+    """The files that an index names, which stand beside it."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if outside := [n for n in names if Path(n).name != n]:
+            raise ValueError(f"{outside[0]!r} is no name of a file beside it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise LoadError(f"{index} is no index of safetensors files ({type(e).__name__}: {e}). Copy it again.") from e
+    return names
 
 
 def _entries(file: Path) -> Iterator[tuple[str, Stored]]:

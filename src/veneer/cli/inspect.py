@@ -45,7 +45,7 @@ def _base(name: str, path: str) -> Any:
     from ..training.recipe import TASKS
 
     try:
-        task = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))["task_type"]
+        task = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8-sig"))["task_type"]
     except (OSError, ValueError, LookupError, TypeError):  # the inspection tells of a damaged one
         task = None
     auto: Any = {

@@ -410,6 +410,14 @@ def slots(owner: nn.Module, adapter: str, attached: Attached, start: bool) -> It
         yield leaf.on_disk or (container if leaf.attr is None else f"{container}.{leaf.attr}"), memory, key, at
 
 
+def spare_slots(owner: nn.Module, adapter: str, attached: Attached) -> Iterator[tuple[str, str, str, nn.Module]]:
+    """The same for tensors of another place that stand here too and are not saved once more, which PEFT may have done."""
+    for name, leaf in attached.leaves.items() if attached.derived else ():
+        if leaf.saved is False and leaf.attr is None and name in attached.derived:
+            container = leaf.container or name
+            yield container, f"{container}.{adapter}", adapter, owner._modules[container]  # type: ignore[misc]
+
+
 def get_slot(owner: nn.Module, key: str) -> Tensor:
     """The tensor in a checkpoint slot."""
     for store in (owner._parameters, owner._buffers):

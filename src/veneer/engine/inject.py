@@ -20,6 +20,7 @@ from .fused import FIELDS, take_fused
 from .holders import Holder, Tensors, hold, visited
 from .layer import AdaptedLayer, adapted_layers
 from .modules import hold_parts
+from .offload import runs_on
 from .replicate import check_again, replicate, undo
 from .route import Switch, adapter_names, check_known, check_there, find_switch, the_switch
 from .select import Selection, select
@@ -167,6 +168,12 @@ def _attach(
         trains = adapter_name in (switch.chosen().names or ()) and not config.inference_mode
         if trains and (inside := sharded_modules(model)) and (late := [s for s in staged if id(s.layer.get_base_layer()) in inside]):
             raise _after_sharding(adapter_name, late[0].path)
+        biased = list(_biases(model, config, selection, saved))
+        if trains and (lost := next((path for path, m in biased if m._parameters["bias"].is_meta and runs_on(m) is not None), None)):  # type: ignore[union-attr]
+            raise ConfigError(
+                f"accelerate keeps the weights of {lost!r} elsewhere and brings them in for each call, so its bias would not train. Set bias='none', or load "
+                "the model without offload."
+            )
         tell_dry(staged, adapter_name)
     except BaseException:
         for s in staged:
@@ -181,7 +188,8 @@ def _attach(
     if first:
         switch.replaced = replicated
         _freeze(model, switch)
-    _train_biases(model, config, selection, {id(m) for _, wrapper, *_ in saved for m in wrapper.inside().modules()})
+    for _, module in biased:
+        module.bias.requires_grad_(True)  # type: ignore[operator, union-attr]
     if shared is not None:
         hold(home if home is not None else staged[0].layer, adapter_name, shared, held)
         if home is not None:
@@ -259,17 +267,18 @@ def settle(model: nn.Module, config: Any, adapter: str) -> None:
             config.settle(sorted(here, key=lambda pair: pair[0].index), loaded=True)
 
 
-def _train_biases(model: nn.Module, config: Method, selection: Selection, replaced: set[int]) -> None:
-    """Let the biases train that the config says, but for those of modules whose trained copies act instead."""
+def _biases(model: nn.Module, config: Method, selection: Selection, saved: Sequence[Any]) -> Iterator[tuple[str, nn.Module]]:
+    """The modules whose biases train, as the config says, but for those of modules whose trained copies act instead."""
     mode = getattr(config, "bias", "none")
     if mode == "none":
         return
+    replaced = {id(m) for _, wrapper, *_ in saved for m in wrapper.inside().modules()}
     hit = {id(m.get_base_layer() if isinstance(m, AdaptedLayer) else m) for m in selection.modules.values()}
     hit |= {id(m.out_proj) for m in selection.modules.values() if isinstance(m, nn.MultiheadAttention)}
-    for module in model.modules():
+    for path, module in model.named_modules():
         b = module._parameters.get("bias")
         if b is not None and not isinstance(module, Holder) and id(module) not in replaced and (mode == "all" or id(module) in hit):
-            b.requires_grad_(True)
+            yield path, module
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -22,7 +22,7 @@ from ..sharding import whole, zero_fetches
 from ..sites import Adaptable, Site
 from ..sites.parallel import check_cut
 from .changing import change_of
-from .holders import Attached, Followed, Tensors, container_of, drop, get_slot, hold, made, set_slot, slots, visited
+from .holders import Attached, Followed, Tensors, container_of, drop, get_slot, hold, made, set_slot, slots, spare_slots, visited
 from .mixing import run_rows
 from .offload import brought_in, runs_on
 from .place import Place
@@ -356,6 +356,11 @@ class AdaptedLayer(Wrapper):
         """The same for frozen start values, which stand in a file of their own."""
         if adapter in self.attached:
             yield from slots(self, adapter, self.attached[adapter], True)
+
+    def adapter_spare_slots(self, adapter: str) -> Iterator[tuple[str, str, str, nn.Module]]:
+        """The same for what a file need not have: tensors of the layer that this one is tied to."""
+        if adapter in self.attached:
+            yield from spare_slots(self, adapter, self.attached[adapter])
 
     # ---------------------------------------------------------------- PEFT's public names
 

@@ -76,6 +76,15 @@ def stay(new: nn.Module, old: nn.Module) -> None:
         hook.offload, hook.weights_map = False, None
 
 
+def kept(module: nn.Module, name: str) -> Tensor | None:
+    """The values of one of the module's own tensors that is not there now; None for a module that is not offloaded."""
+    hook = _hook(module)
+    if hook is None or hook.weights_map is None:
+        return None
+    value: Tensor = hook.weights_map[name]
+    return value
+
+
 def keep(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Let these values, by name, be what is brought in for the module's calls from here on. They are kept on the CPU."""
     kept = _hook(module).weights_map  # the part of a store that begins with the module's name

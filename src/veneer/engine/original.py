@@ -90,7 +90,10 @@ def _files(model: nn.Module, given: str | Path | None) -> list[Path]:
     if not place.exists() and given is None:
         from huggingface_hub import try_to_load_from_cache
 
-        found = [try_to_load_from_cache(origin, n) for n in ("model.safetensors", "model.safetensors.index.json")]
+        try:
+            found = [try_to_load_from_cache(origin, n) for n in ("model.safetensors", "model.safetensors.index.json")]
+        except ValueError:  # no name that a repository may have: a folder that is gone
+            found = []
         place = next((Path(f).parent for f in found if isinstance(f, str)), place)
     files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
     if not files:

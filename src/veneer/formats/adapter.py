@@ -82,11 +82,16 @@ def flat(magnitude: Tensor | None, up: Tensor, layer: str) -> Tensor | None:
         ConversionError: if it is one of the inputs, as LyCORIS may have it, which is another change than DoRA's.
     """
     if magnitude is not None and magnitude.numel() != up.shape[0]:
-        raise ConversionError(
-            f"DoRA's magnitude of {layer!r} has the shape {tuple(magnitude.shape)}, and there are {up.shape[0]} outputs: the weight's columns were normed, "
-            "not its rows. No other format has that; merge the adapter with the program that made it."
-        )
+        raise columns_normed(magnitude, up, layer)
     return None if magnitude is None else magnitude.flatten()
+
+
+def columns_normed(magnitude: Tensor, up: Tensor, layer: str) -> ConversionError:
+    """What is raised for such a magnitude."""
+    return ConversionError(
+        f"DoRA's magnitude of {layer!r} has the shape {tuple(magnitude.shape)}, and there are {up.shape[0]} outputs: the weight's columns were normed, "
+        "not its rows. No other format has that; merge the adapter with the program that made it."
+    )
 
 
 def padded(layer: Factors, rank: int) -> Factors:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from ..engine.defaults import CONFIG_NAME
 from ..errors import ConversionError, LoadError, SaveError, hint
 from . import diffusers, gguf, kohya, mlx, peft
 from .adapter import COMPONENTS, Adapter, one_scale, padded
@@ -131,8 +132,11 @@ def convert(
 
 def _check_out(source: Path, out: Path) -> None:
     """Raise ConversionError if what is written would take the place of an adapter that is there: its config would be lost."""
-    if out.resolve() == source.resolve() or (out / "adapter_config.json").exists():
-        raise ConversionError(f"{str(out)!r} holds an adapter already, which is not overwritten. Give another name.")
+    there = next(
+        (f for f in (out, *(out / c for c in COMPONENTS)) if (f / CONFIG_NAME).exists()), out if out.resolve() == source.resolve() else None
+    )
+    if there is not None:
+        raise ConversionError(f"{str(there)!r} holds an adapter already, which is not overwritten. Give another name.")
 
 
 def _chosen(adapter: Adapter, component: str | None, to: str) -> Adapter:

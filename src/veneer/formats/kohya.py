@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConversionError, hint
-from .adapter import COMPONENTS, NOTE, Adapter, Factors, Part, demand, flat, read_file, read_note, write_file
+from .adapter import COMPONENTS, NOTE, Adapter, Factors, Part, columns_normed, demand, flat, read_file, read_note, write_file
 from .diffusers import file_of
 
 PREFIXES = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
@@ -87,7 +87,11 @@ def _factors(name: str, t: Mapping[str, Tensor]) -> Factors:
     down = t["down"]
     if "mid" in t:  # (r, r, kernel) after a pointwise (r, n_in)
         down = torch.einsum("ab...,bi->ai...", t["mid"].double(), down.flatten(1).double()).to(down.dtype)
-    return Factors(down, t["up"], float(t["alpha"]) if "alpha" in t else float(down.shape[0]), flat(t.get("magnitude"), t["up"], name))
+    magnitude = t.get("magnitude")
+    n = len(t["up"])
+    if magnitude is not None and len(magnitude) != n == down.shape[1]:  # of a square weight the number of entries tells nothing
+        raise columns_normed(magnitude, t["up"], name)
+    return Factors(down, t["up"], float(t["alpha"]) if "alpha" in t else float(down.shape[0]), flat(magnitude, t["up"], name))
 
 
 def write(adapter: Adapter, path: Path, notes: list[str], **_: Any) -> None:

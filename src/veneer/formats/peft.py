@@ -29,11 +29,9 @@ _TENSOR = re.compile(
 
 def recognises(path: Path) -> bool:
     """Whether there is such an adapter, or one of each component."""
-    import json
-
     for folder in (path, *(path / c for c in COMPONENTS)):
         file = folder / CONFIG_NAME
-        if file.is_file() and "peft_type" in json.loads(file.read_text(encoding="utf-8")):
+        if file.is_file() and "peft_type" in PeftConfig.from_json_file(file):
             return True
     return False
 

@@ -10,6 +10,7 @@ from ..errors import ConfigError, PeftWarning
 from . import SITES, CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, check_kind
 
 _OPTIONS = {"eva": EvaConfig, "corda": CordaConfig, "lora_ga": LoraGAConfig}
+OPTIONS: Mapping[str, Any] = {**{f"{kind}_config": options for kind, options in _OPTIONS.items()}, "loftq_config": LoftQConfig}  # by field
 
 
 def read_start(config: Any) -> None:

@@ -20,7 +20,7 @@ from ..ops import Derived, Dropped
 class HiraConfig(Targeted, peft_type="HIRA"):
     """W' = W + W ⊙ (B A).   A Kaiming-uniform, B zeros; an embedding's A zeros, B normal.   Huang et al. 2025, openreview TwJrTz9cRS.
 
-    PEFT 0.21.2 ignores `rank_pattern`; here it acts.
+    PEFT 0.21.2 ignores `rank_pattern` on all but further adapters of a layer; here it acts. Files are read with the ranks that they have.
     """
 
     r: int = 32
@@ -34,6 +34,14 @@ class HiraConfig(Targeted, peft_type="HIRA"):
     stacking: ClassVar[Any] = "sum"
     patterns: ClassVar[Mapping[str, str]] = MappingProxyType({"r": "rank_pattern"})
     examples: ClassVar[Any] = ({"r": 4},)
+
+    def as_made(self, tensors: Mapping[str, Tensor]) -> HiraConfig:
+        if not self.rank_pattern:
+            return self
+        ends = (".hira_A", ".hira_embedding_A")
+        held = {k.removeprefix("base_model.model.").rpartition(".")[0]: len(t) for k, t in tensors.items() if k.endswith(ends)}
+        made: Any = self if all(self.at(n).r == r for n, r in held.items()) else self.over({n: {"r": r} for n, r in held.items()})
+        return made  # type: ignore[no-any-return]
 
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
         zero: Init = nn.init.zeros_ if self.init_weights else nn.init.normal_

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -12,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..change import Change
-from ..errors import ConfigError
+from ..config import says_something
+from ..errors import ConfigError, PeftWarning
 from ..inits import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from ..inits.leaves import doubt, is_counted, starting_leaves
-from ..inits.options import check_start, read_start
+from ..inits.options import OPTIONS, check_start, read_start
 from ..method import Leaf
 from ..ops import LowRank
 from ..variants import (
@@ -114,6 +118,24 @@ class LoraConfig(Varied, peft_type="LORA"):
             )
         read_options(self)
 
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Without options that the starts and variants here do not know, as files of later versions may have: a warning names them."""
+        for name, kind in {**OPTIONS, **{n: v.options for n, v in VARIANTS.items() if v.options is not None}}.items():
+            value = kwargs.get(name)
+            known = {f.name for f in dataclasses.fields(kind)}
+            if not isinstance(value, Mapping):
+                continue
+            kwargs[name] = {k: v for k, v in value.items() if k in known}
+            if unknown := [k for k in sorted(set(value) - known) if says_something(value[k])]:
+                warnings.warn(
+                    f"`{name}` has {', '.join(unknown)}, which {kind.__name__} does not know: ignored. If they change what the adapter computes, its results "
+                    "will differ from those in training.",
+                    PeftWarning,
+                    stacklevel=4,
+                )
+        return super().check_kwargs(**kwargs)
+
     def scale(self) -> float:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
@@ -160,6 +182,19 @@ class LoraConfig(Varied, peft_type="LORA"):
             out["lora_B0"] = Leaf((site.n_out, r), nn.init.zeros_, attr="weight", trainable=False, saved="start")
         return variant_of(self).leaves(self, site, out)
 
+    def as_made(self, tensors: Mapping[str, Tensor]) -> LoraConfig:
+        """PEFT lets tied factors come apart where it turns them to float32, beside a model in 16 bits: then the head has a LoRA of its own."""
+        heads = list(_heads(tensors)) if self.ensure_weight_tying else []
+        if not heads or any(same for _, same in heads):
+            return self
+        names, targets = {name for name, _ in heads}, self.target_modules
+        named: Any = (
+            "|".join([f"(?:{targets})", *map(re.escape, sorted(names))])
+            if isinstance(targets, str)
+            else [*(targets or ()), *(n for n in sorted(names) if n not in (targets or ()))]
+        )
+        return dataclasses.replace(self, ensure_weight_tying=False, target_modules=named)
+
     def tied(self) -> Mapping[str, tuple[str, bool]]:
         return {"lora_A": ("lora_embedding_B", True), "lora_B": ("lora_embedding_A", True)} if self.ensure_weight_tying else {}
 
@@ -182,6 +217,18 @@ class LoraConfig(Varied, peft_type="LORA"):
 
     def combine(self, parts: Any, site: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return self.holding(parts.low_rank(), site)
+
+
+def _heads(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, bool]]:
+    """The layers whose factors have the shapes of a table's transposed, and whether they are these."""
+    for key, b in tensors.items():
+        table, _, leaf = key.rpartition(".")
+        a = tensors.get(f"{table}.lora_embedding_A")
+        for name, down in tensors.items() if leaf == "lora_embedding_B" and a is not None else ():
+            up = tensors.get(name.replace(".lora_A.", ".lora_B."))
+            if a is not None and up is not None and name.endswith(".lora_A.weight") and (down.shape, up.shape) == (b.T.shape, a.T.shape):
+                path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                yield path, torch.equal(down, b.T) and torch.equal(up, a.T)
 
 
 def _ranges(given: Any) -> list[tuple[int, int]]:

@@ -167,7 +167,7 @@ def _read_config(out: Inspection, path: Path, needed: bool) -> Any:
         out.problems.append(Problem("config", text, fatal=needed))
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         out.problems.append(Problem("config", f"{path.name} is not JSON: {e}"))
         return None
