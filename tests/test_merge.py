@@ -365,3 +365,30 @@ def test_a_merge_keeps_channels_last(use_dora: bool) -> None:
     merged = model.merge_and_unload()
     assert merged[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(merged(x), want, atol=1e-5)
+
+
+def test_tied_weights_that_were_moved_while_merged_come_back_moved() -> None:
+    """While both are merged, no module has the shared parameter, so that `to` does not find it."""
+    model = _trained(veneer.get_peft_model(Tied(), veneer.LoraConfig(r=2, target_modules=["embed", "head"])))
+    tokens = torch.randint(0, 20, (2, 5))
+    want = model.double()(tokens)
+    model.float().merge_adapter()
+    model.double().unmerge_adapter()
+    assert all(p.dtype == torch.float64 for p in model.parameters())
+    torch.testing.assert_close(model(tokens), want)
+
+
+@pytest.mark.parametrize("targets", [["head"], ["embed", "head"]])
+def test_layers_that_are_merged_one_by_one_leave_tied_weights_to_the_others(targets: list[str]) -> None:
+    """A layer does not know who else holds its weight."""
+    model = _trained(veneer.get_peft_model(Tied(), veneer.LoraConfig(r=2, target_modules=targets)))
+    tokens = torch.randint(0, 20, (2, 5))
+    y, layers = model(tokens), [layer for _, layer in adapted_layers(model)]
+    frozen = layers[0].get_base_layer().weight
+    before = frozen.detach().clone()
+    for layer in layers:
+        layer.merge()
+    torch.testing.assert_close(model(tokens), y, atol=1e-5, rtol=0)
+    for layer in layers:
+        layer.unmerge()
+    assert torch.equal(frozen, before) and all(layer.get_base_layer().weight is frozen for layer in layers)

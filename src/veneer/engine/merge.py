@@ -98,7 +98,7 @@ def merge_layers(
             if elsewhere:
                 merged = {name: t.to("cpu") for name, t in merged.items()}
         ready.append((layer, mine, merged))
-    shared = {id(p) for p in _shared_parameters(model)} if model is not None else set()
+    shared = {id(p) for p in _shared_parameters(model)} if model is not None else None
     for layer, mine, merged in ready:
         if isinstance(merged, nn.Module):
             layer.put_merged(merged, mine)
@@ -194,8 +194,8 @@ def _laid_out_as(old: Tensor, new: Tensor) -> Tensor:
     return new.contiguous(memory_format=form)
 
 
-def _swap(layer: AdaptedLayer, key: str, new: Tensor, shared: set[int]) -> None:
-    """Put new values into a tensor and keep the frozen ones. A parameter that others hold too is left to them."""
+def _swap(layer: AdaptedLayer, key: str, new: Tensor, shared: set[int] | None) -> None:
+    """Put new values into a tensor and keep the frozen ones. A parameter that others hold too (`shared`; None: it is not known) is left to them."""
     owner, name = owner_of(layer, key)
     p = owner._parameters.get(name)
     if p is None:
@@ -213,7 +213,7 @@ def _swap(layer: AdaptedLayer, key: str, new: Tensor, shared: set[int]) -> None:
         return
     layer.originals.setdefault(key, (p, p.data))
     new = _laid_out_as(p, new)
-    if id(p) in shared:
+    if shared is None or id(p) in shared:
         owner._parameters[name] = nn.Parameter(new, requires_grad=p.requires_grad)
     else:
         p.data = new
@@ -232,6 +232,8 @@ def unmerge_layer(layer: AdaptedLayer) -> None:
             p.data = values
         else:
             owner._parameters[name] = p  # the shared parameter itself: tied again
+            if (p.device, p.dtype) != (values.device, values.dtype):  # the model was moved while no module had it
+                p.data = values
     layer.originals = {}
     layer.put_back()
     layer.merged_adapters = []
