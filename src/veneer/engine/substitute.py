@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .offload import around_call, forget_hook, is_hooked
+from .offload import around_call, brought_in, forget_hook, is_hooked
 
 
 def call_with(module: nn.Module, tensors: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], **attributes: Any) -> Any:
@@ -59,7 +59,8 @@ def _replaced(module: nn.Module, tensors: Mapping[str, Any], attributes: Mapping
     for head, rest in inner.items():
         child = state["_modules"][head]
         assert child is not None
-        state["_modules"][head] = _replaced(child, rest, {})
+        with brought_in(child):
+            state["_modules"][head] = _replaced(child, rest, {})
     state.update(attributes)
     return copy
 
