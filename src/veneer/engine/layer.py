@@ -222,13 +222,13 @@ class AdaptedLayer(Wrapper):
         """Let compiled code know who acts by default."""
         self.__dict__["shown"] = acting(self, choice)
 
-    def show_here(self, choice: Choice) -> None:
-        """Let compiled code know who acts in this thread."""
+    def show_here(self, choice: Choice | None) -> None:
+        """Let compiled code know who acts in this thread; None: whoever acts by default."""
         if self.seat is not None:
-            self.seat.acting = acting(self, choice)
+            self.seat.acting = None if choice is None else acting(self, choice)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("seat", "shown", "plain")}
+        return {k: v for k, v in super().__getstate__().items() if k not in ("seat", "shown", "plain")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -40,6 +40,7 @@ def _replaced(module: nn.Module, tensors: Mapping[str, Any], attributes: Mapping
     computed = _computed(module, tensors)
     copy: nn.Module = object.__new__(_holding(type(module), computed) if computed else type(module))
     forget_hook(module, state)
+    state.pop("_compiled_call_impl", None)  # which runs the original
     state["_parameters"], state["_modules"] = dict(module._parameters), dict(module._modules)
     state["_buffers"] = dict(module._buffers)
     bound: Any = state.get("forward")
