@@ -82,7 +82,10 @@ class Keyed(nn.ModuleDict):
         (self._modules if isinstance(value, nn.Module) else self._parameters)[key] = value
 
     def __getitem__(self, key: str) -> Any:
-        return next(store[key] for store in (self._modules, self._parameters, self._buffers) if key in store)
+        for store in (self._modules, self._parameters, self._buffers):
+            if key in store:
+                return store[key]
+        raise KeyError(key)
 
     def __delitem__(self, key: str) -> None:
         for store in (self._modules, self._parameters, self._buffers):

@@ -528,7 +528,7 @@ class AdaptedLayer(Wrapper):
             self.packed._apply(fn, recurse)
         for name, s in self.scaling.items():
             if isinstance(s, Tensor):
-                self.scaling[name] = fn(s).to(s.dtype)
+                self.scaling[name] = fn(s).to(s.dtype).copy_(s)  # which a narrow dtype on the way would have rounded
             elif (a := self.attached.get(name)) is not None and a.traced is not None and isinstance(a.traced.scaling, Tensor):
                 a.traced.scaling = fn(a.traced.scaling).to(a.traced.scaling.dtype).fill_(s)
         return self
