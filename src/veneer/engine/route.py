@@ -119,6 +119,10 @@ class Switch:
         """The choice that holds here and now, single layers' own aside."""
         return self.holds()[0]
 
+    def lasting(self) -> Choice:
+        """The choice that holds here outside of any block."""
+        return _thread.get().get(self.token) or self.default
+
     def current(self, own: Choice | None) -> Choice:
         """The choice for a layer that is being run; `own`: what was set on that layer alone."""
         if torch.compiler.is_compiling():
