@@ -82,7 +82,7 @@ class ModulesToSaveWrapper(Wrapper):
 
     def acting(self) -> nn.Module:
         """The copy that is active now, else the original."""
-        choice = self.chosen()
+        choice = self.now()
         mine = [n for n in choice.names or () if n in self.modules_to_save] if choice.enabled else []
         return self.modules_to_save[mine[0]] if mine else self.original_module
 

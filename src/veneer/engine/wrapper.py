@@ -54,6 +54,11 @@ class Wrapper(nn.Module, ABC):
         """The choice that holds here and now."""
         return self.own or self.switch.chosen()
 
+    def now(self) -> Choice:
+        """The choice by which it would run here and now."""
+        choice, block = self.switch.holds()
+        return choice if self.own is None or block else self.own
+
     @property
     def active_adapters(self) -> list[str]:
         return list(self.chosen().names or ())
