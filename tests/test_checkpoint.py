@@ -39,7 +39,7 @@ from veneer.checkpoint import save as save_module
 from veneer.checkpoint.base import other_base
 from veneer.checkpoint.save import digest, folder_of
 from veneer.engine.inject import attach
-from veneer.engine.merge import merge
+from veneer.engine.merge import merge, unmerge
 from veneer.errors import LoadError, PeftWarning, RouteError, SaveError
 from veneer.mapping import get_peft_model
 from veneer.methods.lora import LoraConfig
@@ -995,10 +995,11 @@ def test_the_same_base_is_recognised(change: str, saved: tuple[Path, Tensor]) ->
     if change == "adapted":
         add(model, config(modules_to_save=["head"]), "second")
     if change == "merged":
+        add(model, config(), "second")
         merge(model.get_base_model(), ["default"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_into(model, "default", read_adapter(saved[0]), check_base="error")
+        load_into(model, "second" if change == "merged" else "default", read_adapter(saved[0]), check_base="error")
     remembered = read_adapter(saved[0]).metadata["veneer_base"]
     assert remembered and other_base(remembered, model.get_base_model()) is None
 
@@ -1123,3 +1124,13 @@ def test_a_model_with_a_number_for_a_parameter_saves(tmp_path: Path) -> None:
     base.logit_scale.data.fill_(3.0)
     with pytest.warns(PeftWarning, match="logit_scale"):
         PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_no_file_goes_into_an_adapter_that_is_merged(saved: tuple[Path, Tensor]) -> None:
+    """The weights would go on with the old values."""
+    model = adapted()
+    merge(model.get_base_model(), ["default"])
+    with pytest.raises(LoadError, match=r"'default' is merged into .* Call unmerge_adapter\(\) first"):
+        load_into(model, "default", read_adapter(saved[0]))
+    unmerge(model.get_base_model())
+    load_into(model, "default", read_adapter(saved[0]))
