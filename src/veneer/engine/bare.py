@@ -53,7 +53,7 @@ def _codes(cls: type) -> Iterator[CodeType]:
         for key, value in vars(c).items():
             if key in _STARTS:
                 continue
-            inner = (
+            inner: Any = (
                 value.fget if isinstance(value, property) else value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
             )
             todo = [code] if (code := getattr(inspect.unwrap(inner), "__code__", None)) is not None else []

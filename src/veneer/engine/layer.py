@@ -228,7 +228,8 @@ class AdaptedLayer(Wrapper):
             self.seat.acting = None if choice is None else acting(self, choice)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in super().__getstate__().items() if k not in ("seat", "shown", "plain")}
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {k: v for k, v in state.items() if k not in ("seat", "shown", "plain")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
