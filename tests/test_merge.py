@@ -428,3 +428,18 @@ def test_after_a_merge_for_good_all_that_trained_before_trains() -> None:
     for merged in (Tied(), nn.Sequential(Tied())):
         merged = veneer.get_peft_model(merged, veneer.LoraConfig(r=2, target_modules=["head"])).merge_and_unload()
         assert all(p.requires_grad for p in merged.parameters()) and len([*merged.parameters()]) == 4
+
+
+def test_an_attention_that_is_merged_in_one_of_its_two_parts() -> None:
+    attention = nn.MultiheadAttention(8, 2)
+    model = veneer.get_peft_model(nn.Sequential(attention), veneer.LoraConfig(r=2, target_modules=["0"])).eval()
+    move(model)
+    (_, outer), (_, inner) = adapted_layers(model)
+    x = torch.randn(3, 2, 8)
+    want = outer(x, x, x)[0]
+    for layer in (outer, inner):
+        layer.merge()
+        torch.testing.assert_close(outer(x, x, x)[0], want)
+        with model.disable_adapter():
+            torch.testing.assert_close(outer(x, x, x)[0], copy.deepcopy(model).unload()[0](x, x, x)[0])
+        layer.unmerge()

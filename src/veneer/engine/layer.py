@@ -289,7 +289,10 @@ class AdaptedLayer(Wrapper):
         self, acting: list[Attached], args: tuple[Any, ...], kwargs: Mapping[str, Any], facts: Mapping[str, Facts] = NO_FACTS
     ) -> Any:
         base: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]
-        if self._is_merged(acting) and not (self.site.mutates and not acting):  # with nothing merged: no adapter acts
+        inner = getattr(base, "out_proj", None) if self.site.kind == "attention" else None
+        names = [a.place.adapter for a in acting if a.place is not None] if isinstance(inner, AdaptedLayer) else []
+        as_it_is = self._is_merged(acting) and (not isinstance(inner, AdaptedLayer) or inner.is_merged(names))
+        if as_it_is and not (self.site.mutates and not acting):  # with nothing merged: no adapter acts
             return base(*args, **kwargs)
         frozen: dict[str, Any] = self.originals_whole() if self.originals else {}
         if not torch.compiler.is_compiling() and self.cut is None:
@@ -300,13 +303,15 @@ class AdaptedLayer(Wrapper):
             )
         if self.quantised:
             return self._run_packed(acting, args, kwargs, facts)
-        inner = getattr(base, "out_proj", None) if self.site.kind == "attention" else None
         if isinstance(inner, AdaptedLayer):
-            names = [a.place.adapter for a in acting if a.place is not None]
             frozen |= {f"out_proj.base_layer.{k}": v for k, v in inner.effective(names).items()}
         if not acting and not self.site.mutates and not (frozen and self.cut):  # a cut module's forward is bound to the merged one
             return call_with(base, frozen, args, kwargs)
         return self.site.apply(base, self._changes(acting, facts), args, kwargs, frozen)
+
+    def is_merged(self, names: Sequence[str]) -> bool:
+        """Whether those of these adapters that are here are the ones that are merged."""
+        return self._is_merged([self.attached[n] for n in names if n in self.attached])
 
     def _is_merged(self, acting: list[Attached]) -> bool:
         """Whether these are the adapters that are merged."""
