@@ -1192,3 +1192,50 @@ def test_an_unknown_adapters_tensor_is_a_key_error() -> None:
     layer = V.get_peft_model(nn.Sequential(nn.Linear(4, 4)), V.LoraConfig(r=2, target_modules=["0"])).base_model.model[0]
     with pytest.raises(KeyError, match="nope"):
         layer.lora_A["nope"]
+
+
+def _replica(model: nn.Module, device: str) -> Any:
+    """What nn.DataParallel makes of a model for one of its devices."""
+    modules = list(model.modules())
+    copies: dict[nn.Module, Any] = {m: m._replicate_for_data_parallel() for m in modules}  # type: ignore[operator]
+    for m, new in copies.items():
+        for name, child in m._modules.items():
+            new._modules[name] = None if child is None else copies[child]
+        for name, p in m._parameters.items():
+            if p is None:
+                new._parameters[name] = None
+            else:
+                setattr(new, name, p.to(device).view_as(p))
+    return copies[model]
+
+
+def test_data_parallel_copies_have_tensors_of_their_own_device() -> None:
+    """Each runs in a thread that has made no choice."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3))
+    model = V.get_peft_model(net, V.LoraConfig(r=2, target_modules=["0", "1"], modules_to_save=["2"]))
+    move(model)
+    x, got = torch.randn(2, 4), {}
+
+    def run(name: str, replica: Any, x: torch.Tensor) -> None:
+        got[name] = replica(x)
+
+    def threaded(name: str, device: str) -> torch.Tensor:
+        thread = threading.Thread(target=run, args=(name, _replica(model, device), x.to(device)))
+        thread.start()
+        thread.join()
+        return got[name]
+
+    want = model(x)
+    want.square().sum().backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    y = threaded("cpu", "cpu")
+    y.square().sum().backward()
+    torch.testing.assert_close(y, want)
+    for n, p in model.named_parameters():
+        if n in grads:
+            torch.testing.assert_close(p.grad, grads[n])
+    assert threaded("meta", "meta").is_meta  # stands for another device
+    assert _replica(model, "meta").base_model.model[0].leaf("default", "lora_A").is_meta
+    with model.disable_adapter():
+        torch.testing.assert_close(threaded("off", "cpu"), model(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from ..ops import Diag, LowRank, Vectored
 from ..sharding import fill, is_dtensor, is_partitioned, whole
 
 if TYPE_CHECKING:
+    from .layer import AdaptedLayer
     from .place import Place
     from .traced import Traced
 
@@ -201,6 +203,13 @@ class Attached:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "kept": None, "cached": None, "recalled": None, "traced": None}
 
+    def replica(self, layer: AdaptedLayer) -> Attached:
+        """The same on a copy of the layer that nn.DataParallel runs on another device; its tensors are brought there, with their gradients."""
+        place = copy.copy(self.place)
+        if place is not None:
+            place.layer = layer
+        return Replica(**{**vars(self), "place": place, "kept": None, "cached": None, "recalled": None, "traced": None})
+
     def tensor(self, leaf: str) -> Tensor:
         """The tensor of a leaf as it is now."""
         if leaf in self.derived:
@@ -219,6 +228,14 @@ class Attached:
             return self.source[leaf]
         other, name, transposed = self.derived[leaf]
         return None if transposed else other.place_of(name)
+
+
+class Replica(Attached):
+    """An adapter on a copy of its layer, on another device."""
+
+    def tensor(self, leaf: str) -> Tensor:
+        t = super().tensor(leaf)
+        return t if self.place is None else t.to(self.place.layer.home())
 
 
 @dataclass(frozen=True, eq=False)

@@ -227,6 +227,12 @@ class AdaptedLayer(Wrapper):
         if self.seat is not None:
             self.seat.acting = None if choice is None else acting(self, choice)
 
+    def _replicate_for_data_parallel(self) -> AdaptedLayer:
+        new: Any = super()._replicate_for_data_parallel()
+        new.__dict__["attached"] = {name: a.replica(new) for name, a in self.attached.items()}
+        new.last = None
+        return new  # type: ignore[no-any-return]
+
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         return {k: v for k, v in state.items() if k not in ("seat", "shown", "plain")}

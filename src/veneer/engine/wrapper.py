@@ -54,6 +54,12 @@ class Wrapper(nn.Module, ABC):
         """The choice that holds here and now."""
         return self.own or self.switch.chosen()
 
+    def _replicate_for_data_parallel(self) -> Wrapper:
+        """For nn.DataParallel, whose threads know nothing of the blocks of the one that calls: the choice goes along."""
+        new: Wrapper = super()._replicate_for_data_parallel()
+        new.own = self.now()
+        return new
+
     def now(self) -> Choice:
         """The choice by which it would run here and now."""
         choice, block = self.switch.holds()
