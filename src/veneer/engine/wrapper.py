@@ -56,7 +56,7 @@ class Wrapper(nn.Module, ABC):
 
     def _replicate_for_data_parallel(self) -> Wrapper:
         """For nn.DataParallel, whose threads know nothing of the blocks of the one that calls: the choice goes along."""
-        new: Wrapper = super()._replicate_for_data_parallel()
+        new: Wrapper = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         new.own = self.now()
         return new
 
