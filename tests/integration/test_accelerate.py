@@ -210,3 +210,18 @@ def test_whole_weights_are_changed_where_the_base_is_offloaded(kind: str) -> Non
 
     for want, got in zip(run(False), run(True), strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "oft", "ia3"])
+def test_a_model_that_is_offloaded_with_its_adapters(kind: str, tmp_path: Path) -> None:
+    """Then the adapters wait elsewhere too, and are brought in for each call."""
+    model = get_peft_model(llama(), OFFLOADED[kind]()).eval()
+    stir(model)
+    with torch.no_grad():
+        want = model(ids()).logits
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        assert all(p.is_meta for p in model.parameters())
+        for _ in range(2):
+            assert torch.allclose(model(ids()).logits, want, atol=1e-6)
+    with pytest.raises(veneer.SaveError, match="meta"):
+        model.save_pretrained(tmp_path)

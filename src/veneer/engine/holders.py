@@ -18,6 +18,7 @@ from ..errors import LoadError
 from ..method import Leaf, Method
 from ..ops import Diag, LowRank, Vectored
 from ..sharding import fill, is_dtensor, is_partitioned, whole
+from .offload import fetched, runs_on
 
 if TYPE_CHECKING:
     from .layer import AdaptedLayer
@@ -326,18 +327,23 @@ class Tensors:
         for name in (*attached.leaves, *attached.derived):
             t = attached.tensor(name)
             if t.is_meta:
-                _check_filled(attached, name)
+                t = _filled(attached, name, t)
             setattr(self, name, t.detach() if detached else t)
 
     def __getattr__(self, name: str) -> Tensor:  # for the type checker; leaves are plain attributes
         raise AttributeError(name)
 
 
-def _check_filled(attached: Attached, name: str) -> None:
-    """A tensor on the meta device may act where the whole model is; elsewhere torch multiplies by it without an error, and gives noise."""
-    if attached.place is None or attached.place.layer.home().type == "meta":
-        return
-    where = f"{attached.place.layer.name}: {name!r} of the adapter {attached.place.adapter!r}"
+def _filled(attached: Attached, name: str, t: Tensor) -> Tensor:
+    """A tensor on the meta device, brought in if accelerate keeps it elsewhere. As it is it may act where the whole model is; in other places torch
+    multiplies by it without an error, and gives noise."""
+    if attached.place is None or (layer := attached.place.layer).home().type == "meta":
+        return t
+    at = attached.place_of(name)
+    for module in layer.modules() if at is not None else ():
+        if at is not None and (at[0] is module._parameters or at[0] is module._buffers) and runs_on(module) is not None:
+            return fetched(module, lambda: at[0][at[1]])
+    where = f"{layer.name}: {name!r} of the adapter {attached.place.adapter!r}"
     raise LoadError(
         f"{where} is on the meta device and holds nothing (low_cpu_mem_usage=True). Fill it first, from a file (load_adapter, "
         "set_peft_model_state_dict) or from data (initialize_lora_eva_weights)."
