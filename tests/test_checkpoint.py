@@ -41,7 +41,7 @@ from veneer.checkpoint.base import other_base
 from veneer.checkpoint.save import digest, folder_of
 from veneer.engine.inject import attach
 from veneer.engine.layer import adapted_layers
-from veneer.engine.merge import merge
+from veneer.engine.merge import merge, unmerge
 from veneer.engine.original import original_weights
 from veneer.errors import LoadError, PeftWarning, RouteError, SaveError
 from veneer.hotswap import hotswap_adapter
@@ -1024,10 +1024,11 @@ def test_the_same_base_is_recognised(change: str, saved: tuple[Path, Tensor]) ->
     if change == "adapted":
         add(model, config(modules_to_save=["head"]), "second")
     if change == "merged":
+        add(model, config(), "second")
         merge(model.get_base_model(), ["default"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_into(model, "default", read_adapter(saved[0]), check_base="error")
+        load_into(model, "second" if change == "merged" else "default", read_adapter(saved[0]), check_base="error")
     remembered = read_adapter(saved[0]).metadata["veneer_base"]
     assert remembered and other_base(remembered, model.get_base_model()) is None
 
@@ -1273,3 +1274,13 @@ def test_a_byte_order_mark_before_a_config_is_passed_over(saved: tuple[Path, Ten
     path = saved[0] / "adapter_config.json"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert torch.equal(PeftModel.from_pretrained(Net(), saved[0])(IDS), saved[1])
+
+
+def test_no_file_goes_into_an_adapter_that_is_merged(saved: tuple[Path, Tensor]) -> None:
+    """The weights would go on with the old values."""
+    model = adapted()
+    merge(model.get_base_model(), ["default"])
+    with pytest.raises(LoadError, match=r"'default' is merged into .* Call unmerge_adapter\(\) first"):
+        load_into(model, "default", read_adapter(saved[0]))
+    unmerge(model.get_base_model())
+    load_into(model, "default", read_adapter(saved[0]))

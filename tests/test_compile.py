@@ -319,3 +319,66 @@ def test_inductor() -> None:
             for a, b in zip(got, [p.grad for p in model.parameters() if p.grad is not None], strict=True):
                 same(a, b)
     torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_a_thread_that_has_left_its_block_follows_the_default(counter: Any) -> None:
+    model = several(count=2)
+    model.set_adapter("n0", inference_mode=True)
+    run, before, changed = torch.compile(model, backend=counter), threading.Event(), threading.Event()
+    got: list[Tensor] = []
+
+    def work() -> None:
+        with torch.no_grad():
+            with model.using("n1"):
+                run(X)
+            got.append(run(X))
+            before.set()
+            changed.wait(30)
+            got.extend([run(X), model(X)])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    before.wait(30)
+    want = [model(X)]
+    model.set_adapter("n1", inference_mode=True)
+    changed.set()
+    thread.join()
+    for y, z in zip(got, [*want, model(X), model(X)], strict=True):
+        same(y, z)
+
+
+@torch.no_grad()
+def test_layers_compiled_in_place_are_copied_as_they_are(counter: Any) -> None:
+    """What `Module.compile` leaves in a module runs that very module."""
+    model = several(count=1).eval()
+    for _, layer in adapted_layers(model):
+        layer.compile(backend=counter)
+    y, other = model(X), copy.deepcopy(model)
+    for p in other.parameters():
+        p.zero_()
+    same(other(X), X)
+    same(model(X), y)
+    torch.save(model, io.BytesIO())
+
+
+@pytest.mark.parametrize("kind", ["parameter", "module"])
+def test_modules_compiled_in_place_run_with_the_changed_weights(kind: str, counter: Any) -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight
+
+    inner = Experts() if kind == "parameter" else nn.LayerNorm(4)
+    inner.compile(backend=counter)
+    lora = veneer.LoraConfig(r=2, target_modules=[], target_parameters=["0.weight"])
+    config = lora if kind == "parameter" else veneer.LNTuningConfig(target_modules=["0"])
+    model = stirred(veneer.get_peft_model(nn.Sequential(inner), config, "n0"))
+    x = torch.randn(2, 4)
+    y = model(x)
+    with model.disable_adapter():
+        assert not torch.allclose(model(x), y)
+    same(model.merge_and_unload()(x), y)

@@ -377,3 +377,10 @@ def test_a_module_that_only_the_new_adapter_trains_whole_is_left_alone(tmp_path:
     with pytest.raises(SwapError, match="trains 'table' whole"):
         hotswap_adapter(model, two, "default")
     assert torch.equal(out(model), before) and torch.equal(model.get_base_model().table.weight, Told().table.weight)
+
+
+def test_scalings_keep_their_precision_when_the_model_is_cast() -> None:
+    model = veneer.get_peft_model(nn.Sequential(nn.Linear(4, 4)), veneer.LoraConfig(r=3, lora_alpha=1, target_modules=["0"]))
+    prepare_model_for_compiled_hotswap(model)
+    model.to(torch.bfloat16)
+    assert float(model.base_model.model[0].scaling["default"]) == pytest.approx(1 / 3, rel=1e-6)

@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 
 import veneer
 from veneer.engine.layer import adapted_layers
+from veneer.engine.wrapper import Wrapper
 from veneer.errors import MergeError
 from veneer.testing.laws import move
 
@@ -365,3 +366,80 @@ def test_a_merge_keeps_channels_last(use_dora: bool) -> None:
     merged = model.merge_and_unload()
     assert merged[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(merged(x), want, atol=1e-5)
+
+
+def test_tied_weights_that_were_moved_while_merged_come_back_moved() -> None:
+    """While both are merged, no module has the shared parameter, so that `to` does not find it."""
+    model = _trained(veneer.get_peft_model(Tied(), veneer.LoraConfig(r=2, target_modules=["embed", "head"])))
+    tokens = torch.randint(0, 20, (2, 5))
+    want = model.double()(tokens)
+    model.float().merge_adapter()
+    model.double().unmerge_adapter()
+    assert all(p.dtype == torch.float64 for p in model.parameters())
+    torch.testing.assert_close(model(tokens), want)
+
+
+@pytest.mark.parametrize("targets", [["head"], ["embed", "head"]])
+def test_layers_that_are_merged_one_by_one_leave_tied_weights_to_the_others(targets: list[str]) -> None:
+    """A layer does not know who else holds its weight."""
+    model = _trained(veneer.get_peft_model(Tied(), veneer.LoraConfig(r=2, target_modules=targets)))
+    tokens = torch.randint(0, 20, (2, 5))
+    y, layers = model(tokens), [layer for _, layer in adapted_layers(model)]
+    frozen = layers[0].get_base_layer().weight
+    before = frozen.detach().clone()
+    for layer in layers:
+        layer.merge()
+    torch.testing.assert_close(model(tokens), y, atol=1e-5, rtol=0)
+    for layer in layers:
+        layer.unmerge()
+    assert torch.equal(frozen, before) and all(layer.get_base_layer().weight is frozen for layer in layers)
+
+
+def test_what_is_merged_is_what_acts_on_each_layer() -> None:
+    """A layer's own choice goes before the model's."""
+    model = veneer.get_peft_model(Tied(), veneer.LoraConfig(r=2, target_modules=["mix", "head"]), "a")
+    model.add_adapter("b", veneer.LoraConfig(r=2, target_modules=["mix", "head"], modules_to_save=["embed"]))
+    move(model)
+    tokens = torch.randint(0, 20, (2, 5))
+    for module in model.modules():
+        if isinstance(module, Wrapper):
+            module.set_adapter("b")
+    y = model(tokens)
+    with model.using("a"):
+        assert model.base_model.model.embed.weight is model.base_model.model.embed.original_module.weight
+    model.merge_adapter()
+    assert all(layer.merged_adapters == ["b"] for _, layer in adapted_layers(model))
+    torch.testing.assert_close(model.merge_and_unload()(tokens), y, atol=1e-5, rtol=0)
+
+
+def test_of_several_trained_copies_none_is_taken_without_a_word() -> None:
+    config = veneer.LoraConfig(r=2, target_modules=["mix"], modules_to_save=["head"])
+    model = veneer.get_peft_model(Tied(), config, "a")
+    model.add_adapter("b", copy.deepcopy(config))
+    model.base_model.set_adapter(["a", "b"])
+    with pytest.raises(MergeError, match=r"head: the adapters \['a', 'b'\] each have their own trained copy"):
+        model.merge_and_unload()
+    assert not any(layer.merged for _, layer in adapted_layers(model))
+    model.merge_and_unload(adapter_names=["b"])
+
+
+def test_after_a_merge_for_good_all_that_trained_before_trains() -> None:
+    """Also a head that was tied and is not any more."""
+    for merged in (Tied(), nn.Sequential(Tied())):
+        merged = veneer.get_peft_model(merged, veneer.LoraConfig(r=2, target_modules=["head"])).merge_and_unload()
+        assert all(p.requires_grad for p in merged.parameters()) and len([*merged.parameters()]) == 4
+
+
+def test_an_attention_that_is_merged_in_one_of_its_two_parts() -> None:
+    attention = nn.MultiheadAttention(8, 2)
+    model = veneer.get_peft_model(nn.Sequential(attention), veneer.LoraConfig(r=2, target_modules=["0"])).eval()
+    move(model)
+    (_, outer), (_, inner) = adapted_layers(model)
+    x = torch.randn(3, 2, 8)
+    want = outer(x, x, x)[0]
+    for layer in (outer, inner):
+        layer.merge()
+        torch.testing.assert_close(outer(x, x, x)[0], want)
+        with model.disable_adapter():
+            torch.testing.assert_close(outer(x, x, x)[0], copy.deepcopy(model).unload()[0](x, x, x)[0])
+        layer.unmerge()

@@ -18,6 +18,7 @@ from torch import nn
 
 import veneer as V
 from veneer.errors import ConfigError
+from veneer.functional import delete_adapter
 from veneer.helpers import (
     cast_mixed_precision_params,
     check_if_peft_model,
@@ -1151,3 +1152,90 @@ def test_it_takes_arguments_for_the_loss_where_the_base_model_does() -> None:
         for mixed in (False, True):
             model = V.get_peft_model(base(), V.LoraConfig(r=2, target_modules=["lin"]), mixed=mixed)
             assert model.accepts_loss_kwargs is takes
+
+
+def _three() -> nn.Module:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for name in "abc":
+        V.inject_adapter_in_model(V.LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False), net, name)
+    return net
+
+
+def test_deleting_an_adapter_leaves_the_others_choices_alone() -> None:
+    """transformers chooses layer by layer (`model.set_adapter`) and deletes for the model."""
+    net, x = _three(), torch.randn(2, 4)
+    for layer in net:
+        layer.set_adapter("a")
+    want = net(x)
+    assert delete_adapter(net, "b") == ["a"]
+    assert torch.equal(net(x), want) and all(layer.active_adapters == ["a"] for layer in net)
+    model = V.get_peft_model(nn.Sequential(nn.Linear(4, 4)), V.LoraConfig(r=2, target_modules=["0"]), "a")
+    for name in "bc":
+        model.add_adapter(name, V.LoraConfig(r=2, target_modules=["0"]))
+    with model.using("b"):
+        model.delete_adapter("c")
+    assert model.active_adapters == ["a"]
+    model.base_model.set_adapter([])
+    model.delete_adapter("b")
+    assert model.active_adapters == []
+
+
+def test_an_heir_trains_in_a_bare_model_too() -> None:
+    net = _three()
+    with pytest.warns(V.PeftWarning, match="c was active which is now deleted. Setting active adapter to a"):
+        assert delete_adapter(net, "c") == ["a"]
+    assert {n.split(".")[2] for n, p in net.named_parameters() if p.requires_grad} == {"a"}
+
+
+def test_an_unknown_adapters_tensor_is_a_key_error() -> None:
+    """As of any ModuleDict; a StopIteration would end loops without a word."""
+    layer = V.get_peft_model(nn.Sequential(nn.Linear(4, 4)), V.LoraConfig(r=2, target_modules=["0"])).base_model.model[0]
+    with pytest.raises(KeyError, match="nope"):
+        layer.lora_A["nope"]
+
+
+def _replica(model: nn.Module, device: str) -> Any:
+    """What nn.DataParallel makes of a model for one of its devices."""
+    modules = list(model.modules())
+    copies: dict[nn.Module, Any] = {m: m._replicate_for_data_parallel() for m in modules}  # type: ignore[operator]
+    for m, new in copies.items():
+        for name, child in m._modules.items():
+            new._modules[name] = None if child is None else copies[child]
+        for name, p in m._parameters.items():
+            if p is None:
+                new._parameters[name] = None
+            else:
+                setattr(new, name, p.to(device).view_as(p))
+    return copies[model]
+
+
+def test_data_parallel_copies_have_tensors_of_their_own_device() -> None:
+    """Each runs in a thread that has made no choice."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3))
+    model = V.get_peft_model(net, V.LoraConfig(r=2, target_modules=["0", "1"], modules_to_save=["2"]))
+    move(model)
+    x, got = torch.randn(2, 4), {}
+
+    def run(name: str, replica: Any, x: torch.Tensor) -> None:
+        got[name] = replica(x)
+
+    def threaded(name: str, device: str) -> torch.Tensor:
+        thread = threading.Thread(target=run, args=(name, _replica(model, device), x.to(device)))
+        thread.start()
+        thread.join()
+        return got[name]
+
+    want = model(x)
+    want.square().sum().backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    y = threaded("cpu", "cpu")
+    y.square().sum().backward()
+    torch.testing.assert_close(y, want)
+    for n, p in model.named_parameters():
+        if n in grads:
+            torch.testing.assert_close(p.grad, grads[n])
+    assert threaded("meta", "meta").is_meta  # stands for another device
+    assert _replica(model, "meta").base_model.model[0].leaf("default", "lora_A").is_meta
+    with model.disable_adapter():
+        torch.testing.assert_close(threaded("off", "cpu"), model(x))

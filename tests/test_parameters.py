@@ -101,3 +101,30 @@ def test_each_expert_starts_as_a_matrix_of_its_own() -> None:
     model = veneer.get_peft_model(wide, veneer.LoraConfig(r=4, init_lora_weights="gaussian", target_parameters=["0.w"], target_modules=[]))
     (a,) = [p for n, p in model.named_parameters() if "lora_A" in n]
     assert float(a.detach().std()) == pytest.approx(1 / 4, rel=0.05)
+
+
+class Counting(nn.Module):
+    """Writes into itself what others read: a counter, a loss of its own, a running mean in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.calls = nn.Parameter(torch.randn(4, 4)), 0
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.loss = x.square().mean()
+        self.mean = 0.5 * self.mean + 0.5
+        y: Tensor = x @ self.weight
+        return y
+
+
+def test_what_a_module_writes_into_itself_is_found_there() -> None:
+    """It runs as a copy with other weights."""
+    inner = Counting()
+    model = veneer.get_peft_model(nn.Sequential(inner), veneer.LoraConfig(r=2, target_modules=[], target_parameters=["0.weight"]))
+    x = torch.randn(3, 4)
+    model(x)
+    model(x)
+    assert inner.calls == 2 and float(inner.mean) == 0.75 and torch.equal(inner.loss, x.square().mean())
+    assert set(inner._parameters) == {"weight"} and "weight" not in inner.__dict__

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import veneer as V
 from veneer.engine.calls import Call
+from veneer.engine.route import BASE, mixed
 from veneer.errors import ConfigError, MergeError, RouteError
 from veneer.testing.laws import move
 
@@ -412,3 +413,35 @@ def test_what_a_call_tells() -> None:
 def test_facts_of_another_number_of_rows_are_an_error() -> None:
     with pytest.raises(RouteError, match="`task_ids` tells of 3 rows, and the batch has 4"):
         poly()(input_ids=prompts(), task_ids=torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("mask", ["none", "padding", "square", "by row"])
+def test_the_rows_of_an_attentions_masks_and_weights(mask: str, first: bool, whole: bool) -> None:
+    """They come first whatever `batch_first` says, and a mask (tokens, tokens) has none, also where there are as many tokens as rows."""
+    rows = ["a", BASE, "a"]
+    n = len(rows)
+    torch.manual_seed(0)
+    config = V.LoraConfig(r=2, target_modules=["1"] if whole else ["0"], modules_to_save=["0"] if whole else None, init_lora_weights=False)
+    net = nn.Sequential(nn.MultiheadAttention(8, 2, batch_first=first), nn.Linear(2, 2))
+    model = V.get_peft_model(net, config, "a").eval()
+    move(model)
+    x = torch.randn(n, n, 8)
+    causal = torch.ones(n, n, dtype=torch.bool).triu(1)
+    given = {
+        "none": {},
+        "padding": {"key_padding_mask": torch.arange(n) >= torch.tensor([[3], [2], [1]])},
+        "square": {"attn_mask": causal},
+        "by row": {"attn_mask": (torch.arange(n) >= torch.tensor([3, 2, 1]).repeat_interleave(2).view(-1, 1, 1)).expand(-1, n, -1)},
+    }[mask]
+    attention, dim = net[0], 0 if first else 1
+    with mixed(model, rows):
+        y, w = attention(x, x, x, **given)
+    with model.using("a"):
+        ya, wa = attention(x, x, x, **given)
+    with model.disable_adapter():
+        yb, wb = attention(x, x, x, **given)
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(y.select(dim, i), (ya if row == "a" else yb).select(dim, i))
+        torch.testing.assert_close(w[i], (wa if row == "a" else wb)[i])

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import veneer
 from veneer.config import PeftConfig
@@ -678,12 +678,19 @@ def test_out_proj_of_an_adapted_attention() -> None:
     model = encoder()
     model.self_attn = Adapted(model.self_attn)  # type: ignore[arg-type, assignment]
     assert hits(model, target_modules="all-linear") == ["linear1", "linear2"]
-    named = pick(model, target_modules=["out_proj"])
+    with pytest.raises(
+        ConfigError, match=r"'self_attn' \(target that instead\).*would not act"
+    ):  # where the attention has another adapter as well
+        pick(model, target_modules=["out_proj"])
+    with pytest.warns(PeftWarning, match="does not act"):
+        named = pick(model, target_modules=["out_proj"], strict=False)
     assert named.names == {"self_attn.base_layer.out_proj": "self_attn.out_proj"}
     assert hits(model, target_modules=["self_attn", "out_proj"]) == ["self_attn"]
 
 
-@pytest.mark.parametrize("model_type", ["mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"])
+@pytest.mark.parametrize(
+    "model_type", ["mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h", "bamba", "granitemoehybrid", "zamba2"]
+)
 def test_mamba_reads_some_weights_in_its_kernels(model_type: str) -> None:
     model = nn.ModuleDict({"in_proj": nn.Linear(2, 2), "out_proj": nn.Linear(2, 2), "conv1d": nn.Conv1d(2, 2, 1)})
     for spec in (["in_proj", "out_proj"], ["conv1d"], ".*out_proj"):
@@ -692,6 +699,50 @@ def test_mamba_reads_some_weights_in_its_kernels(model_type: str) -> None:
     every = pick(with_type(model, model_type), target_modules="all-linear")
     assert list(every.modules) == ["in_proj"] and "out_proj" in every.skipped
     assert hits(with_type(model, "llama"), target_modules=["out_proj"]) == ["out_proj"]
+
+
+class Fused(nn.Module):
+    """Reads the weight of `q`, as WavLM's attention does; calls `k`, hands `v` on, and asks `o` what it is before it calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(4, 4) for _ in range(4))
+        nn.init.zeros_(self.k.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.linear(x, self.q.weight, self.q.bias) + self.k(x) @ self.k.weight
+        y = self.run(self.v, y.to(self.v.weight.dtype))
+        return self.o(y) if isinstance(self.o.weight, Tensor) else y
+
+    @staticmethod
+    def run(module: nn.Module, x: Tensor) -> Tensor:
+        out: Tensor = module(x)
+        return out
+
+
+def test_weights_that_are_read_without_their_module() -> None:
+    model = nn.Sequential(Fused())
+    every = pick(model, target_modules="all-linear")
+    assert list(every.modules) == ["0.k", "0.v", "0.o"] and "Fused reads its weight directly" in every.skipped["0.q"]
+    with pytest.raises(
+        ConfigError, match=r"'0.q' \(Linear\).*Fused reads its weight directly and never calls it, so its adapter would not act"
+    ):
+        pick(model, target_modules=["q", "k"])
+    with pytest.warns(PeftWarning, match="'0.q' does not act"):  # a file of PEFT's, where it did not either
+        assert hits(model, target_modules=["q", "k"], strict=False) == ["0.q", "0.k"]
+
+
+def test_wavlm_reads_its_projections() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.WavLMConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20, conv_dim=(8,), conv_stride=(2,), conv_kernel=(3,),
+        num_feat_extract_layers=1, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    model = transformers.WavLMModel(config)
+    skipped = pick(model, target_modules="all-linear").skipped
+    assert sum("WavLMAttention reads" in why for why in skipped.values()) == 4, skipped
+    with pytest.raises(ConfigError, match="WavLMAttention reads its weight directly"):
+        pick(model, target_modules=["q_proj", "v_proj"])
 
 
 # ---------------------------------------------------------------- keys instead of targets

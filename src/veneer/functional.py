@@ -13,6 +13,7 @@ from .engine import inject
 from .engine.layer import adapted_layers
 from .engine.route import adapter_names as names_of
 from .engine.route import check_known
+from .engine.wrapper import adapter_modules, warn_of_heir
 from .mapping import inject_adapter_in_model
 
 __all__ = [
@@ -48,7 +49,8 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
 
 
 def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: Any = None) -> list[str] | None:
-    """Take an adapter off and free its tensors. The config in `model.peft_config` is the caller's to remove.
+    """Take an adapter off and free its tensors. If no other one acted, the first that is left does, and trains, with a warning. The config in
+    `model.peft_config` is the caller's to remove.
 
     Args:
         prefix, layer_cls: taken for PEFT's sake; an adapter's tensors are known exactly.
@@ -59,7 +61,15 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_
     Raises:
         RouteError: if there is no such adapter.
     """
-    return inject.detach(model, adapter_name) or None
+    before = {n for _, module in adapter_modules(model) for n in module.active_adapters}
+    inject.detach(model, adapter_name)
+    now = next((module.active_adapters for _, module in adapter_modules(model)), [])
+    heirs = [n for n in now if n not in before] if adapter_name in before else []
+    if heirs:
+        warn_of_heir(adapter_name, heirs[0], stacklevel=3)
+        config = (getattr(model, "peft_config", None) or {}).get(heirs[0])
+        inject.mark_trainable(model, heirs, not getattr(config, "inference_mode", False))
+    return now or None
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import transformers
 from accelerate.utils import is_peft_model
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 
 import veneer
 from veneer.distributed import save_merged
@@ -217,3 +219,63 @@ def test_training_with_an_offloaded_base(kind: str) -> None:
 
     plain, again = grads(False), grads(True)
     assert plain and all(torch.allclose(g, again[n], atol=1e-6) for n, g in plain.items())
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(3, 4, 4)), nn.Parameter(torch.randn(3, 4, 4))
+        self.bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum((x @ self.up[e] @ self.down[e] for e in range(3)), self.bias)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+WHOLE: dict[str, Any] = {
+    "experts": (Experts, LoraConfig(target_modules=[], target_parameters=["0.up", "0.down"], init_lora_weights=False)),
+    "one of the experts' parameters": (Experts, LoraConfig(target_modules=[], target_parameters=["0.up"], init_lora_weights=False)),
+    "conv, rotated": (lambda: nn.Conv1d(4, 4, 2), veneer.OFTConfig(oft_block_size=2, target_modules=["0"], init_weights=False)),
+    "conv, dora": (lambda: nn.Conv1d(4, 4, 2), LoraConfig(use_dora=True, target_modules=["0"], init_lora_weights=False)),
+    "own forward": (lambda: Scaled(4, 4), LoraConfig(target_modules=["0"], init_lora_weights=False)),
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_whole_weights_are_changed_where_the_base_is_offloaded(kind: str) -> None:
+    """What a layer cannot take apart runs with W' formed whole, and W has to be brought in for that."""
+    make, config = WHOLE[kind]
+    x = torch.randn(3, 4, 4)
+
+    def run(offload: bool) -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        base = nn.Sequential(make())
+        if offload:
+            accelerate.cpu_offload(base, execution_device=torch.device("cpu"))
+        torch.manual_seed(5)
+        model = get_peft_model(base, copy.deepcopy(config))
+        y = model(x)
+        y.square().sum().backward()
+        return [y, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+    for want, got in zip(run(False), run(True), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "oft", "ia3"])
+def test_a_model_that_is_offloaded_with_its_adapters(kind: str, tmp_path: Path) -> None:
+    """Then the adapters wait elsewhere too, and are brought in for each call."""
+    model = get_peft_model(llama(), OFFLOADED[kind]()).eval()
+    stir(model)
+    with torch.no_grad():
+        want = model(ids()).logits
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        assert all(p.is_meta for p in model.parameters())
+        for _ in range(2):
+            assert torch.allclose(model(ids()).logits, want, atol=1e-6)
+    with pytest.raises(veneer.SaveError, match="meta"):
+        model.save_pretrained(tmp_path)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..engine.holders import Keyed, keep_dtypes
-from ..engine.mixing import split_rows
+from ..engine.mixing import layout_of, split_rows
 from ..engine.modules import saved_tensors
 from ..engine.offload import stay
 from ..engine.route import BASE, Choice, Switch
@@ -62,7 +62,7 @@ class ModulesToSaveWrapper(Wrapper):
             groups.setdefault(name if name in self.modules_to_save else BASE, []).append(i)
         if len(groups) == 1:
             return self._run(list(groups), args, kwargs)
-        return split_rows(groups, choice.rows, 0, args, kwargs, self._run, self.name)
+        return split_rows(groups, choice.rows, layout_of(self.original_module), args, kwargs, self._run, self.name)
 
     def _run(self, names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any], at: Tensor | None = None) -> Any:
         mine = [n for n in names if n in self.modules_to_save]
@@ -82,7 +82,7 @@ class ModulesToSaveWrapper(Wrapper):
 
     def acting(self) -> nn.Module:
         """The copy that is active now, else the original."""
-        choice = self.chosen()
+        choice = self.now()
         mine = [n for n in choice.names or () if n in self.modules_to_save] if choice.enabled else []
         return self.modules_to_save[mine[0]] if mine else self.original_module
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..engine.inject import settle
+from ..engine.layer import adapted_layers
 from ..errors import LoadError, PeftWarning, RouteError, hint
 from .base import START_KEY, as_saved, check_identity
 from .fused import fuse_tensors
@@ -152,6 +153,11 @@ def load_into(
     """
     if not isinstance(file, AdapterFile):
         file = AdapterFile(dict(file), Path())
+    merged = next((path for path, layer in adapted_layers(model) if adapter_name in layer.merged_adapters), None)
+    if merged is not None:
+        raise LoadError(
+            f"The adapter {adapter_name!r} is merged into {merged!r}, which would go on with the old values. Call unmerge_adapter() first."
+        )
     config = config if config is not None else config_of(model, adapter_name)
     own, config = config, as_saved(config, file.metadata)
     decode = getattr(config, "from_file", None)

@@ -23,8 +23,9 @@ ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 UPCAST_DTYPES = ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"]
 
 # Their fused kernels read the weights of these modules directly, so an adapter on them would not act.
-MAMBA_MODEL_TYPES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+MAMBA_MODEL_TYPES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h", "bamba", "granitemoehybrid", "zamba2"})
 MAMBA_BARE_MODULES = frozenset({"out_proj", "conv1d"})
+MAMBA_BARE_STEPS = frozenset({"falcon_mamba", "jamba"})  # whose dt_proj is called in quantised models alone
 
 # The heads that a task adds to modules_to_save; a model has one of them at most.
 TASK_HEADS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,8 +18,10 @@ from ..errors import LoadError
 from ..method import Leaf, Method
 from ..ops import Diag, LowRank, Vectored
 from ..sharding import fill, is_dtensor, is_partitioned, whole
+from .offload import fetched, runs_on
 
 if TYPE_CHECKING:
+    from .layer import AdaptedLayer
     from .place import Place
     from .traced import Traced
 
@@ -82,7 +85,10 @@ class Keyed(nn.ModuleDict):
         (self._modules if isinstance(value, nn.Module) else self._parameters)[key] = value
 
     def __getitem__(self, key: str) -> Any:
-        return next(store[key] for store in (self._modules, self._parameters, self._buffers) if key in store)
+        for store in (self._modules, self._parameters, self._buffers):
+            if key in store:
+                return store[key]
+        raise KeyError(key)
 
     def __delitem__(self, key: str) -> None:
         for store in (self._modules, self._parameters, self._buffers):
@@ -198,6 +204,13 @@ class Attached:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "kept": None, "cached": None, "recalled": None, "traced": None}
 
+    def replica(self, layer: AdaptedLayer) -> Attached:
+        """The same on a copy of the layer that nn.DataParallel runs on another device; its tensors are brought there, with their gradients."""
+        place = copy.copy(self.place)
+        if place is not None:
+            place.layer = layer
+        return Replica(**{**vars(self), "place": place, "kept": None, "cached": None, "recalled": None, "traced": None})
+
     def tensor(self, leaf: str) -> Tensor:
         """The tensor of a leaf as it is now."""
         if leaf in self.derived:
@@ -216,6 +229,14 @@ class Attached:
             return self.source[leaf]
         other, name, transposed = self.derived[leaf]
         return None if transposed else other.place_of(name)
+
+
+class Replica(Attached):
+    """An adapter on a copy of its layer, on another device."""
+
+    def tensor(self, leaf: str) -> Tensor:
+        t = super().tensor(leaf)
+        return t if self.place is None else t.to(self.place.layer.home())
 
 
 @dataclass(frozen=True, eq=False)
@@ -306,18 +327,23 @@ class Tensors:
         for name in (*attached.leaves, *attached.derived):
             t = attached.tensor(name)
             if t.is_meta:
-                _check_filled(attached, name)
+                t = _filled(attached, name, t)
             setattr(self, name, t.detach() if detached else t)
 
     def __getattr__(self, name: str) -> Tensor:  # for the type checker; leaves are plain attributes
         raise AttributeError(name)
 
 
-def _check_filled(attached: Attached, name: str) -> None:
-    """A tensor on the meta device may act where the whole model is; elsewhere torch multiplies by it without an error, and gives noise."""
-    if attached.place is None or attached.place.layer.home().type == "meta":
-        return
-    where = f"{attached.place.layer.name}: {name!r} of the adapter {attached.place.adapter!r}"
+def _filled(attached: Attached, name: str, t: Tensor) -> Tensor:
+    """A tensor on the meta device, brought in if accelerate keeps it elsewhere. As it is it may act where the whole model is; in other places torch
+    multiplies by it without an error, and gives noise."""
+    if attached.place is None or (layer := attached.place.layer).home().type == "meta":
+        return t
+    at = attached.place_of(name)
+    for module in layer.modules() if at is not None else ():
+        if at is not None and (at[0] is module._parameters or at[0] is module._buffers) and runs_on(module) is not None:
+            return fetched(module, lambda: at[0][at[1]])
+    where = f"{layer.name}: {name!r} of the adapter {attached.place.adapter!r}"
     raise LoadError(
         f"{where} is on the meta device and holds nothing (low_cpu_mem_usage=True). Fill it first, from a file (load_adapter, "
         "set_peft_model_state_dict) or from data (initialize_lora_eva_weights)."

@@ -6,7 +6,7 @@ import gc
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -234,12 +234,11 @@ def attach_saved(model: nn.Module, config: Any, adapter_name: str, switch: Switc
 
 
 def _freeze(model: nn.Module, switch: Switch) -> None:
-    seen: set[int] = set()
+    before: dict[int, bool] = {}
     for path, module in visited(model):
         for key, p in module._parameters.items():
-            if p is not None and id(p) not in seen:
-                seen.add(id(p))
-                switch.frozen_before[f"{path}.{key}" if path else key] = p.requires_grad
+            if p is not None:  # a shared one is noted under each of its names: a merge unties it
+                switch.frozen_before[f"{path}.{key}" if path else key] = before.setdefault(id(p), p.requires_grad)
                 p.requires_grad_(False)
 
 
@@ -392,12 +391,16 @@ def detach(model: nn.Module, adapter_name: str) -> list[str]:
     switch.watched.pop(adapter_name, None)
     for _, module in list(adapter_modules(model)):
         module.take_off(adapter_name)
-    left = adapter_names(model)
-    names = [n for n in switch.chosen().names or () if n != adapter_name] or left[:1]
-    switch.set(names)
+    acted = switch.lasting().names or ()
+    names = [n for n in acted if n != adapter_name]
+    if adapter_name in acted:
+        names = names or adapter_names(model)[:1]
+        switch.set(names)
     for _, module in adapter_modules(model):
-        if module.own is not None:
-            module.own = None
+        own = module.own
+        if own is not None and adapter_name in (own.names or ()):
+            mine = tuple(n for n in own.names or () if n != adapter_name)
+            module.own = replace(own, names=mine) if mine else None
     return names
 
 

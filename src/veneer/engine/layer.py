@@ -222,13 +222,20 @@ class AdaptedLayer(Wrapper):
         """Let compiled code know who acts by default."""
         self.__dict__["shown"] = acting(self, choice)
 
-    def show_here(self, choice: Choice) -> None:
-        """Let compiled code know who acts in this thread."""
+    def show_here(self, choice: Choice | None) -> None:
+        """Let compiled code know who acts in this thread; None: whoever acts by default."""
         if self.seat is not None:
-            self.seat.acting = acting(self, choice)
+            self.seat.acting = None if choice is None else acting(self, choice)
+
+    def _replicate_for_data_parallel(self) -> AdaptedLayer:
+        new: Any = super()._replicate_for_data_parallel()
+        new.__dict__["attached"] = {name: a.replica(new) for name, a in self.attached.items()}
+        new.last = None
+        return new  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("seat", "shown", "plain")}
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {k: v for k, v in state.items() if k not in ("seat", "shown", "plain")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -288,7 +295,10 @@ class AdaptedLayer(Wrapper):
         self, acting: list[Attached], args: tuple[Any, ...], kwargs: Mapping[str, Any], facts: Mapping[str, Facts] = NO_FACTS
     ) -> Any:
         base: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]
-        if self._is_merged(acting) and not (self.site.mutates and not acting):  # with nothing merged: no adapter acts
+        inner = getattr(base, "out_proj", None) if self.site.kind == "attention" else None
+        names = [a.place.adapter for a in acting if a.place is not None] if isinstance(inner, AdaptedLayer) else []
+        as_it_is = self._is_merged(acting) and (not isinstance(inner, AdaptedLayer) or inner.is_merged(names))
+        if as_it_is and not (self.site.mutates and not acting):  # with nothing merged: no adapter acts
             return base(*args, **kwargs)
         frozen: dict[str, Any] = self.originals_whole() if self.originals else {}
         if not torch.compiler.is_compiling() and self.cut is None:
@@ -299,13 +309,15 @@ class AdaptedLayer(Wrapper):
             )
         if self.quantised:
             return self._run_packed(acting, args, kwargs, facts)
-        inner = getattr(base, "out_proj", None) if self.site.kind == "attention" else None
         if isinstance(inner, AdaptedLayer):
-            names = [a.place.adapter for a in acting if a.place is not None]
             frozen |= {f"out_proj.base_layer.{k}": v for k, v in inner.effective(names).items()}
         if not acting and not self.site.mutates and not (frozen and self.cut):  # a cut module's forward is bound to the merged one
             return call_with(base, frozen, args, kwargs)
         return self.site.apply(base, self._changes(acting, facts), args, kwargs, frozen)
+
+    def is_merged(self, names: Sequence[str]) -> bool:
+        """Whether those of these adapters that are here are the ones that are merged."""
+        return self._is_merged([self.attached[n] for n in names if n in self.attached])
 
     def _is_merged(self, acting: list[Attached]) -> bool:
         """Whether these are the adapters that are merged."""
@@ -533,7 +545,7 @@ class AdaptedLayer(Wrapper):
             self.packed._apply(fn, recurse)
         for name, s in self.scaling.items():
             if isinstance(s, Tensor):
-                self.scaling[name] = fn(s).to(s.dtype)
+                self.scaling[name] = fn(s).to(s.dtype).copy_(s)  # which a narrow dtype on the way would have rounded
             elif (a := self.attached.get(name)) is not None and a.traced is not None and isinstance(a.traced.scaling, Tensor):
                 a.traced.scaling = fn(a.traced.scaling).to(a.traced.scaling.dtype).fill_(s)
         return self

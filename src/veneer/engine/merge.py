@@ -13,7 +13,7 @@ from ..change import bias
 from ..errors import MergeError
 from ..sharding import is_dtensor, is_partitioned, reshard, spread_like
 from .holders import opened
-from .inject import active_adapters, check_root, unwrap
+from .inject import check_root, unwrap
 from .layer import AdaptedLayer, adapted_layers
 from .loss import LayerReport, MergeReport, check_finite, loss
 from .merge_packed import Into, merged_packed, originals
@@ -23,6 +23,7 @@ from .original import Weights
 from .replicate import separate
 from .route import adapter_names, check_known, find_switch
 from .ties import holders, untie_config
+from .wrapper import Wrapper, adapter_modules
 
 
 def merge(
@@ -46,7 +47,8 @@ def merge(
         MergeError: if a layer cannot be merged or gets values that are not finite; the model is as it was.
         LoadError: if the original weights are asked for and are not found, or do not fit.
     """
-    names, into = _names(model, names), into or Into()
+    _check_names(model, names)
+    into = into or Into()
     layers = list(adapted_layers(model))
     into.check(layers)
     with originals(model, layers, into) as original:
@@ -55,7 +57,7 @@ def merge(
 
 def merge_layers(
     layers: Iterable[tuple[str, AdaptedLayer]],
-    names: Sequence[str],
+    names: str | Sequence[str] | None,
     model: nn.Module | None = None,
     into: Into | None = None,
     original: Weights | None = None,
@@ -64,6 +66,7 @@ def merge_layers(
     """Merge into these layers: compute and check all, then change all. Warns where quantising outweighs what was learned.
 
     Args:
+        names: of the adapters; None: those that act, on each layer its own.
         for_good: whether nobody is going to unmerge them.
     """
     report, into = MergeReport(), into or Into()
@@ -71,7 +74,7 @@ def merge_layers(
         reshard(model)
     ready: list[tuple[AdaptedLayer, list[str], dict[str, Tensor] | nn.Module]] = []
     for path, layer in layers:
-        mine = [n for n in names if n in layer.attached]
+        mine = [n for n in _named(layer, names) if n in layer.attached]
         if not mine or set(mine) <= set(layer.merged_adapters):
             continue
         mine = layer.merged_adapters + [n for n in mine if n not in layer.merged_adapters]
@@ -98,7 +101,7 @@ def merge_layers(
             if elsewhere:
                 merged = {name: t.to("cpu") for name, t in merged.items()}
         ready.append((layer, mine, merged))
-    shared = {id(p) for p in _shared_parameters(model)} if model is not None else set()
+    shared = {id(p) for p in _shared_parameters(model)} if model is not None else None
     for layer, mine, merged in ready:
         if isinstance(merged, nn.Module):
             layer.put_merged(merged, mine)
@@ -194,8 +197,8 @@ def _laid_out_as(old: Tensor, new: Tensor) -> Tensor:
     return new.contiguous(memory_format=form)
 
 
-def _swap(layer: AdaptedLayer, key: str, new: Tensor, shared: set[int]) -> None:
-    """Put new values into a tensor and keep the frozen ones. A parameter that others hold too is left to them."""
+def _swap(layer: AdaptedLayer, key: str, new: Tensor, shared: set[int] | None) -> None:
+    """Put new values into a tensor and keep the frozen ones. A parameter that others hold too (`shared`; None: it is not known) is left to them."""
     owner, name = owner_of(layer, key)
     p = owner._parameters.get(name)
     if p is None:
@@ -213,7 +216,7 @@ def _swap(layer: AdaptedLayer, key: str, new: Tensor, shared: set[int]) -> None:
         return
     layer.originals.setdefault(key, (p, p.data))
     new = _laid_out_as(p, new)
-    if id(p) in shared:
+    if shared is None or id(p) in shared:
         owner._parameters[name] = nn.Parameter(new, requires_grad=p.requires_grad)
     else:
         p.data = new
@@ -232,6 +235,8 @@ def unmerge_layer(layer: AdaptedLayer) -> None:
             p.data = values
         else:
             owner._parameters[name] = p  # the shared parameter itself: tied again
+            if (p.device, p.dtype) != (values.device, values.dtype):  # the model was moved while no module had it
+                p.data = values
     layer.originals = {}
     layer.put_back()
     layer.merged_adapters = []
@@ -260,15 +265,21 @@ def merge_and_unload(
     """Merge these (or the active) adapters for good and take all wrappers off; modules trained whole take the originals' places."""
     from ..blocks.saved import ModulesToSaveWrapper
 
-    names = _names(model, names)
     check_root(model)
+    for path, wrapper in adapter_modules(model):
+        copies = [n for n in _named(wrapper, names) if n in wrapper.adapters()]
+        if isinstance(wrapper, ModulesToSaveWrapper) and len(copies) > 1:
+            raise MergeError(
+                f"{path}: the adapters {copies} each have their own trained copy of it (modules_to_save), and one of them alone can take its place. "
+                "Merge one of these adapters, or combine them first."
+            )
     merge(model, names, safe_merge=safe_merge, progressbar=progressbar, into=into, for_good=True)
 
     def inner(wrapper: Any) -> nn.Module:
         if isinstance(wrapper, ModulesToSaveWrapper):
-            mine = [n for n in names if n in wrapper.modules_to_save]
+            mine = [n for n in _named(wrapper, names) if n in wrapper.modules_to_save]
             if mine:
-                copied: nn.Module = wrapper.modules_to_save[mine[-1]]
+                copied: nn.Module = wrapper.modules_to_save[mine[0]]
                 return copied
         out: nn.Module = wrapper.inside()
         return out
@@ -287,12 +298,16 @@ def merge_and_unload(
     return top
 
 
-def _names(model: nn.Module, names: Sequence[str] | None) -> list[str]:
+def _check_names(model: nn.Module, names: str | Sequence[str] | None) -> None:
+    if names is not None:
+        check_known([names] if isinstance(names, str) else names, adapter_names(model))
+
+
+def _named(wrapper: Wrapper, names: str | Sequence[str] | None) -> Sequence[str]:
+    """These adapters; None: those that act there."""
     if names is None:
-        return active_adapters(model)
-    names = [names] if isinstance(names, str) else list(names)
-    check_known(names, adapter_names(model))
-    return names
+        return wrapper.now().names or ()
+    return [names] if isinstance(names, str) else names
 
 
 def progress(layers: list[tuple[str, AdaptedLayer]], show: bool, what: str) -> Iterable[tuple[str, AdaptedLayer]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..change import low_rank
 from ..errors import RouteError
@@ -17,6 +18,44 @@ from .route import BASE, Choice
 
 if TYPE_CHECKING:
     from .layer import AdaptedLayer
+
+
+class Layout:
+    """Where the rows of the batch are in what a module takes and gives: in this dimension of every tensor that has so many numbers there."""
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+
+    def place(self, key: int | str, t: Tensor, rows: int) -> tuple[int, int] | None:
+        """(dimension, how often each row stands there, one after another) of an argument, by its number or name; None: it is of no row."""
+        return (self.dim, 1) if t.ndim > self.dim and t.shape[self.dim] == rows else None
+
+    def place_out(self, number: int) -> int:
+        """The dimension in an output."""
+        return self.dim
+
+
+class OfAttention(Layout):
+    """The same of nn.MultiheadAttention, whose masks and weights have their rows first, whatever `batch_first` says."""
+
+    def __init__(self, module: nn.MultiheadAttention) -> None:
+        super().__init__(0 if module.batch_first else 1)
+        self.heads = module.num_heads
+        self.names = list(inspect.signature(nn.MultiheadAttention.forward).parameters)[1:]
+
+    def place(self, key: int | str, t: Tensor, rows: int) -> tuple[int, int] | None:
+        name = self.names[key] if isinstance(key, int) else key
+        if name == "attn_mask":
+            return (0, self.heads) if t.ndim == 3 else None
+        return (0, 1) if name == "key_padding_mask" else super().place(key, t, rows)
+
+    def place_out(self, number: int) -> int:
+        return self.dim if number == 0 else 0
+
+
+def layout_of(module: nn.Module, dim: int = 0) -> Layout:
+    """The layout of a module's calls; `dim`: where most have their rows."""
+    return OfAttention(module) if isinstance(module, nn.MultiheadAttention) else Layout(dim)
 
 
 def run_rows(layer: AdaptedLayer, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -50,7 +89,8 @@ def run_rows(layer: AdaptedLayer, choice: Choice, args: tuple[Any, ...], kwargs:
         mine = {n: {k: t.index_select(0, at) for k, t in choice.facts[n].items()} for n in names if n in choice.facts}
         return layer.run_acting([layer.attached[n] for n in names], args, kwargs, mine)
 
-    return split_rows(groups, choice.rows, layer.site.batch_dim, args, kwargs, run, layer.name)
+    layout = layout_of(layer.get_base_layer() if layer.site.kind == "attention" else layer, layer.site.batch_dim)
+    return split_rows(groups, choice.rows, layout, args, kwargs, run, layer.name)
 
 
 def _lows(
@@ -78,7 +118,7 @@ def _run_lows(layer: AdaptedLayer, lows: Mapping[str, LowRank], owner: Sequence[
 def split_rows(
     groups: Mapping[str, Sequence[int]],
     rows: Sequence[str],
-    batch_dim: int,
+    layout: Layout,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     run: Any,
@@ -89,7 +129,7 @@ def split_rows(
     Raises:
         RouteError: if the first input has not one row per name.
     """
-    size, first = len(rows), _told_apart(rows, batch_dim, args, kwargs, name)
+    size, first = len(rows), _told_apart(rows, layout.dim, args, kwargs, name)
     if any(hasattr(a, "get_seq_length") for a in (*args, *kwargs.values())):
         raise RouteError(
             f"{name!r} writes into a cache of keys and values, which cannot be split into rows with different adapters. Give use_cache=False, "
@@ -99,20 +139,28 @@ def split_rows(
     for group, at in groups.items():
         index = torch.tensor(at, device=first.device)
 
-        def part(v: Any, index: Tensor = index) -> Any:
+        def part(key: int | str, v: Any, index: Tensor = index) -> Any:
             if isinstance(v, tuple):
-                return tuple(part(x, index) for x in v)
-            return v.index_select(batch_dim, index) if isinstance(v, Tensor) and v.ndim > batch_dim and v.shape[batch_dim] == size else v
+                return tuple(part(key, x, index) for x in v)
+            where = layout.place(key, v, size) if isinstance(v, Tensor) else None
+            if where is None:
+                return v
+            dim, each = where
+            return v.index_select(
+                dim, index if each == 1 else (index.unsqueeze(1) * each + torch.arange(each, device=index.device)).flatten()
+            )
 
-        outs.append(run([] if group == BASE else [group], tuple(part(a) for a in args), {k: part(v) for k, v in kwargs.items()}, index))
+        mine = tuple(part(k, a) for k, a in enumerate(args)), {k: part(k, v) for k, v in kwargs.items()}
+        outs.append(run([] if group == BASE else [group], *mine, index))
     order = torch.tensor([i for at in groups.values() for i in at], device=first.device)
     back = torch.argsort(order)
 
-    def join(parts: Sequence[Any]) -> Any:
+    def join(parts: Sequence[Any], number: int = 0) -> Any:
         if isinstance(parts[0], Tensor):
-            return torch.cat([p.to(parts[0].dtype) for p in parts], batch_dim).index_select(batch_dim, back)
+            dim = layout.place_out(number)
+            return torch.cat([p.to(parts[0].dtype) for p in parts], dim).index_select(dim, back)
         if isinstance(parts[0], tuple):
-            return tuple(join(p) for p in zip(*parts, strict=True))
+            return tuple(join(p, i) for i, p in enumerate(zip(*parts, strict=True)))
         return parts[0]
 
     return join(outs)

@@ -38,6 +38,15 @@ def brought_in(module: nn.Module) -> Iterator[None]:
         hook.post_forward(module, None)
 
 
+def fetched(module: nn.Module, read: Callable[[], Tensor]) -> Tensor:
+    """What `read` gives of the module's tensors, which are brought in for that if need be."""
+    t = read()
+    if not t.is_meta or _hook(module) is None:
+        return t
+    with brought_in(module):
+        return read()
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether accelerate has put a forward of its own into the module, which moves inputs, brings in weights, and runs this very module."""
     return "_hf_hook" in module.__dict__

@@ -119,6 +119,10 @@ class Switch:
         """The choice that holds here and now, single layers' own aside."""
         return self.holds()[0]
 
+    def lasting(self) -> Choice:
+        """The choice that holds here outside of any block."""
+        return _thread.get().get(self.token) or self.default
+
     def current(self, own: Choice | None) -> Choice:
         """The choice for a layer that is being run; `own`: what was set on that layer alone."""
         if torch.compiler.is_compiling():
@@ -201,10 +205,14 @@ _switches: weakref.WeakSet[Switch] = weakref.WeakSet()
 
 
 def _mirror(switch: Switch) -> None:
-    _local.mirror[switch.token] = holds = switch.holds()
+    choice, block = holds = switch.holds()
     switch.note(*holds)
+    if here := block or switch.token in _thread.get() or switch.recalls():
+        _local.mirror[switch.token] = holds
+    else:  # the thread goes by the default, which another one may change
+        _local.mirror.pop(switch.token, None)
     for layer in switch.shown():
-        layer.show_here(holds[0])
+        layer.show_here(choice if here else None)
 
 
 def chosen_here(switch: Switch) -> Choice | None:

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from ..errors import ConfigError, NoMatchingPeftModuleError, PeftError, PeftWarning
 from ..sites import supported
 from ..types import name_of
+from .bare import reads_bare
 from .defaults import (
     DUMMY_TARGET_MODULES,
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
     MAMBA_BARE_MODULES,
+    MAMBA_BARE_STEPS,
     MAMBA_MODEL_TYPES,
     MIN_TARGET_MODULES_FOR_OPTIMIZATION,
     SEQ_CLS_HEAD_NAMES,
@@ -298,7 +300,7 @@ class _Search:
         around = place.attention
         if around is not None and around.path in self.result.modules:
             return f"adapted together with {around.name!r}"
-        dead = None if explicit and around is not None and around.adapted else self.bypassed(place)
+        dead = self.bypassed(place)
         cause = dead
         if cause is None and place.saved:
             cause = "another adapter trains it whole (modules_to_save); delete that adapter first"
@@ -331,6 +333,10 @@ class _Search:
         model_type = _model_type(self.model)
         if place.last in MAMBA_BARE_MODULES and model_type in MAMBA_MODEL_TYPES:
             return f"the fused kernels of {model_type} models read its weight directly"
+        if place.last == "dt_proj" and model_type in MAMBA_BARE_STEPS and not hasattr(self.model.config, "_is_quantized"):
+            return f"{model_type} models read its weight directly"
+        if place.around is not None and reads_bare(place.around, place.last):
+            return f"{type(place.around).__name__} reads its weight directly and never calls it"
         return None
 
     def resolved(self, spec: str | Collection[str], matched: list[str], all_linear: bool) -> set[str] | str | None:

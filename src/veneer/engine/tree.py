@@ -19,6 +19,7 @@ class Place:
     module: nn.Module  # what hangs there: the module itself, or the adapted layer or saving wrapper around it
     base: nn.Module  # the module itself
     attention: Place | None = None  # the MultiheadAttention whose out_proj this is
+    around: nn.Module | None = None  # the module whose part it is
     other: dict[str, str] = field(default_factory=dict)  # path -> name of the other places it hangs in
 
     @property
@@ -58,6 +59,7 @@ def places(model: nn.Module) -> list[Place]:
         seen[id(module)] = place
         if parent is not None:
             found.append(place)
+            place.around = parent.base
             place.attention = parent if isinstance(parent.base, nn.MultiheadAttention) else None
         if place.saved:
             place.base = module.get_submodule("original_module")

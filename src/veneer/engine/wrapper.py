@@ -54,6 +54,17 @@ class Wrapper(nn.Module, ABC):
         """The choice that holds here and now."""
         return self.own or self.switch.chosen()
 
+    def _replicate_for_data_parallel(self) -> Wrapper:
+        """For nn.DataParallel, whose threads know nothing of the blocks of the one that calls: the choice goes along."""
+        new: Wrapper = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        new.own = self.now()
+        return new
+
+    def now(self) -> Choice:
+        """The choice by which it would run here and now."""
+        choice, block = self.switch.holds()
+        return choice if self.own is None or block else self.own
+
     @property
     def active_adapters(self) -> list[str]:
         return list(self.chosen().names or ())

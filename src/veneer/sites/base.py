@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..bases import Codec, codec_for
 from ..change import Change, Stacking, bias, weight
-from ..engine.offload import brought_in
+from ..engine.offload import fetched
 from ..engine.substitute import call_with
 from ..sharding import whole
 
@@ -102,14 +102,11 @@ class Site(Adaptable):
 
     def weight(self, module: nn.Module) -> Tensor:
         """The frozen W (n_out, n_in) as the module has it now."""
-        return self.canonical(self.codec.weight(module, self.weight_name))
+        return self.canonical(fetched(module, lambda: self.codec.weight(module, self.weight_name)))
 
     def bias(self, module: nn.Module) -> Tensor | None:
         b: Tensor | None = getattr(module, self.bias_name, None)
-        if b is not None and b.is_meta:  # accelerate may keep it elsewhere
-            with brought_in(module):
-                b = getattr(module, self.bias_name)
-        return b if b is None else whole(b)
+        return b if b is None else whole(fetched(module, lambda: getattr(module, self.bias_name)))
 
     def dense(self, module: nn.Module, w: Tensor, b: Tensor | None) -> nn.Module:
         """torch's own module that does what this one does with `w` (in the layout of `stored`) and `b` in the place of packed tensors."""

@@ -106,9 +106,9 @@ class ConvSite(Site):
             return self.run_whole(module, changes, args, kwargs, frozen)
         geo = Windows(module, self.own_forward)
         x: Tensor = args[0]
-        b = held(frozen.get(self.bias_name, module.bias))  # type: ignore[arg-type]
-
         inside = all(c.additive and c.shift is None for c, _ in changes)  # then the bias may come with the base's output
+        own: Any = module.bias if inside else self.bias(module)
+        b = held(frozen.get(self.bias_name, own))
 
         def dequantised(z: Tensor) -> Tensor:
             return convolve(module, z, self.codec.weight(module, dtype=z.dtype), b if inside else None, self.groups)  # type: ignore[arg-type]

@@ -194,8 +194,11 @@ class LinearSite(Site):
             out: Tensor = call_with(module, frozen, (z, *rest), kwargs) if frozen else module(z, *rest, **kwargs)
             return out
 
-        b = held(frozen[self.bias_name] if self.bias_name in frozen else self.bias(module))
-        if b is not None and any(not c.additive for c, _ in changes):
+        alone = all(
+            c.additive for c, _ in changes
+        )  # then the bias stays in the base's output, and is not asked for: it may have to be brought in
+        b = None if alone else held(frozen[self.bias_name] if self.bias_name in frozen else self.bias(module))
+        if b is not None:
             y = rows(changes, lambda z: base(z) - b.to(z.dtype), x, _GEOMETRY)
             new = bias(changes, b)
             return y if new is None else y + new.to(y.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from types import BuiltinFunctionType
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..change import weight
+from ..engine.offload import fetched
 from ..engine.substitute import call_with
 from ..errors import ConfigError
 from ..ops import LowRank
@@ -47,8 +47,8 @@ class ParameterSite(Site):
         self.own_forward = True
 
     def _of(self, module: nn.Module) -> Tensor:
-        p: Tensor = operator.attrgetter(self.weight_name)(module)
-        return p
+        holder = module.get_submodule(self.weight_name.rpartition(".")[0])
+        return fetched(holder, lambda: getattr(holder, self.weight_key))
 
     def weight(self, module: nn.Module) -> Tensor:
         return self.canonical(whole(self._of(module)))
