@@ -373,6 +373,15 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(method: str, mo
     assert all(torch.equal(v, b[k]) for k, v in a.items())
 
 
+def test_epochs_are_whole_passes_over_the_data(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    rows = data.read_text().splitlines(keepends=True)[:9]
+    data.write_text("".join(rows))
+    shape: dict[str, Any] = {"steps": None, "packing": "rows", "eval_fraction": 0.0}
+    assert run(None, _given(model_folder, data, tmp_path / "a", **shape, epochs=3, batch_size=8))["plan"]["steps"] == 6
+    assert run(None, _given(model_folder, data, tmp_path / "b", **shape, epochs=2, batch_size=2, accumulate=2))["plan"]["steps"] == 6
+    assert run(None, _given(model_folder, data, tmp_path / "c", **shape, epochs=0.2))["plan"]["steps"] == 1
+
+
 def test_a_run_goes_on_from_the_last_whole_checkpoint(model_folder: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     given = _given(model_folder, data, out, save_every=3)
@@ -680,6 +689,18 @@ def test_a_recipe_controls_rates_clipping_freezing_and_statistics(model_folder: 
     saved = load_file(out / "adapter_model.safetensors")
     moved = {k: bool(v.any()) for k, v in saved.items() if "lora_B" in k}
     assert all(on is ("v_proj" not in k) for k, on in moved.items()) and moved
+
+
+def test_layers_are_clipped_in_the_place_of_all_gradients(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    """A layer's norm of 1 or more would never be reached after the clipping of all to 1."""
+    norms = {}
+    for norm in (0.5, 1e3):
+        out = tmp_path / str(norm)
+        text = f"method_fields: {{init_lora_weights: false, lora_alpha: 400}}\nclipping: {norm}\nstatistics: 1\n"
+        run(_controlled(model_folder, data, out, text), {})
+        lines = [json.loads(line) for line in (out / "statistics.jsonl").read_text().splitlines()]
+        norms[norm] = max(m["gradient"] for m in lines[0]["layers"].values())
+    assert norms[0.5] == pytest.approx(0.5, rel=1e-3) and norms[1e3] > 1.5
 
 
 @pytest.mark.parametrize("optimizer", ["loraplus", "lorafa", "riemannian"])

@@ -280,7 +280,8 @@ def overview(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
 
 
 def _steps(recipe: Recipe, rows: int) -> int:
-    return recipe.steps or max(1, math.ceil(rows / (recipe.batch_size * processes() * recipe.accumulate) * recipe.epochs))
+    batches = math.ceil(rows / (recipe.batch_size * processes()))  # of a pass; its last batch and its last step may be smaller than others
+    return recipe.steps or max(1, math.ceil(math.ceil(batches / recipe.accumulate) * recipe.epochs - 1e-9))
 
 
 def _started(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
@@ -396,6 +397,7 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
         warmup_steps=round(steps * recipe.warmup),
         weight_decay=recipe.weight_decay,
         lr_scheduler_type=recipe.schedule,
+        max_grad_norm=1.0 if recipe.clipping is None else 0.0,  # of all gradients together, which would leave the layers nothing to clip
         seed=recipe.seed,
         logging_steps=1,
         save_strategy="steps" if recipe.save_every else "no",
