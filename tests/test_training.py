@@ -373,6 +373,13 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(method: str, mo
     assert all(torch.equal(v, b[k]) for k, v in a.items())
 
 
+def test_a_run_whose_loss_is_no_number_ends_there(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match=r"Step 3 had a loss of nan.*lower --learning-rate"):
+        run(None, _given(model_folder, data, out, steps=30, learning_rate=1e30, save_every=1))
+    assert {p.name for p in (out / "checkpoints").iterdir()} == {"checkpoint-1", "checkpoint-2"}
+
+
 def test_epochs_are_whole_passes_over_the_data(model_folder: Path, data: Path, tmp_path: Path) -> None:
     rows = data.read_text().splitlines(keepends=True)[:9]
     data.write_text("".join(rows))

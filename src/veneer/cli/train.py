@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -181,6 +182,11 @@ def _watcher(record: dict[str, Any]) -> Any:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if not logs or "loss" not in logs:
                 return
+            if not all(math.isfinite(logs.get(name) or 0.0) for name in ("loss", "grad_norm")):
+                raise ConfigError(
+                    f"Step {state.global_step} had a loss of {logs['loss']} and a gradient of norm {logs.get('grad_norm')}, so the adapter is spoilt and the "
+                    "run ends here. Take a lower --learning-rate, or where the dtype is float16 --dtype bfloat16 or float32. Checkpoints from before stay."
+                )
             record["losses"].append({"step": state.global_step, "loss": logs["loss"], "learning_rate": logs.get("learning_rate")})
             if self.bar is not None:
                 speed = self.trainer.tokens / max(time.perf_counter() - self.since, 1e-9)

@@ -400,6 +400,7 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
         max_grad_norm=1.0 if recipe.clipping is None else 0.0,  # of all gradients together, which would leave the layers nothing to clip
         seed=recipe.seed,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it shows the loss 0 in the place of one that is no number
         save_strategy="steps" if recipe.save_every else "no",
         save_steps=recipe.save_every or 500,
         save_total_limit=2,
