@@ -225,6 +225,27 @@ def test_the_headless_loss_is_the_models_own_or_is_not_used(model_folder: Path) 
     assert HeadlessLoss.of(trained) is None  # a head that trains has to be run
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "fields"),
+    [
+        ("Phi", {}, {"bias": "all"}),  # the head's bias trains
+        ("Gemma2", {"head_dim": 8, "initializer_range": 0.3}, {}),  # the logits are capped
+        ("Mixtral", {"num_local_experts": 4, "output_router_logits": True}, {}),  # a loss that balances experts
+        ("Granite", {"logits_scaling": 8.0}, None),  # scaling is the same before the head
+    ],
+)
+def test_a_loss_that_is_more_than_heads_is_the_models(name: str, options: dict[str, Any], fields: dict[str, Any] | None) -> None:
+    import veneer
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, **options
+    )
+    adapter = veneer.LoraConfig(r=2, target_modules=["q_proj"], **(fields or {}))
+    model = veneer.get_peft_model(getattr(transformers, f"{name}ForCausalLM")(config), adapter)
+    assert (HeadlessLoss.of(model) is None) is (fields is not None)
+
+
 @pytest.mark.parametrize("by_rows", [False, True])
 def test_rows_end_to_end_are_each_as_if_alone(model_folder: Path, by_rows: bool) -> None:
     """Losses and gradients; and laid end to end without positions they would see each other."""
