@@ -434,6 +434,27 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint(model_folder: Path, data: 
         run(None, {**other, "resume_anyway": True})
 
 
+def test_a_run_that_went_on_and_lacks_its_end_is_brought_to_it(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Killed after its last checkpoint, or between the adapter and the record: what an earlier run left is not its end."""
+    import shutil
+
+    from safetensors.torch import load_file
+
+    out, kept, names = tmp_path / "out", tmp_path / "kept", ("adapter_model.safetensors", "adapter_config.json", "run.json")
+    given = _given(model_folder, data, out, save_every=3)
+    run(None, {**given, "steps": 3})
+    shutil.copytree(out, kept)
+    full = run(None, {**given, "resume": True})
+    want = {k: v.clone() for k, v in load_file(out / names[0]).items()}  # out of the file, which is written over
+    for left in (names, names[2:]):
+        for name in left:
+            shutil.copy(kept / name, out / name)
+        last = run(None, {**given, "resume": True})
+        assert (last["losses"], last["after"], last["resumed_at"]) == (full["losses"], full["after"], 6)
+        found = load_file(out / names[0])
+        assert all(torch.equal(v, found[k]) for k, v in want.items())
+
+
 def test_a_run_that_was_started_otherwise_goes_on_only_where_that_is_meant(model_folder: Path, data: Path, tmp_path: Path) -> None:
     given = _given(model_folder, data, tmp_path / "out", save_every=3)
     run(None, given)

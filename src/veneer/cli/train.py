@@ -106,7 +106,7 @@ def run(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
     prepared = room.prepare(recipe)
     record = room.new_record(prepared, recipe)
     steps = record["plan"]["steps"]
-    if at > steps or (at == steps and os.path.exists(os.path.join(recipe.out, "adapter_config.json"))):
+    if at > steps or at == steps == room.ended(recipe):
         raise ConfigError(f"--resume: {checkpoint!r} is {at} steps on, and the recipe asks for {steps}. Give more --steps to train on.")
     if checkpoint is not None:
         room.check_resumed(prepared, recipe, checkpoint)

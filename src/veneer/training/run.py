@@ -319,6 +319,15 @@ def check_resumed(prepared: Prepared, recipe: Recipe, checkpoint: str) -> None:
         )
 
 
+def ended(recipe: Recipe) -> int:
+    """The step at which a run in `out` came to its end, and left all that it leaves; 0 if none did. One that went on later need not have."""
+    try:
+        found = json.loads((Path(recipe.out) / "run.json").read_text(encoding="utf-8"))
+        return int(found["plan"]["steps"]) if (Path(recipe.out) / "adapter_config.json").is_file() else 0
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
+
+
 def losses_of(checkpoint: str) -> list[dict[str, Any]]:
     """The losses of the steps up to a checkpoint."""
     told = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8")).get("log_history", [])
