@@ -368,9 +368,10 @@ def test_a_run_learns_and_leaves_everything_behind(model_folder: Path, data: Pat
         run(None, _given(model_folder, data, out))
 
 
-@pytest.mark.parametrize("method", ["lora", "adalora", "pvera"])
+@pytest.mark.parametrize("method", ["lora", "adalora", "pvera", "p_tuning", "prefix_tuning"])
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(method: str, model_folder: Path, data: Path, tmp_path: Path) -> None:
-    """AdaLoRA is stopped after its first cut of ranks, which files lack, and before its last; PVeRA draws from generators of its own."""
+    """AdaLoRA is stopped after its first cut of ranks, which files lack, and before its last; PVeRA draws from generators of its own; files of
+    prompts that a network makes lack the network."""
     import shutil
 
     from safetensors.torch import load_file
@@ -379,6 +380,8 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(method: str, mo
         "lora": {"r": 4},
         "adalora": {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 1, "total_step": 6},
         "pvera": {"r": 4, "generator_seed": 3, "d_initial": 1.0},
+        "p_tuning": {"num_virtual_tokens": 2},
+        "prefix_tuning": {"num_virtual_tokens": 2, "prefix_projection": True},
     }
     given = {"steps": 6, "save_every": 3, "method": method, "method_fields": fields[method]}
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -38,8 +38,9 @@ from .processes import Filled, Shuffled, filled, processes
 from .quantise import storage
 from .recipe import Recipe
 
-# in a checkpoint of the Trainer: what methods remember from step to step, and the ranks that a file lacks
+# in a checkpoint of the Trainer: what methods remember from step to step, the ranks that a file lacks, and the networks that make prompts
 _REMEMBERED = "methods.safetensors"
+_NETWORK = "network/"
 _OTHERWISE = "Delete this checkpoint to go on from the one before it, or start anew in another --out."
 _STARTED = "started.json"  # in a checkpoint: what its run was started with
 # may change from one start of a run to the next; where model and data lie is no matter, what they are is compared by itself
@@ -368,11 +369,18 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
             (folder / _STARTED).write_text(json.dumps(_started(prepared, recipe)), encoding="utf-8")
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            network = _network(self.model)
+            parts = dict(network._modules) if network is not None else {}
             load_into(self.model, "default", read_adapter(resume_from_checkpoint), check_base="error")
+            if network is not None:  # the adapter's file has what it gave, and loading that has dropped it
+                network._modules.update(parts)
+                _carry_on(network, Path(resume_from_checkpoint) / _REMEMBERED)
 
         def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
             super()._save_optimizer_and_scheduler(output_dir)
             remembered = carried(find_switch(self.model), leaves=True)
+            if (network := _network(self.model)) is not None:
+                remembered |= {f"{_NETWORK}{k}": t.detach().contiguous() for k, t in network.state_dict().items()}
             if remembered and self.args.should_save:
                 save_file(remembered, Path(output_dir) / _REMEMBERED)
 
@@ -440,6 +448,24 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
         headless = None  # the head's weight is in pieces then
     trainer.headless, trainer.steering = headless, steering
     return trainer
+
+
+def _network(model: Any) -> nn.Module | None:
+    """The prompt that a network makes which its file leaves out, if there is one."""
+    held = model._modules.get("prompt_encoder")
+    return held["default"] if held is not None and not model.peft_config["default"].resumable else None
+
+
+def _carry_on(network: nn.Module, file: Path) -> None:
+    """Give a prompt's network the numbers that a checkpoint has of it.
+
+    Raises:
+        ConfigError: if it has none.
+    """
+    kept = {k.removeprefix(_NETWORK): t for k, t in load_file(file).items() if k.startswith(_NETWORK)} if file.is_file() else {}
+    if not kept:
+        raise ConfigError(f"--resume: {str(file.parent)!r} lacks the network that makes the prompt, so it cannot go on. {_OTHERWISE}")
+    network.load_state_dict(kept)
 
 
 def _summed(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
