@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -372,8 +373,6 @@ def test_a_run_learns_and_leaves_everything_behind(model_folder: Path, data: Pat
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(method: str, model_folder: Path, data: Path, tmp_path: Path) -> None:
     """AdaLoRA is stopped after its first cut of ranks, which files lack, and before its last; PVeRA draws from generators of its own; files of
     prompts that a network makes lack the network."""
-    import shutil
-
     from safetensors.torch import load_file
 
     fields = {
@@ -437,10 +436,40 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint(model_folder: Path, data: 
         run(None, {**other, "resume_anyway": True})
 
 
+def test_an_interrupted_run_ends_with_its_step_and_goes_on_as_it_was(
+    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the midst of a step dropout has drawn, and gradients of some batches are there: a checkpoint of that would go on otherwise."""
+    import os
+    import signal
+
+    full = run(None, _given(model_folder, data, tmp_path / "whole", accumulate=2))
+    given, called = _given(model_folder, data, tmp_path / "cut", accumulate=2, save_every=2), [0]
+    loss = HeadlessLoss.__call__
+
+    def interrupting(self: HeadlessLoss, model: Any, batch: dict[str, Tensor]) -> Any:
+        out = loss(self, model, batch)
+        called[0] += model.training
+        if called[0] in (5, 6) and model.training and called[0] >= times[0]:  # of the third step's two batches
+            os.kill(os.getpid(), signal.SIGINT)
+        return out
+
+    monkeypatch.setattr(HeadlessLoss, "__call__", interrupting)
+    before = signal.getsignal(signal.SIGINT)
+    for times, step in (([5], 2), ([6], 3)):  # twice, it ends at once
+        called[0] = 0
+        shutil.rmtree(tmp_path / "cut", ignore_errors=True)
+        with pytest.raises(KeyboardInterrupt):
+            run(None, given)
+        assert signal.getsignal(signal.SIGINT) is before
+        found = Recipe(model="", data="", out=given["out"]).checkpoint()
+        assert found is not None and found[1] == step
+        called[0] = -100
+        assert run(None, {**given, "resume": True})["losses"] == full["losses"]
+
+
 def test_a_run_that_went_on_and_lacks_its_end_is_brought_to_it(model_folder: Path, data: Path, tmp_path: Path) -> None:
     """Killed after its last checkpoint, or between the adapter and the record: what an earlier run left is not its end."""
-    import shutil
-
     from safetensors.torch import load_file
 
     out, kept, names = tmp_path / "out", tmp_path / "kept", ("adapter_model.safetensors", "adapter_config.json", "run.json")
@@ -769,8 +798,6 @@ def test_controls_go_on_where_a_run_was_cut(model_folder: Path, data: Path, tmp_
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run(_controlled(model_folder, data, whole, text), {})
     run(_controlled(model_folder, data, cut, text), {})
-    import shutil
-
     shutil.rmtree(cut / "checkpoints" / "checkpoint-6")
     for name in ("adapter_model.safetensors", "adapter_config.json", "run.json"):
         (cut / name).unlink()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from typing import Annotated, Any
@@ -119,15 +121,11 @@ def run(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
     record["before"] = room.evaluate(trainer, recipe)
     started = time.perf_counter()
     with watcher.shown(first):
-        try:
-            if at < steps:
+        if at < steps:
+            with watcher.ending_steps():
                 trainer.train(resume_from_checkpoint=checkpoint)
-            else:  # it was cut off between its last step and its end
-                trainer._load_from_checkpoint(checkpoint)
-        except KeyboardInterrupt:
-            if processes() == 1 and trainer.state.global_step:  # several may not all have come as far
-                trainer._save_checkpoint(trainer.model, trial=None)
-            raise
+        else:  # it was cut off between its last step and its end
+            trainer._load_from_checkpoint(checkpoint)
     record["seconds"] = time.perf_counter() - started
     record["after"] = room.evaluate(trainer, recipe)
     record["tokens_per_second"] = trainer.tokens / max(record["seconds"], 1e-9)
@@ -163,6 +161,7 @@ def _watcher(record: dict[str, Any]) -> Any:
             self.task: Any = None
             self.trainer: Any = None
             self.since = time.perf_counter()
+            self.interrupted = False
 
         @contextmanager
         def shown(self, show: bool) -> Any:
@@ -173,6 +172,32 @@ def _watcher(record: dict[str, Any]) -> Any:
             with Progress(*columns, console=_console) as self.bar:
                 self.task = self.bar.add_task("", total=None)
                 yield
+
+        @contextmanager
+        def ending_steps(self) -> Any:
+            """Within the block, Ctrl-C ends the training with the step under way, and a checkpoint of it: what the midst of a step leaves is none to go on
+            from. Again, it ends at once, as it does on several processes, which may not all have come as far."""
+            before = signal.getsignal(signal.SIGINT)
+            if processes() > 1 or threading.current_thread() is not threading.main_thread() or before in (None, signal.SIG_IGN):
+                yield
+                return
+
+            def first(*_: Any) -> None:
+                self.interrupted = True
+                signal.signal(signal.SIGINT, before)
+                _console.print("Interrupted. The step is brought to its end and saved; Ctrl-C again ends at once.", style="yellow")
+
+            signal.signal(signal.SIGINT, first)
+            try:
+                yield
+            finally:
+                signal.signal(signal.SIGINT, before)
+            if self.interrupted:
+                raise KeyboardInterrupt
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.interrupted:
+                control.should_save = control.should_training_stop = True
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.since = time.perf_counter()
