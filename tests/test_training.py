@@ -20,6 +20,7 @@ from veneer.training.attention import attend_as_before, attend_by_rows, rows_of 
 from veneer.training.data import (  # noqa: E402
     Example,
     check_columns,
+    classification_examples,
     collate,
     end_to_end,
     language_examples,
@@ -91,6 +92,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
         ("latin.txt", b"\xff\xfe\xfa", "cannot be read"),
         ("empty.csv", "", "is empty"),
         ("list.jsonl", '{"text": "a"}\n[1, 2]\n', "row 2 has to be a table"),
+        ("broken.parquet", "PAR1", "cannot be read as .parquet"),
     ],
 )
 def test_data_that_cannot_be_read_say_why(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
@@ -106,11 +108,46 @@ def test_data_that_cannot_be_read_say_why(tmp_path: Path, name: str, content: st
         ("mark.jsonl", '\ufeff{"text": "a"}', ["a"]),
         ("mark.txt", "\ufeffa", ["a"]),
         ("numbers.csv", "text\n007\nNone\n1.50\n", ["007", "None", "1.50"]),
+        ("lines.ndjson", '{"text": "a"}\n{"text": "b"}\n', ["a", "b"]),
+        ("LINES.JSONL", '{"text": "a"}\n', ["a"]),
+        ("tabs.tsv", 'text\tlabel\na, b\tx\n', ["a, b"]),
     ],
 )
 def test_texts_are_read_as_they_stand(tmp_path: Path, name: str, content: str, texts: list[str]) -> None:
     (tmp_path / name).write_bytes(content.encode())
     assert [r["text"] for r in read_rows(str(tmp_path / name))] == texts
+
+
+def test_parquet_gives_chats_and_whole_numbers(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pandas = pytest.importorskip("pandas")
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "fine yes"}]
+    pandas.DataFrame({"messages": [turns, turns], "label": pandas.array([1, None], dtype="Int64")}).to_parquet(tmp_path / "chat.parquet")
+    rows = read_rows(str(tmp_path / "chat.parquet"))
+    assert rows == [{"messages": turns, "label": 1}, {"messages": turns, "label": None}]
+    assert language_examples(rows, tokenizer, "chat") == language_examples([{"messages": turns}] * 2, tokenizer, "chat")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": 5}, "messages are a list of turns"),
+        ({"text": "the \ud83d cat"}, r"data: row 2: '\\ud83d' in 'the '… is half a character"),
+        ({"text": "the \ud83d cat", "label": "a"}, "half a character"),
+        ({"text": " ", "label": "a"}, "row 2 has no tokens"),
+    ],
+)
+def test_rows_that_no_tokenizer_takes_are_named(
+    row: dict[str, Any], message: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE if "messages" in row else None)
+    good = {"text": "the cat", "label": "a", "messages": [{"role": "user", "content": "a"}]}
+    rows = [{k: good[k] for k in row}, row]
+    with pytest.raises(ConfigError, match=message):
+        if "label" in row:
+            classification_examples(rows, tokenizer, 8, ["a"], "data")
+        else:
+            language_examples(rows, tokenizer, "data")
 
 
 def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
