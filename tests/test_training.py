@@ -621,10 +621,14 @@ def test_classification_trains_a_head_that_is_saved(tokenizer: Any, tmp_path: Pa
         _given(folder, data, out, task="sequence-classification", eval_data=str(data), steps=80, batch_size=8, method_fields={"r": 4}),
     )
     assert record["after"]["accuracy"] == 1.0
+    assert json.loads((out / "run.json").read_text())["labels"] == ["cat", "dog"]  # what the head's numbers mean
     from safetensors import safe_open
 
     with safe_open(out / "adapter_model.safetensors", "pt") as f:
         assert any("classifier" in k for k in f.keys())  # noqa: SIM118  no mapping
+    data.write_text("text,label\nthe cat,a\nthe dog,b\nthe mat,c\n")
+    with pytest.raises(ConfigError, match="another number of labels than the 3 of the data"):
+        run(None, _given(folder, data, tmp_path / "other", task="sequence-classification"))
 
 
 @pytest.mark.parametrize("storage", ["nf4", "torchao-int8", "quanto-int8"])

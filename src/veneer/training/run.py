@@ -200,6 +200,12 @@ def _load(recipe: Recipe, labels: Sequence[str], pad: int) -> Any:
         return model
     except (OSError, ValueError) as e:
         raise ConfigError(f"{recipe.model!r} cannot be loaded for {recipe.task}: {_first_line(e)}") from e
+    except RuntimeError as e:
+        if "ignore_mismatched_sizes" not in str(e):
+            raise
+        raise ConfigError(
+            f"{recipe.model!r} has a head for another number of labels than the {len(labels)} of the data. Take the model without its head, or its labels."
+        ) from e
 
 
 @torch.no_grad()
@@ -547,6 +553,7 @@ def new_record(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
         "python": platform.python_version(),
         "recipe": dataclasses.asdict(recipe),
         "plan": overview(prepared, recipe),
+        **({"labels": prepared.labels} if prepared.labels else {}),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "losses": [],
     }
