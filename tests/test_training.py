@@ -696,6 +696,8 @@ def test_fields_of_the_method_come_as_options() -> None:
     }  # fmt: skip
     with pytest.raises(ConfigError, match="stray"):
         method_fields(["stray"])
+    assert method_fields(["--target-modules", r"[qv]_proj", "--a", "*x"]) == {"target_modules": "[qv]_proj", "a": "*x"}
+    assert Recipe(method_fields=method_fields(["--lora-dropout", "1e-1"])).config().lora_dropout == 0.1  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -706,6 +708,8 @@ def test_fields_of_the_method_come_as_options() -> None:
         ({"task": "causal-ml"}, "causal-lm"),
         ({"method": "lorra"}, "lora"),
         ({"method_fields": {"rank": 3}}, "has no field 'rank'"),
+        ({"method_fields": {"leanring_rate": 3}}, "Did you mean 'learning_rate'"),
+        ({"method_fields": {"lora_dropout": "high"}}, "lora_dropout"),
         ({"method_fields": {"target_modules": ["q_prj"]}}, "q_prj"),
         ({"batch_size": 0}, "batch_size has to be positive"),
         ({"eval_fraction": 1.5}, "eval_fraction"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import signal
@@ -83,9 +84,18 @@ def method_fields(words: list[str]) -> dict[str, Any]:
         if not has and i + 1 < len(words) and not words[i + 1].startswith("--"):
             i += 1
             has, value = "=", words[i]
-        fields[name.replace("-", "_")] = yaml.safe_load(value) if has else True
+        try:
+            fields[name.replace("-", "_")] = yaml.safe_load(value) if has else True
+        except yaml.YAMLError:  # a regular expression, such as [qv]_proj
+            fields[name.replace("-", "_")] = value
         i += 1
     return fields
+
+
+def options() -> dict[str, str]:
+    """The options of `veneer train` as they are written, with _ for -, and the fields of a recipe that they give."""
+    names = [name for name in inspect.signature(train).parameters if name not in ("context", "recipe")]
+    return {"lr": "learning_rate", **{name: name for name in names}}
 
 
 def run(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
