@@ -112,6 +112,24 @@ def test_a_suggestion_keeps_its_budget_and_trains(search: Any, share: float) -> 
     assert found.seconds_per_step is not None and found.seconds_per_step > 0
 
 
+@pytest.mark.parametrize("name", ["Albert", "Bert", "Llama"])
+@pytest.mark.parametrize("search", ["gradient", "eva", None])
+def test_classifiers_and_layers_that_run_again(name: str, search: Any) -> None:
+    """The head trains whole, so it gets no rank; ALBERT's one layer runs three times."""
+    more = {"embedding_size": 8} if name == "Albert" else {}
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, pad_token_id=0, **more
+    )
+    model = getattr(transformers, f"{name}ForSequenceClassification")(config)
+    batch = {"input_ids": torch.randint(1, 32, (4, 8)), "labels": torch.tensor([0, 1, 1, 0])}
+    for parameters in (None, 900):
+        found = suggest(model, [batch] if search else None, "1GB", search=search or "gradient", parameters=parameters)
+        assert found.plan.ok and {n: h.rank for n, h in found.plan.hits.items()} == found.ranks
+        assert not {"classifier", "score"} & {n.rpartition(".")[2] for n in found.ranks}
+    adapted = veneer.get_peft_model(model, found.config)
+    assert {n for n, p in adapted.named_parameters() if p.requires_grad and "modules_to_save" in n}
+
+
 def test_the_layer_with_the_gradient_gets_the_ranks() -> None:
     net = Net()
     x = torch.randn(64, 24)
