@@ -433,6 +433,17 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(method: str, mo
     assert all(torch.equal(v, b[k]) for k, v in a.items())
 
 
+def test_accumulated_batches_count_by_their_labels_whatever_the_model_takes(
+    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma 3 says of itself that its forward takes no count of labels."""
+    shape: dict[str, Any] = {"packing": "rows", "method_fields": {"r": 4}}
+    whole = run(None, _given(model_folder, data, tmp_path / "whole", **shape, batch_size=4))
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "accepts_loss_kwargs", False, raising=False)
+    parts = run(None, _given(model_folder, data, tmp_path / "parts", **shape, batch_size=2, accumulate=2))
+    assert [x["loss"] for x in parts["losses"]] == pytest.approx([x["loss"] for x in whole["losses"]], rel=1e-5)
+
+
 def test_a_run_whose_loss_is_no_number_ends_there(model_folder: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match=r"Step 3 had a loss of nan.*lower --learning-rate"):

@@ -450,6 +450,8 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
         optimizers=(own, None),
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    if headless is not None or recipe.task != "causal-lm":
+        trainer.model_accepts_loss_kwargs = True  # the loss made here counts the labels of all of a step's batches, whatever the model would do
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         headless = None  # the head's weight is in pieces then
     trainer.headless, trainer.steering = headless, steering
