@@ -857,9 +857,24 @@ def test_controls_go_on_where_a_run_was_cut(model_folder: Path, data: Path, tmp_
     shutil.rmtree(cut / "checkpoints" / "checkpoint-6")
     for name in ("adapter_model.safetensors", "adapter_config.json", "run.json"):
         (cut / name).unlink()
+    with (cut / "statistics.jsonl").open("a") as f:
+        f.write('{"step": 7, "layers": {"mod')  # killed there
     run(_controlled(model_folder, data, cut, text), {"resume": True})
+    lines = [[json.loads(line) for line in (out / "statistics.jsonl").read_text().splitlines()] for out in (whole, cut)]
+    assert lines[0] == lines[1] and [x["step"] for x in lines[1]] == [1, 2, 3, 4, 5, 6]
     a, b = load_file(whole / "adapter_model.safetensors"), load_file(cut / "adapter_model.safetensors")
     assert all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def test_of_several_processes_one_writes_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import veneer
+    from veneer.training.controls import controls_of
+
+    model = veneer.get_peft_model(nn.Sequential(nn.Linear(4, 4)), veneer.LoraConfig(target_modules=["0"]))
+    for rank, wanted in (("0", tmp_path / "statistics.jsonl"), ("1", None)):
+        monkeypatch.setenv("RANK", rank)
+        (statistics,) = controls_of(Recipe(out=str(tmp_path), statistics=1), model)
+        assert statistics.json_path == wanted  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,7 @@ def run(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
     if checkpoint is not None:
         room.check_resumed(prepared, recipe, checkpoint)
         record["losses"], record["resumed_at"] = room.losses_of(checkpoint), at
+    room.forget_after(recipe, at)
     watcher = _watcher(record)
     trainer = watcher.trainer = room.make_trainer(prepared, recipe, [watcher])
     first = trainer.is_world_process_zero()

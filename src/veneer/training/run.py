@@ -31,10 +31,10 @@ from ..mapping import get_peft_model
 from ..model import PeftModel
 from ..planning import plan
 from .attention import attend_as_before, attend_by_rows
-from .controls import controls_of, optimizer_of, rate_groups
+from .controls import STATISTICS, controls_of, optimizer_of, rate_groups
 from .data import Example, classification_examples, collate, end_to_end, language_examples, pack, read_rows, whole
 from .loss import HeadlessLoss, keeps_rows_apart
-from .processes import Filled, Shuffled, filled, processes
+from .processes import Filled, Shuffled, filled, is_first, processes
 from .quantise import storage
 from .recipe import Recipe
 
@@ -339,6 +339,24 @@ def losses_of(checkpoint: str) -> list[dict[str, Any]]:
     """The losses of the steps up to a checkpoint."""
     told = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8")).get("log_history", [])
     return [{k: x.get(k) for k in ("step", "loss", "learning_rate")} for x in told if "loss" in x]
+
+
+def forget_after(recipe: Recipe, step: int) -> None:
+    """Take out of the statistics in `out` what was measured after a step, which a run that goes on from there measures again."""
+    file = Path(recipe.out) / STATISTICS
+    if not is_first() or not recipe.statistics or not file.is_file():
+        return
+
+    def before(line: str) -> bool:
+        try:
+            return int(json.loads(line)["step"]) <= step
+        except ValueError:  # cut off
+            return False
+
+    kept = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if before(line)]
+    beside = file.with_name(f".{file.name}")
+    beside.write_text("".join(kept), encoding="utf-8")
+    os.replace(beside, file)
 
 
 def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = ()) -> Any:
