@@ -689,6 +689,23 @@ def test_quantising_needs_a_known_storage_and_its_library(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("method", "fields", "where"),
+    [
+        ("lora", {}, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ("ln_tuning", {}, {"input_layernorm", "post_attention_layernorm", "norm"}),
+        ("trainable_tokens", {"token_indices": [1, 2]}, {"embed_tokens", "lm_head"}),
+        ("adaption_prompt", {"adapter_len": 2, "adapter_layers": 1}, {"self_attn"}),
+        ("shadow", {}, {"0", "1"}),
+    ],
+)
+def test_methods_act_in_their_own_place(
+    method: str, fields: dict[str, Any], where: set[str], model_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    given = _given(model_folder, data, tmp_path / "out", method=method, method_fields=fields, steps=1)
+    assert set(run(None, given)["plan"]["modules"]) == where
+
+
 def test_the_recipe_file_and_the_command_line_together(model_folder: Path, data: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {model_folder}\ndata: {data}\nsteps: 2\nbatch_size: 2\nlength: 8\nmethod: ia3\n", encoding="utf-8")

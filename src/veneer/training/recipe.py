@@ -186,7 +186,8 @@ class Recipe:
             raise ConfigError(f"Unknown method {self.method!r}. There are {', '.join(sorted(names))}.{hint(name, names)}")
         cls = config_class(names[name])
         known = {f.name: f for f in dataclasses.fields(cls) if f.init}
-        values: dict[str, Any] = {"target_modules": "all-linear"} if "target_modules" in known else {}
+        anywhere = "target_modules" in known and "linear" in getattr(cls, "kinds", ()) and not hasattr(cls, "default_targets")
+        values: dict[str, Any] = {"target_modules": "all-linear"} if anywhere else {}  # others know their place: norms, tokens, blocks
         for key, value in self.method_fields.items():
             name = key.replace("-", "_")
             values[name] = _number(value) if name in known and type(known[name].default) in (int, float) else value
