@@ -110,7 +110,7 @@ def test_data_that_cannot_be_read_say_why(tmp_path: Path, name: str, content: st
         ("numbers.csv", "text\n007\nNone\n1.50\n", ["007", "None", "1.50"]),
         ("lines.ndjson", '{"text": "a"}\n{"text": "b"}\n', ["a", "b"]),
         ("LINES.JSONL", '{"text": "a"}\n', ["a"]),
-        ("tabs.tsv", 'text\tlabel\na, b\tx\n', ["a, b"]),
+        ("tabs.tsv", "text\tlabel\na, b\tx\n", ["a, b"]),
     ],
 )
 def test_texts_are_read_as_they_stand(tmp_path: Path, name: str, content: str, texts: list[str]) -> None:
@@ -137,9 +137,7 @@ def test_parquet_gives_chats_and_whole_numbers(tokenizer: Any, tmp_path: Path, m
         ({"text": " ", "label": "a"}, "row 2 has no tokens"),
     ],
 )
-def test_rows_that_no_tokenizer_takes_are_named(
-    row: dict[str, Any], message: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_that_no_tokenizer_takes_are_named(row: dict[str, Any], message: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE if "messages" in row else None)
     good = {"text": "the cat", "label": "a", "messages": [{"role": "user", "content": "a"}]}
     rows = [{k: good[k] for k in row}, row]
@@ -261,6 +259,11 @@ def test_the_headless_loss_is_the_models_own_or_is_not_used(model_folder: Path) 
         transformers.AutoModelForCausalLM.from_pretrained(model_folder), veneer.LoraConfig(r=2, target_modules=["lm_head"])
     )
     assert HeadlessLoss.of(trained) is None  # a head that trains has to be run
+    shadowed = veneer.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(model_folder),
+        veneer.ShadowConfig(auxiliary_loss_weight=1e-3, task_type="CAUSAL_LM"),  # type: ignore[arg-type]
+    )
+    assert HeadlessLoss.of(shadowed) is None  # whose loss has a part of the shadow's
 
 
 @pytest.mark.parametrize(
@@ -492,20 +495,20 @@ def test_an_interrupted_run_ends_with_its_step_and_goes_on_as_it_was(
     import signal
 
     full = run(None, _given(model_folder, data, tmp_path / "whole", accumulate=2))
-    given, called = _given(model_folder, data, tmp_path / "cut", accumulate=2, save_every=2), [0]
+    given, called = _given(model_folder, data, tmp_path / "cut", accumulate=2, save_every=2), [0, 0]
     loss = HeadlessLoss.__call__
 
     def interrupting(self: HeadlessLoss, model: Any, batch: dict[str, Tensor]) -> Any:
         out = loss(self, model, batch)
         called[0] += model.training
-        if called[0] in (5, 6) and model.training and called[0] >= times[0]:  # of the third step's two batches
+        if model.training and called[1] <= called[0] <= 6:  # of the third step's two batches
             os.kill(os.getpid(), signal.SIGINT)
         return out
 
     monkeypatch.setattr(HeadlessLoss, "__call__", interrupting)
     before = signal.getsignal(signal.SIGINT)
-    for times, step in (([5], 2), ([6], 3)):  # twice, it ends at once
-        called[0] = 0
+    for first, step in ((5, 2), (6, 3)):  # twice, it ends at once
+        called[:] = [0, first]
         shutil.rmtree(tmp_path / "cut", ignore_errors=True)
         with pytest.raises(KeyboardInterrupt):
             run(None, given)
@@ -614,6 +617,23 @@ def test_a_decoder_classifies_without_a_padding_token(model_folder: Path, tmp_pa
     data.write_text("".join(json.dumps({"text": t, "label": len(t)}) + "\n" for t in texts), encoding="utf-8")
     given = _given(model_folder, data, tmp_path / "out", task="sequence-classification", eval_data=str(data), steps=30)
     assert run(None, given)["after"]["accuracy"] == 1.0
+
+
+def test_a_shadow_classifier_trains_its_head(model_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    data, found = tmp_path / "data.jsonl", []
+    data.write_text(
+        "".join(json.dumps({"text": t, "label": len(t)}) + "\n" for t in ["the cat sat", "hello how are you"] * 8), encoding="utf-8"
+    )
+    for steps in (1, 4):
+        out = tmp_path / str(steps)
+        given = _given(
+            model_folder, data, out, task="sequence-classification", steps=steps, method="shadow", method_fields={}, accumulate=2
+        )
+        run(None, given)
+        found.append({k: v for k, v in load_file(out / "adapter_model.safetensors").items() if "shadow_head" in k})
+    assert found[0] and any(not torch.equal(v, found[1][k]) for k, v in found[0].items())
 
 
 def test_classification_trains_a_head_that_is_saved(tokenizer: Any, tmp_path: Path) -> None:

@@ -181,7 +181,9 @@ def _bytes(memory: str | float) -> int:
 def _linear_layers(model: nn.Module, task_type: Any) -> dict[str, nn.Module]:
     """Those that LoRA on all linear layers would adapt: a classifier's head trains whole."""
     try:
-        found = select(model, LoraConfig(target_modules="all-linear", task_type=task_type), supports=lambda m: supported(m) == "linear").modules
+        found = select(
+            model, LoraConfig(target_modules="all-linear", task_type=task_type), supports=lambda m: supported(m) == "linear"
+        ).modules
     except PeftError as e:
         raise ConfigError(f"There is nothing to suggest for this model: {e}") from e
     return dict(found)

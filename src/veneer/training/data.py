@@ -162,7 +162,9 @@ def _check_whole(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        raise ConfigError(f"{where}: {text[e.start]!r} in {text[max(e.start - 20, 0) : e.start]!r}… is half a character. Take it out.") from None
+        raise ConfigError(
+            f"{where}: {text[e.start]!r} in {text[max(e.start - 20, 0) : e.start]!r}… is half a character. Take it out."
+        ) from None
 
 
 def _chat(messages: Any, tokenizer: Any, where: str) -> list[Example]:

@@ -102,11 +102,11 @@ class HeadlessLoss:
             return None
         finally:
             model.train(training)
-        # capped logits, and a loss of experts beside, may hardly show in the loss of a few tokens
-        follows = float((bare - logits).norm()) > max(torch.finfo(head.weight.dtype).eps, 1e-5) * float(logits.norm())
-        if follows or getattr(out, "aux_loss", None) is not None:
+        # capped logits, and a loss beside, may hardly show in the loss of a few tokens
+        eps = torch.finfo(head.weight.dtype).eps
+        if float((bare - logits).norm()) > max(eps, 1e-5) * float(logits.norm()) or getattr(out, "aux_loss", None) is not None:
             return None
-        return loss if abs(float(total) / count - theirs) <= 2e-2 * max(abs(theirs), 1.0) else None
+        return loss if abs(float(total) / count - theirs) <= max(eps, 1e-4) * max(abs(theirs), 1.0) else None
 
     def hidden(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         """(rows, length, n): what the head would have read."""

@@ -365,6 +365,8 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
 
     headless = HeadlessLoss.of(prepared.model) if recipe.task == "causal-lm" else None
     pad = _pad(prepared.tokenizer)
+    # a method that routes may add to the model's loss
+    theirs = recipe.task == "causal-lm" or any(getattr(c, "routes", False) for c in prepared.model.peft_config.values())
     apart = recipe.packing == "rows" and headless is not None and keeps_rows_apart(prepared.model, headless)
     if apart and headless is not None and attend_by_rows(headless.inner) and not keeps_rows_apart(prepared.model, headless):
         attend_as_before(headless.inner)
@@ -376,7 +378,7 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
             if model.training:
                 found = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
                 self.tokens += int(found) * processes()
-            if return_outputs or (headless is None and recipe.task == "causal-lm"):
+            if return_outputs or (headless is None and theirs):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             total, count = headless(model, inputs) if headless is not None else _summed(model, inputs)
             scale = float(num_items_in_batch) if num_items_in_batch is not None else max(count, 1)
@@ -468,8 +470,8 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
         optimizers=(own, None),
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    if headless is not None or recipe.task != "causal-lm":
-        trainer.model_accepts_loss_kwargs = True  # the loss made here counts the labels of all of a step's batches, whatever the model would do
+    if headless is not None or not theirs:
+        trainer.model_accepts_loss_kwargs = True  # the loss made here counts all labels of a step, whatever the model would do
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         headless = None  # the head's weight is in pieces then
     trainer.headless, trainer.steering = headless, steering
