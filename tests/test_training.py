@@ -454,6 +454,15 @@ def test_a_run_whose_loss_is_no_number_ends_there(model_folder: Path, data: Path
     assert {p.name for p in (out / "checkpoints").iterdir()} == {"checkpoint-1", "checkpoint-2"}
 
 
+def test_rows_that_are_left_out_are_said(model_folder: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    data.write_text("".join(json.dumps({"prompt": "the cat " * n, "completion": "sat on"}) + "\n" for n in (1, 2, 20) * 4))
+    for packing, left in (("rows", 4), ("stream", 0)):
+        plan = run(None, _given(model_folder, data, tmp_path / packing, packing=packing, steps=1))["plan"]
+        assert plan["left_out_rows"] == left
+        assert ("4 rows are left out" in capsys.readouterr().err) is bool(left)
+    assert plan["train_rows"]
+
+
 def test_epochs_are_whole_passes_over_the_data(model_folder: Path, data: Path, tmp_path: Path) -> None:
     rows = data.read_text().splitlines(keepends=True)[:9]
     data.write_text("".join(rows))
@@ -779,6 +788,7 @@ def test_fields_of_the_method_come_as_options() -> None:
         ({"method": "trainable_tokens", "method_fields": {}}, "token_indices is empty"),
         ({"out": "DATA/run"}, "data.jsonl' is a file"),
         ({"out": "MODEL"}, "is the model's own folder"),
+        ({"out": "OTHER"}, "holds a model, whose tokenizer"),
         ({"eval_data": "EMPTY"}, "gives nothing to evaluate on"),
     ],
 )
@@ -787,7 +797,8 @@ def test_bad_input_is_one_error_and_writes_nothing(
 ) -> None:
     out = tmp_path / "out"
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
-    places = {"DATA": str(data), "MODEL": str(model_folder), "EMPTY": str(tmp_path / "empty.jsonl")}
+    shutil.copytree(model_folder, tmp_path / "other")
+    places = {"OTHER": str(tmp_path / "other"), "DATA": str(data), "MODEL": str(model_folder), "EMPTY": str(tmp_path / "empty.jsonl")}
     for word, place in places.items():
         change = {k: v.replace(word, place) if isinstance(v, str) else v for k, v in change.items()}
     with pytest.raises(ValueError, match=message):

@@ -251,6 +251,11 @@ def _show(record: dict[str, Any], recipe: Any) -> None:
         + f" on each of {plan['processes']} processes"
         * (plan["processes"] > 1)
     )
+    if plan["left_out_rows"]:
+        _console.print(
+            f"{plan['left_out_rows']:,} rows are left out: within {recipe.length} tokens there is nothing in them to learn. A greater --length takes them in.",
+            style="yellow",
+        )
 
 
 def _report(record: dict[str, Any], recipe: Any) -> None:

@@ -137,6 +137,8 @@ class Recipe:
             yield "out", f"{str(file)!r} is a file; --out names a folder, in folders."
         elif self.out and Path(self.model).is_dir() and Path(self.out).absolute().resolve() == Path(self.model).resolve():
             yield "out", f"{self.out!r} is the model's own folder, which would be read with the adapter from then on. Give another --out."
+        elif self.out and (Path(self.out) / "config.json").exists():
+            yield "out", f"{self.out!r} holds a model, whose tokenizer would be written over. Give another --out."
         if self.out and (Path(self.out) / "adapter_config.json").exists() and not self.resume:
             yield (
                 "out",

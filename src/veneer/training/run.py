@@ -68,6 +68,7 @@ class Prepared:
     train: list[dict[str, Any]]
     held_out: list[dict[str, Any]]
     labels: list[str]
+    left_out: int = 0  # rows of which nothing counts within the length
 
     @functools.cached_property
     def digest(self) -> str:
@@ -83,7 +84,7 @@ def prepare(recipe: Recipe) -> Prepared:
     """
     recipe.check()
     config = recipe.config()
-    tokenizer, train, held_out, labels = _read_data(recipe)
+    tokenizer, train, held_out, labels, left_out = _read_data(recipe)
     torch.manual_seed(recipe.seed)
     model = _load_for([*train, *held_out], recipe, labels, _pad(tokenizer))
     peft = get_peft_model(model, config)
@@ -91,7 +92,7 @@ def prepare(recipe: Recipe) -> Prepared:
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         peft.prepare_model_for_gradient_checkpointing(model)
-    return Prepared(peft, tokenizer, train, held_out, labels)
+    return Prepared(peft, tokenizer, train, held_out, labels, left_out)
 
 
 def read_model(recipe: Recipe, rows: int) -> tuple[Any, Callable[[int], Iterator[dict[str, Tensor]]]]:
@@ -100,7 +101,7 @@ def read_model(recipe: Recipe, rows: int) -> tuple[Any, Callable[[int], Iterator
     Raises:
         ConfigError: for whatever does not fit.
     """
-    tokenizer, train, _, labels = _read_data(recipe)
+    tokenizer, train, _, labels, _ = _read_data(recipe)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.seed)).tolist()[:rows]
     join = collate(_pad(tokenizer))
     model = _load_for([train[i] for i in order], recipe, labels, _pad(tokenizer))
@@ -111,18 +112,24 @@ def _pad(tokenizer: Any) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
 
-def _read_data(recipe: Recipe) -> tuple[Any, list[dict[str, Any]], list[dict[str, Any]], list[str]]:
-    """(tokenizer, training rows, held-out rows, labels)."""
+def _read_data(recipe: Recipe) -> tuple[Any, list[dict[str, Any]], list[dict[str, Any]], list[str], int]:
+    """(tokenizer, training rows, held-out rows, labels, how many rows are left out)."""
     rows = read_rows(recipe.data)
     held = read_rows(recipe.eval_data) if recipe.eval_data else []
     tokenizer = _tokenizer(recipe.model)
+    left_out = 0
     if recipe.task == "causal-lm":
         labels: list[str] = []
         examples = language_examples(rows, tokenizer, recipe.data)
         apart = recipe.packing == "rows"
 
         def rows_of(found: list[Example]) -> list[dict[str, Any]]:
-            return whole(found, recipe.length) if apart else pack(found, recipe.length, _pad(tokenizer))
+            nonlocal left_out
+            if not apart:
+                return pack(found, recipe.length, _pad(tokenizer))
+            kept = whole(found, recipe.length)
+            left_out += len(found) - len(kept)
+            return kept
 
         if held:
             train, held_out = rows_of(examples), rows_of(language_examples(held, tokenizer, str(recipe.eval_data)))
@@ -143,7 +150,7 @@ def _read_data(recipe: Recipe) -> tuple[Any, list[dict[str, Any]], list[dict[str
         )
     if not train:
         raise ConfigError(f"{recipe.data!r} gives no training rows: within {recipe.length} tokens there is none whose prediction counts.")
-    return tokenizer, train, held_out, labels
+    return tokenizer, train, held_out, labels, left_out
 
 
 def _split(rows: list[dict[str, Any]], recipe: Recipe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -281,6 +288,7 @@ def overview(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
         "memory": found.memory,
         "train_rows": len(prepared.train),
         "held_out_rows": len(prepared.held_out),
+        "left_out_rows": prepared.left_out,
         "steps": _steps(recipe, len(prepared.train)),
         "processes": processes(),
     }
