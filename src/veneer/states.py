@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from .checkpoint.keys import Slot, adapter_names, slots
 from .checkpoint.load import config_of
@@ -110,6 +111,7 @@ def load_state(model: nn.Module, optimizer: Optimizer | None, folder: str | os.P
     if optimizer is not None:
         of_methods: dict[str, Any] = {k.removeprefix(_METHODS): m for k, m in held.items() if k.startswith(_METHODS)}
         state["methods"] = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in of_methods.items()}
+    state = tree_map_only(Tensor, _copied, state)  # what is read goes into these, piece by piece, and a file may be damaged
     try:
         with _quiet():
             load(state, checkpoint_id=place)
@@ -128,6 +130,10 @@ def load_state(model: nn.Module, optimizer: Optimizer | None, folder: str | os.P
                 slot.tensor.copy_(state["adapters"][key])
     extra: dict[str, Any] = json.loads((root / CURRENT).read_text(encoding="utf-8"))["extra"]
     return extra
+
+
+def _copied(t: Tensor) -> Tensor:
+    return t.detach().clone()
 
 
 def name_of_current(root: Path) -> str | None:
