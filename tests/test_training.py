@@ -876,6 +876,22 @@ def test_a_recipe_controls_rates_clipping_freezing_and_statistics(model_folder: 
     assert all(on is ("v_proj" not in k) for k, on in moved.items()) and moved
 
 
+def test_gradients_in_float16_are_those_in_float32(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Of a mean over many labels they are too small for float16, those of a head with small weights above all."""
+    folder, found = tmp_path / "small", []
+    shutil.copytree(model_folder, folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    model.model.embed_tokens.weight.data *= 0.02
+    model.save_pretrained(folder)
+    for dtype in ("float32", "float16"):
+        text = f"dtype: {dtype}\nclipping: 1000\nstatistics: 1\naccumulate: 4\nbatch_size: 8\nsteps: 1\n"
+        run(_controlled(folder, data, tmp_path / dtype, text), {})
+        (line,) = [json.loads(line) for line in (tmp_path / dtype / "statistics.jsonl").read_text().splitlines()]
+        loss = json.loads((tmp_path / dtype / "run.json").read_text())["losses"][0]["loss"]
+        found.append([loss, *(m["gradient"] for m in line["layers"].values())])
+    assert found[1] == pytest.approx(found[0], rel=5e-3)
+
+
 def test_layers_are_clipped_in_the_place_of_all_gradients(model_folder: Path, data: Path, tmp_path: Path) -> None:
     """A layer's norm of 1 or more would never be reached after the clipping of all to 1."""
     norms = {}

@@ -375,24 +375,36 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
     pad = _pad(prepared.tokenizer)
     # a method that routes may add to the model's loss
     theirs = recipe.task == "causal-lm" or any(getattr(c, "routes", False) for c in prepared.model.peft_config.values())
+    half = any(p.dtype == torch.float16 for p in prepared.model.parameters())
     apart = recipe.packing == "rows" and headless is not None and keeps_rows_apart(prepared.model, headless)
     if apart and headless is not None and attend_by_rows(headless.inner) and not keeps_rows_apart(prepared.model, headless):
         attend_as_before(headless.inner)
 
     class AdapterTrainer(transformers.Trainer):  # type: ignore[misc]
         tokens = 0  # trained on in this run, without padding; other processes are taken to have as many
+        louder = 1.0  # what the loss is multiplied by for the backward
+
+        def training_step(self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+            if half and not self.is_deepspeed_enabled:  # of a mean over many labels, gradients are too small for float16
+                self.louder = 2.0 ** min(int(num_items_in_batch if num_items_in_batch is not None else 1024).bit_length(), 16)
+            loss = super().training_step(model, inputs, num_items_in_batch) / self.louder
+            if self.louder != 1.0 and self.accelerator.sync_gradients:
+                torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], self.louder)
+            return loss  # type: ignore[no-any-return]
 
         def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
             if model.training:
                 found = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
                 self.tokens += int(found) * processes()
-            if return_outputs or (headless is None and theirs):
+            if return_outputs:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if headless is None and theirs:
+                return super().compute_loss(model, inputs, False, num_items_in_batch) * self.louder
             total, count = headless(model, inputs) if headless is not None else _summed(model, inputs)
             scale = float(num_items_in_batch) if num_items_in_batch is not None else max(count, 1)
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
                 total = total * self.accelerator.num_processes
-            return total / scale
+            return total / scale * self.louder
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             return Shuffled(len(prepared.train), recipe.batch_size * processes(), recipe.seed)
