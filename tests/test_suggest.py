@@ -203,11 +203,12 @@ def test_the_command_writes_a_recipe_that_trains(tmp_path: Path, monkeypatch: py
     assert told.out == recipe.read_text() and "Learning rate" in told.err
     record = run(str(recipe), {"out": str(tmp_path / "out"), "steps": 2})
     assert 700 < record["plan"]["trainable_parameters"] <= 900
-    for wrong in (["--memory", "lots"], ["--search", "gradients"], ["--out", str(tmp_path / "nowhere" / "r.yaml")]):
+    for wrong in (["--memory", "lots"], ["--search", "gradients"], ["--out", str(tmp_path / "nowhere" / "r.yaml")], ["--out", str(recipe)]):
         monkeypatch.setattr("sys.argv", ["veneer", "suggest", "--model", str(model), *wrong])
         with pytest.raises(SystemExit) as done:
             main.main()
         assert done.value.code == 2
+    assert recipe.read_text() == told.out
 
 
 @pytest.mark.slow
