@@ -357,6 +357,13 @@ def test_a_state_that_does_not_fit_says_what_is_missing_and_changes_nothing(tmp_
     with pytest.raises(LoadError, match=r"has shape \(4, 32\) .* and \(8, 32\)"):
         load_state(other, theirs, tmp_path)
     assert all(torch.equal(t, before[k]) for k, t in get_peft_model_state_dict(other).items())
+    same, last = small(4)
+    before = {k: t.clone() for k, t in get_peft_model_state_dict(same).items()}
+    for file in tmp_path.rglob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:-200])  # tensors are read one by one, and the last cannot be
+    with pytest.raises(LoadError, match="could not be read"):
+        load_state(same, last, tmp_path)
+    assert all(torch.equal(t, before[k]) for k, t in get_peft_model_state_dict(same).items())
     with pytest.raises(SaveError, match="no tensors of an adapter"):
         save_state(torch.nn.Linear(2, 2), None, tmp_path / "bare")
     next(p for p in model.parameters() if p.requires_grad)._hp_mapping = None  # what ZeRO-1 and ZeRO-2 leave on every parameter they step

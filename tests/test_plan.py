@@ -246,6 +246,10 @@ def test_the_command_plans_without_weights(folder: Path, tmp_path: Path, monkeyp
     shown = capsys.readouterr().out
     assert _run(monkeypatch, "--model", str(folder), "--method", "prompt-tuning", "--num-virtual-tokens", "3", "--json") == 0
     assert json.loads(capsys.readouterr().out)["memory"]["peak"] > 0  # the step runs, with the loss that the prompt leaves
+    same = ["--lr", "1e-3", "--steps", "5", "--packing", "rows", "--out", str(tmp_path / "out"), "--r", "4"]
+    assert _run(monkeypatch, str(recipe), "--model", str(folder), *same) == 0  # what `veneer train` takes
+    assert _run(monkeypatch, "--model", str(folder), "--warmup", "5") == 2
+    assert "share of the steps" in capsys.readouterr().out
     assert "IA3: hit" in shown and "IA3Config cannot adapt a LlamaRMSNorm" in shown and "GFLOP" in shown
 
 

@@ -112,6 +112,24 @@ def test_a_suggestion_keeps_its_budget_and_trains(search: Any, share: float) -> 
     assert found.seconds_per_step is not None and found.seconds_per_step > 0
 
 
+@pytest.mark.parametrize("name", ["Albert", "Bert", "Llama"])
+@pytest.mark.parametrize("search", ["gradient", "eva", None])
+def test_classifiers_and_layers_that_run_again(name: str, search: Any) -> None:
+    """The head trains whole, so it gets no rank; ALBERT's one layer runs three times."""
+    more = {"embedding_size": 8} if name == "Albert" else {}
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, pad_token_id=0, **more
+    )
+    model = getattr(transformers, f"{name}ForSequenceClassification")(config)
+    batch = {"input_ids": torch.randint(1, 32, (4, 8)), "labels": torch.tensor([0, 1, 1, 0])}
+    for parameters in (None, 900):
+        found = suggest(model, [batch] if search else None, "1GB", search=search or "gradient", parameters=parameters)
+        assert found.plan.ok and {n: h.rank for n, h in found.plan.hits.items()} == found.ranks
+        assert not {"classifier", "score"} & {n.rpartition(".")[2] for n in found.ranks}
+    adapted = veneer.get_peft_model(model, found.config)
+    assert {n for n, p in adapted.named_parameters() if p.requires_grad and "modules_to_save" in n}
+
+
 def test_the_layer_with_the_gradient_gets_the_ranks() -> None:
     net = Net()
     x = torch.randn(64, 24)
@@ -185,11 +203,12 @@ def test_the_command_writes_a_recipe_that_trains(tmp_path: Path, monkeypatch: py
     assert told.out == recipe.read_text() and "Learning rate" in told.err
     record = run(str(recipe), {"out": str(tmp_path / "out"), "steps": 2})
     assert 700 < record["plan"]["trainable_parameters"] <= 900
-    for wrong in (["--memory", "lots"], ["--search", "gradients"], ["--out", str(tmp_path / "nowhere" / "r.yaml")]):
+    for wrong in (["--memory", "lots"], ["--search", "gradients"], ["--out", str(tmp_path / "nowhere" / "r.yaml")], ["--out", str(recipe)]):
         monkeypatch.setattr("sys.argv", ["veneer", "suggest", "--model", str(model), *wrong])
         with pytest.raises(SystemExit) as done:
             main.main()
         assert done.value.code == 2
+    assert recipe.read_text() == told.out
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from veneer.training.attention import attend_as_before, attend_by_rows, rows_of 
 from veneer.training.data import (  # noqa: E402
     Example,
     check_columns,
+    classification_examples,
     collate,
     end_to_end,
     language_examples,
@@ -90,6 +92,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
         ("latin.txt", b"\xff\xfe\xfa", "cannot be read"),
         ("empty.csv", "", "is empty"),
         ("list.jsonl", '{"text": "a"}\n[1, 2]\n', "row 2 has to be a table"),
+        ("broken.parquet", "PAR1", "cannot be read as .parquet"),
     ],
 )
 def test_data_that_cannot_be_read_say_why(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
@@ -105,11 +108,44 @@ def test_data_that_cannot_be_read_say_why(tmp_path: Path, name: str, content: st
         ("mark.jsonl", '\ufeff{"text": "a"}', ["a"]),
         ("mark.txt", "\ufeffa", ["a"]),
         ("numbers.csv", "text\n007\nNone\n1.50\n", ["007", "None", "1.50"]),
+        ("lines.ndjson", '{"text": "a"}\n{"text": "b"}\n', ["a", "b"]),
+        ("LINES.JSONL", '{"text": "a"}\n', ["a"]),
+        ("tabs.tsv", "text\tlabel\na, b\tx\n", ["a, b"]),
     ],
 )
 def test_texts_are_read_as_they_stand(tmp_path: Path, name: str, content: str, texts: list[str]) -> None:
     (tmp_path / name).write_bytes(content.encode())
     assert [r["text"] for r in read_rows(str(tmp_path / name))] == texts
+
+
+def test_parquet_gives_chats_and_whole_numbers(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pandas = pytest.importorskip("pandas")
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "fine yes"}]
+    pandas.DataFrame({"messages": [turns, turns], "label": pandas.array([1, None], dtype="Int64")}).to_parquet(tmp_path / "chat.parquet")
+    rows = read_rows(str(tmp_path / "chat.parquet"))
+    assert rows == [{"messages": turns, "label": 1}, {"messages": turns, "label": None}]
+    assert language_examples(rows, tokenizer, "chat") == language_examples([{"messages": turns}] * 2, tokenizer, "chat")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": 5}, "messages are a list of turns"),
+        ({"text": "the \ud83d cat"}, r"data: row 2: '\\ud83d' in 'the '… is half a character"),
+        ({"text": "the \ud83d cat", "label": "a"}, "half a character"),
+        ({"text": " ", "label": "a"}, "row 2 has no tokens"),
+    ],
+)
+def test_rows_that_no_tokenizer_takes_are_named(row: dict[str, Any], message: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE if "messages" in row else None)
+    good = {"text": "the cat", "label": "a", "messages": [{"role": "user", "content": "a"}]}
+    rows = [{k: good[k] for k in row}, row]
+    with pytest.raises(ConfigError, match=message):
+        if "label" in row:
+            classification_examples(rows, tokenizer, 8, ["a"], "data")
+        else:
+            language_examples(rows, tokenizer, "data")
 
 
 def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
@@ -223,6 +259,32 @@ def test_the_headless_loss_is_the_models_own_or_is_not_used(model_folder: Path) 
         transformers.AutoModelForCausalLM.from_pretrained(model_folder), veneer.LoraConfig(r=2, target_modules=["lm_head"])
     )
     assert HeadlessLoss.of(trained) is None  # a head that trains has to be run
+    shadowed = veneer.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(model_folder),
+        veneer.ShadowConfig(auxiliary_loss_weight=1e-3, task_type="CAUSAL_LM"),  # type: ignore[arg-type]
+    )
+    assert HeadlessLoss.of(shadowed) is None  # whose loss has a part of the shadow's
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "fields"),
+    [
+        ("Phi", {}, {"bias": "all"}),  # the head's bias trains
+        ("Gemma2", {"head_dim": 8, "initializer_range": 0.3}, {}),  # the logits are capped
+        ("Mixtral", {"num_local_experts": 4, "output_router_logits": True}, {}),  # a loss that balances experts
+        ("Granite", {"logits_scaling": 8.0}, None),  # scaling is the same before the head
+    ],
+)
+def test_a_loss_that_is_more_than_heads_is_the_models(name: str, options: dict[str, Any], fields: dict[str, Any] | None) -> None:
+    import veneer
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, **options
+    )
+    adapter = veneer.LoraConfig(r=2, target_modules=["q_proj"], **(fields or {}))
+    model = veneer.get_peft_model(getattr(transformers, f"{name}ForCausalLM")(config), adapter)
+    assert (HeadlessLoss.of(model) is None) is (fields is not None)
 
 
 @pytest.mark.parametrize("by_rows", [False, True])
@@ -347,17 +409,18 @@ def test_a_run_learns_and_leaves_everything_behind(model_folder: Path, data: Pat
         run(None, _given(model_folder, data, out))
 
 
-@pytest.mark.parametrize("method", ["lora", "adalora", "pvera"])
+@pytest.mark.parametrize("method", ["lora", "adalora", "pvera", "p_tuning", "prefix_tuning"])
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(method: str, model_folder: Path, data: Path, tmp_path: Path) -> None:
-    """AdaLoRA is stopped after its first cut of ranks, which files lack, and before its last; PVeRA draws from generators of its own."""
-    import shutil
-
+    """AdaLoRA is stopped after its first cut of ranks, which files lack, and before its last; PVeRA draws from generators of its own; files of
+    prompts that a network makes lack the network."""
     from safetensors.torch import load_file
 
     fields = {
         "lora": {"r": 4},
         "adalora": {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 1, "total_step": 6},
         "pvera": {"r": 4, "generator_seed": 3, "d_initial": 1.0},
+        "p_tuning": {"num_virtual_tokens": 2},
+        "prefix_tuning": {"num_virtual_tokens": 2, "prefix_projection": True},
     }
     given = {"steps": 6, "save_every": 3, "method": method, "method_fields": fields[method]}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -371,6 +434,42 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(method: str, mo
     assert (cut / "adapter_config.json").read_text() == (whole / "adapter_config.json").read_text()  # AdaLoRA's ranks
     a, b = load_file(whole / "adapter_model.safetensors"), load_file(cut / "adapter_model.safetensors")
     assert all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def test_accumulated_batches_count_by_their_labels_whatever_the_model_takes(
+    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma 3 says of itself that its forward takes no count of labels."""
+    shape: dict[str, Any] = {"packing": "rows", "method_fields": {"r": 4}}
+    whole = run(None, _given(model_folder, data, tmp_path / "whole", **shape, batch_size=4))
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "accepts_loss_kwargs", False, raising=False)
+    parts = run(None, _given(model_folder, data, tmp_path / "parts", **shape, batch_size=2, accumulate=2))
+    assert [x["loss"] for x in parts["losses"]] == pytest.approx([x["loss"] for x in whole["losses"]], rel=1e-5)
+
+
+def test_a_run_whose_loss_is_no_number_ends_there(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match=r"Step 3 had a loss of nan.*lower --learning-rate"):
+        run(None, _given(model_folder, data, out, steps=30, learning_rate=1e30, save_every=1))
+    assert {p.name for p in (out / "checkpoints").iterdir()} == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_rows_that_are_left_out_are_said(model_folder: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    data.write_text("".join(json.dumps({"prompt": "the cat " * n, "completion": "sat on"}) + "\n" for n in (1, 2, 20) * 4))
+    for packing, left in (("rows", 4), ("stream", 0)):
+        plan = run(None, _given(model_folder, data, tmp_path / packing, packing=packing, steps=1))["plan"]
+        assert plan["left_out_rows"] == left
+        assert ("4 rows are left out" in capsys.readouterr().err) is bool(left)
+    assert plan["train_rows"]
+
+
+def test_epochs_are_whole_passes_over_the_data(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    rows = data.read_text().splitlines(keepends=True)[:9]
+    data.write_text("".join(rows))
+    shape: dict[str, Any] = {"steps": None, "packing": "rows", "eval_fraction": 0.0}
+    assert run(None, _given(model_folder, data, tmp_path / "a", **shape, epochs=3, batch_size=8))["plan"]["steps"] == 6
+    assert run(None, _given(model_folder, data, tmp_path / "b", **shape, epochs=2, batch_size=2, accumulate=2))["plan"]["steps"] == 6
+    assert run(None, _given(model_folder, data, tmp_path / "c", **shape, epochs=0.2))["plan"]["steps"] == 1
 
 
 def test_a_run_goes_on_from_the_last_whole_checkpoint(model_folder: Path, data: Path, tmp_path: Path) -> None:
@@ -395,6 +494,57 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint(model_folder: Path, data: 
         run(None, other)
     with pytest.raises(ValueError, match="lora_alpha is 64"):
         run(None, {**other, "resume_anyway": True})
+
+
+def test_an_interrupted_run_ends_with_its_step_and_goes_on_as_it_was(
+    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the midst of a step dropout has drawn, and gradients of some batches are there: a checkpoint of that would go on otherwise."""
+    import os
+    import signal
+
+    full = run(None, _given(model_folder, data, tmp_path / "whole", accumulate=2))
+    given, called = _given(model_folder, data, tmp_path / "cut", accumulate=2, save_every=2), [0, 0]
+    loss = HeadlessLoss.__call__
+
+    def interrupting(self: HeadlessLoss, model: Any, batch: dict[str, Tensor]) -> Any:
+        out = loss(self, model, batch)
+        called[0] += model.training
+        if model.training and called[1] <= called[0] <= 6:  # of the third step's two batches
+            os.kill(os.getpid(), signal.SIGINT)
+        return out
+
+    monkeypatch.setattr(HeadlessLoss, "__call__", interrupting)
+    before = signal.getsignal(signal.SIGINT)
+    for first, step in ((5, 2), (6, 3)):  # twice, it ends at once
+        called[:] = [0, first]
+        shutil.rmtree(tmp_path / "cut", ignore_errors=True)
+        with pytest.raises(KeyboardInterrupt):
+            run(None, given)
+        assert signal.getsignal(signal.SIGINT) is before
+        found = Recipe(model="", data="", out=given["out"]).checkpoint()
+        assert found is not None and found[1] == step
+        called[0] = -100
+        assert run(None, {**given, "resume": True})["losses"] == full["losses"]
+
+
+def test_a_run_that_went_on_and_lacks_its_end_is_brought_to_it(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Killed after its last checkpoint, or between the adapter and the record: what an earlier run left is not its end."""
+    from safetensors.torch import load_file
+
+    out, kept, names = tmp_path / "out", tmp_path / "kept", ("adapter_model.safetensors", "adapter_config.json", "run.json")
+    given = _given(model_folder, data, out, save_every=3)
+    run(None, {**given, "steps": 3})
+    shutil.copytree(out, kept)
+    full = run(None, {**given, "resume": True})
+    want = {k: v.clone() for k, v in load_file(out / names[0]).items()}  # out of the file, which is written over
+    for left in (names, names[2:]):
+        for name in left:
+            shutil.copy(kept / name, out / name)
+        last = run(None, {**given, "resume": True})
+        assert (last["losses"], last["after"], last["resumed_at"]) == (full["losses"], full["after"], 6)
+        found = load_file(out / names[0])
+        assert all(torch.equal(v, found[k]) for k, v in want.items())
 
 
 def test_a_run_that_was_started_otherwise_goes_on_only_where_that_is_meant(model_folder: Path, data: Path, tmp_path: Path) -> None:
@@ -478,6 +628,23 @@ def test_a_decoder_classifies_without_a_padding_token(model_folder: Path, tmp_pa
     assert run(None, given)["after"]["accuracy"] == 1.0
 
 
+def test_a_shadow_classifier_trains_its_head(model_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    data, found = tmp_path / "data.jsonl", []
+    data.write_text(
+        "".join(json.dumps({"text": t, "label": len(t)}) + "\n" for t in ["the cat sat", "hello how are you"] * 8), encoding="utf-8"
+    )
+    for steps in (1, 4):
+        out = tmp_path / str(steps)
+        given = _given(
+            model_folder, data, out, task="sequence-classification", steps=steps, method="shadow", method_fields={}, accumulate=2
+        )
+        run(None, given)
+        found.append({k: v for k, v in load_file(out / "adapter_model.safetensors").items() if "shadow_head" in k})
+    assert found[0] and any(not torch.equal(v, found[1][k]) for k, v in found[0].items())
+
+
 def test_classification_trains_a_head_that_is_saved(tokenizer: Any, tmp_path: Path) -> None:
     folder, data = tmp_path / "bert", tmp_path / "data.csv"
     torch.manual_seed(0)
@@ -494,10 +661,14 @@ def test_classification_trains_a_head_that_is_saved(tokenizer: Any, tmp_path: Pa
         _given(folder, data, out, task="sequence-classification", eval_data=str(data), steps=80, batch_size=8, method_fields={"r": 4}),
     )
     assert record["after"]["accuracy"] == 1.0
+    assert json.loads((out / "run.json").read_text())["labels"] == ["cat", "dog"]  # what the head's numbers mean
     from safetensors import safe_open
 
     with safe_open(out / "adapter_model.safetensors", "pt") as f:
         assert any("classifier" in k for k in f.keys())  # noqa: SIM118  no mapping
+    data.write_text("text,label\nthe cat,a\nthe dog,b\nthe mat,c\n")
+    with pytest.raises(ConfigError, match="another number of labels than the 3 of the data"):
+        run(None, _given(folder, data, tmp_path / "other", task="sequence-classification"))
 
 
 @pytest.mark.parametrize("storage", ["nf4", "torchao-int8", "quanto-int8"])
@@ -547,6 +718,23 @@ def test_quantising_needs_a_known_storage_and_its_library(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("method", "fields", "where"),
+    [
+        ("lora", {}, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ("ln_tuning", {}, {"input_layernorm", "post_attention_layernorm", "norm"}),
+        ("trainable_tokens", {"token_indices": [1, 2]}, {"embed_tokens", "lm_head"}),
+        ("adaption_prompt", {"adapter_len": 2, "adapter_layers": 1}, {"self_attn"}),
+        ("shadow", {}, {"0", "1"}),
+    ],
+)
+def test_methods_act_in_their_own_place(
+    method: str, fields: dict[str, Any], where: set[str], model_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    given = _given(model_folder, data, tmp_path / "out", method=method, method_fields=fields, steps=1)
+    assert set(run(None, given)["plan"]["modules"]) == where
+
+
 def test_the_recipe_file_and_the_command_line_together(model_folder: Path, data: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {model_folder}\ndata: {data}\nsteps: 2\nbatch_size: 2\nlength: 8\nmethod: ia3\n", encoding="utf-8")
@@ -565,6 +753,8 @@ def test_fields_of_the_method_come_as_options() -> None:
     }  # fmt: skip
     with pytest.raises(ConfigError, match="stray"):
         method_fields(["stray"])
+    assert method_fields(["--target-modules", r"[qv]_proj", "--a", "*x"]) == {"target_modules": "[qv]_proj", "a": "*x"}
+    assert Recipe(method_fields=method_fields(["--lora-dropout", "1e-1"])).config().lora_dropout == 0.1  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -575,6 +765,8 @@ def test_fields_of_the_method_come_as_options() -> None:
         ({"task": "causal-ml"}, "causal-lm"),
         ({"method": "lorra"}, "lora"),
         ({"method_fields": {"rank": 3}}, "has no field 'rank'"),
+        ({"method_fields": {"leanring_rate": 3}}, "Did you mean 'learning_rate'"),
+        ({"method_fields": {"lora_dropout": "high"}}, "lora_dropout"),
         ({"method_fields": {"target_modules": ["q_prj"]}}, "q_prj"),
         ({"batch_size": 0}, "batch_size has to be positive"),
         ({"eval_fraction": 1.5}, "eval_fraction"),
@@ -596,6 +788,7 @@ def test_fields_of_the_method_come_as_options() -> None:
         ({"method": "trainable_tokens", "method_fields": {}}, "token_indices is empty"),
         ({"out": "DATA/run"}, "data.jsonl' is a file"),
         ({"out": "MODEL"}, "is the model's own folder"),
+        ({"out": "OTHER"}, "holds a model, whose tokenizer"),
         ({"eval_data": "EMPTY"}, "gives nothing to evaluate on"),
     ],
 )
@@ -604,7 +797,8 @@ def test_bad_input_is_one_error_and_writes_nothing(
 ) -> None:
     out = tmp_path / "out"
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
-    places = {"DATA": str(data), "MODEL": str(model_folder), "EMPTY": str(tmp_path / "empty.jsonl")}
+    shutil.copytree(model_folder, tmp_path / "other")
+    places = {"OTHER": str(tmp_path / "other"), "DATA": str(data), "MODEL": str(model_folder), "EMPTY": str(tmp_path / "empty.jsonl")}
     for word, place in places.items():
         change = {k: v.replace(word, place) if isinstance(v, str) else v for k, v in change.items()}
     with pytest.raises(ValueError, match=message):
@@ -682,6 +876,34 @@ def test_a_recipe_controls_rates_clipping_freezing_and_statistics(model_folder: 
     assert all(on is ("v_proj" not in k) for k, on in moved.items()) and moved
 
 
+def test_gradients_in_float16_are_those_in_float32(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Of a mean over many labels they are too small for float16, those of a head with small weights above all."""
+    folder, found = tmp_path / "small", []
+    shutil.copytree(model_folder, folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    model.model.embed_tokens.weight.data *= 0.02
+    model.save_pretrained(folder)
+    for dtype in ("float32", "float16"):
+        text = f"dtype: {dtype}\nclipping: 1000\nstatistics: 1\naccumulate: 4\nbatch_size: 8\nsteps: 1\n"
+        run(_controlled(folder, data, tmp_path / dtype, text), {})
+        (line,) = [json.loads(line) for line in (tmp_path / dtype / "statistics.jsonl").read_text().splitlines()]
+        loss = json.loads((tmp_path / dtype / "run.json").read_text())["losses"][0]["loss"]
+        found.append([loss, *(m["gradient"] for m in line["layers"].values())])
+    assert found[1] == pytest.approx(found[0], rel=5e-3)
+
+
+def test_layers_are_clipped_in_the_place_of_all_gradients(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    """A layer's norm of 1 or more would never be reached after the clipping of all to 1."""
+    norms = {}
+    for norm in (0.5, 1e3):
+        out = tmp_path / str(norm)
+        text = f"method_fields: {{init_lora_weights: false, lora_alpha: 400}}\nclipping: {norm}\nstatistics: 1\n"
+        run(_controlled(model_folder, data, out, text), {})
+        lines = [json.loads(line) for line in (out / "statistics.jsonl").read_text().splitlines()]
+        norms[norm] = max(m["gradient"] for m in lines[0]["layers"].values())
+    assert norms[0.5] == pytest.approx(0.5, rel=1e-3) and norms[1e3] > 1.5
+
+
 @pytest.mark.parametrize("optimizer", ["loraplus", "lorafa", "riemannian"])
 def test_a_recipe_names_pefts_optimizers(optimizer: str, model_folder: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -696,14 +918,27 @@ def test_controls_go_on_where_a_run_was_cut(model_folder: Path, data: Path, tmp_
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run(_controlled(model_folder, data, whole, text), {})
     run(_controlled(model_folder, data, cut, text), {})
-    import shutil
-
     shutil.rmtree(cut / "checkpoints" / "checkpoint-6")
     for name in ("adapter_model.safetensors", "adapter_config.json", "run.json"):
         (cut / name).unlink()
+    with (cut / "statistics.jsonl").open("a") as f:
+        f.write('{"step": 7, "layers": {"mod')  # killed there
     run(_controlled(model_folder, data, cut, text), {"resume": True})
+    lines = [[json.loads(line) for line in (out / "statistics.jsonl").read_text().splitlines()] for out in (whole, cut)]
+    assert lines[0] == lines[1] and [x["step"] for x in lines[1]] == [1, 2, 3, 4, 5, 6]
     a, b = load_file(whole / "adapter_model.safetensors"), load_file(cut / "adapter_model.safetensors")
     assert all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def test_of_several_processes_one_writes_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import veneer
+    from veneer.training.controls import controls_of
+
+    model = veneer.get_peft_model(nn.Sequential(nn.Linear(4, 4)), veneer.LoraConfig(target_modules=["0"]))
+    for rank, wanted in (("0", tmp_path / "statistics.jsonl"), ("1", None)):
+        monkeypatch.setenv("RANK", rank)
+        (statistics,) = controls_of(Recipe(out=str(tmp_path), statistics=1), model)
+        assert statistics.json_path == wanted  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
@@ -112,7 +112,7 @@ def load_state(model: nn.Module, optimizer: Optimizer | None, folder: str | os.P
     if optimizer is not None:
         of_methods: dict[str, Any] = {k.removeprefix(_METHODS): m for k, m in held.items() if k.startswith(_METHODS)}
         state["methods"] = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in of_methods.items()}
-    state = tree_map_only(torch.Tensor, _copied, state)  # the model's own would be written one by one, until a file is found to be damaged
+    state = tree_map_only(Tensor, _copied, state)  # what is read goes into these, piece by piece, and a file may be damaged
     try:
         with _quiet():
             load(state, checkpoint_id=place)
@@ -181,7 +181,7 @@ def _slots(model: nn.Module) -> dict[str, Slot]:
 
 def _copied(t: Any) -> Any:
     """A copy in memory of its own. FSDP1's pieces (ShardedTensor) know no `clone`."""
-    return copy.deepcopy(t) if hasattr(t, "local_shards") else t.clone()
+    return copy.deepcopy(t) if hasattr(t, "local_shards") else t.detach().clone()
 
 
 def _apart(slot: Slot) -> bool:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..errors import PeftError
 from .say import aside, on_stdout, refuse
-from .train import method_fields
+from .train import method_fields, options
 
 
 def plan(
@@ -32,9 +32,14 @@ def plan(
 ) -> None:
     """Before anything trains: each module hit and missed and why, parameters, work, memory, and every problem at once."""
     given = {k: v for k, v in locals().items() if k not in ("context", "config", "every_module", "as_json")}
+    words = list(context.args)
+    if config is None and words and not words[0].startswith("--"):  # as `veneer train` takes a recipe
+        config = words.pop(0)
     try:
+        fields = method_fields(words)
+        given |= {name: fields.pop(word) for word, name in options().items() if word in fields}
         with aside():
-            found = run(config, {**given, "method_fields": method_fields(list(context.args))})
+            found = run(config, {**given, "method_fields": fields})
     except PeftError as e:
         refuse("plan", e)
     if as_json:

@@ -30,6 +30,8 @@ def suggest(
     try:
         if out is not None and (Path(out).is_dir() or not Path(out).absolute().parent.is_dir()):
             raise ConfigError(f"--out {out!r} is no file in a folder that is there.")
+        if out is not None and Path(out).exists():
+            raise ConfigError(f"--out {out!r} is there already, and is not overwritten. Give another name.")
         if batches < 1:
             raise ConfigError(f"--batches is 1 or more, got {batches}.")
         with aside():

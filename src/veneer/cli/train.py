@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from typing import Annotated, Any
@@ -80,9 +84,18 @@ def method_fields(words: list[str]) -> dict[str, Any]:
         if not has and i + 1 < len(words) and not words[i + 1].startswith("--"):
             i += 1
             has, value = "=", words[i]
-        fields[name.replace("-", "_")] = yaml.safe_load(value) if has else True
+        try:
+            fields[name.replace("-", "_")] = yaml.safe_load(value) if has else True
+        except yaml.YAMLError:  # a regular expression, such as [qv]_proj
+            fields[name.replace("-", "_")] = value
         i += 1
     return fields
+
+
+def options() -> dict[str, str]:
+    """The options of `veneer train` as they are written, with _ for -, and the fields of a recipe that they give."""
+    names = [name for name in inspect.signature(train).parameters if name not in ("context", "recipe")]
+    return {"lr": "learning_rate", **{name: name for name in names}}
 
 
 def run(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -105,11 +118,12 @@ def run(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
     prepared = room.prepare(recipe)
     record = room.new_record(prepared, recipe)
     steps = record["plan"]["steps"]
-    if at > steps or (at == steps and os.path.exists(os.path.join(recipe.out, "adapter_config.json"))):
+    if at > steps or at == steps == room.ended(recipe):
         raise ConfigError(f"--resume: {checkpoint!r} is {at} steps on, and the recipe asks for {steps}. Give more --steps to train on.")
     if checkpoint is not None:
         room.check_resumed(prepared, recipe, checkpoint)
         record["losses"], record["resumed_at"] = room.losses_of(checkpoint), at
+    room.forget_after(recipe, at)
     watcher = _watcher(record)
     trainer = watcher.trainer = room.make_trainer(prepared, recipe, [watcher])
     first = trainer.is_world_process_zero()
@@ -118,15 +132,11 @@ def run(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
     record["before"] = room.evaluate(trainer, recipe)
     started = time.perf_counter()
     with watcher.shown(first):
-        try:
-            if at < steps:
+        if at < steps:
+            with watcher.ending_steps():
                 trainer.train(resume_from_checkpoint=checkpoint)
-            else:  # it was cut off between its last step and its end
-                trainer._load_from_checkpoint(checkpoint)
-        except KeyboardInterrupt:
-            if processes() == 1 and trainer.state.global_step:  # several may not all have come as far
-                trainer._save_checkpoint(trainer.model, trial=None)
-            raise
+        else:  # it was cut off between its last step and its end
+            trainer._load_from_checkpoint(checkpoint)
     record["seconds"] = time.perf_counter() - started
     record["after"] = room.evaluate(trainer, recipe)
     record["tokens_per_second"] = trainer.tokens / max(record["seconds"], 1e-9)
@@ -162,6 +172,7 @@ def _watcher(record: dict[str, Any]) -> Any:
             self.task: Any = None
             self.trainer: Any = None
             self.since = time.perf_counter()
+            self.interrupted = False
 
         @contextmanager
         def shown(self, show: bool) -> Any:
@@ -173,6 +184,32 @@ def _watcher(record: dict[str, Any]) -> Any:
                 self.task = self.bar.add_task("", total=None)
                 yield
 
+        @contextmanager
+        def ending_steps(self) -> Any:
+            """Within the block, Ctrl-C ends the training with the step under way, and a checkpoint of it: what the midst of a step leaves is none to go on
+            from. Again, it ends at once, as it does on several processes, which may not all have come as far."""
+            before = signal.getsignal(signal.SIGINT)
+            if processes() > 1 or threading.current_thread() is not threading.main_thread() or before in (None, signal.SIG_IGN):
+                yield
+                return
+
+            def first(*_: Any) -> None:
+                self.interrupted = True
+                signal.signal(signal.SIGINT, before)
+                _console.print("Interrupted. The step is brought to its end and saved; Ctrl-C again ends at once.", style="yellow")
+
+            signal.signal(signal.SIGINT, first)
+            try:
+                yield
+            finally:
+                signal.signal(signal.SIGINT, before)
+            if self.interrupted:
+                raise KeyboardInterrupt
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.interrupted:
+                control.should_save = control.should_training_stop = True
+
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.since = time.perf_counter()
             if self.bar is not None:
@@ -181,6 +218,11 @@ def _watcher(record: dict[str, Any]) -> Any:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if not logs or "loss" not in logs:
                 return
+            if not all(math.isfinite(logs.get(name) or 0.0) for name in ("loss", "grad_norm")):
+                raise ConfigError(
+                    f"Step {state.global_step} had a loss of {logs['loss']} and a gradient of norm {logs.get('grad_norm')}, so the adapter is spoilt and the "
+                    "run ends here. Take a lower --learning-rate, or where the dtype is float16 --dtype bfloat16 or float32. Checkpoints from before stay."
+                )
             record["losses"].append({"step": state.global_step, "loss": logs["loss"], "learning_rate": logs.get("learning_rate")})
             if self.bar is not None:
                 speed = self.trainer.tokens / max(time.perf_counter() - self.since, 1e-9)
@@ -209,6 +251,11 @@ def _show(record: dict[str, Any], recipe: Any) -> None:
         + f" on each of {plan['processes']} processes"
         * (plan["processes"] > 1)
     )
+    if plan["left_out_rows"]:
+        _console.print(
+            f"{plan['left_out_rows']:,} rows are left out: within {recipe.length} tokens there is nothing in them to learn. A greater --length takes them in.",
+            style="yellow",
+        )
 
 
 def _report(record: dict[str, Any], recipe: Any) -> None:

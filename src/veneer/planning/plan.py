@@ -281,7 +281,7 @@ def _runner(shape: Any, rows: int, length: int, loss: Any) -> Callable[[], Tenso
         inner: Any = _root(shape)
         head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
         path = next((n for n, m in inner.named_modules() if m is head), "")
-        if type(head) is not nn.Linear or not path or head.weight.requires_grad:
+        if type(head) is not nn.Linear or not path or any(p.requires_grad for p in head.parameters()):
             return _own(shape, ids)
         headless = HeadlessLoss(inner, path)
         if any(c.is_prompt_learning for c in getattr(shape, "peft_config", {}).values()):

@@ -32,7 +32,6 @@ def layer_spectra(
     found: dict[str, list[Tensor]] = {n: [] for n in layers}
     tokens = 0
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    inputs: dict[str, Tensor] = {}
     mask: list[Tensor | None] = [None]
     generator = torch.Generator().manual_seed(0)
 
@@ -55,8 +54,8 @@ def layer_spectra(
             if search == "eva":
                 found[name].append(_shares(x, k))
                 return
-            inputs[name] = x
-            output.register_hook(lambda g: found[name].append(_sketch(rows(g), inputs.pop(name), k, generator)))
+            held = [x]  # of this call: the layer may be called again before anything comes back
+            output.register_hook(lambda g: found[name].append(_sketch(rows(g), held.pop(), k, generator)))
 
         return hook
 

@@ -106,15 +106,15 @@ def suggest(
     if search not in known:
         raise ConfigError(f"Unknown search {search!r}: {' or '.join(known)}.{hint(search, known)}")
     reasons: list[str] = []
-    layers = _linear_layers(model)
-    costs = {n: sum(_sides(m)) for n, m in layers.items()}
-    budget = parameters if parameters is not None else 8 * sum(costs.values())
-    if budget < min(costs.values()):
-        raise ConfigError(f"parameters={budget} are too few: one rank on the smallest linear layer takes {min(costs.values())}.")
     kind = type(model).__name__
     task_type = task_type or (
         "CAUSAL_LM" if "CausalLM" in kind or "LMHead" in kind else "SEQ_CLS" if "SequenceClassification" in kind else None
     )
+    layers = _linear_layers(model, task_type)
+    costs = {n: sum(_sides(m)) for n, m in layers.items()}
+    budget = parameters if parameters is not None else 8 * sum(costs.values())
+    if budget < min(costs.values()):
+        raise ConfigError(f"parameters={budget} are too few: one rank on the smallest linear layer takes {min(costs.values())}.")
     seen = list(itertools.islice(data, batches)) if data is not None else []
     if data is not None and not seen:
         raise ConfigError("The data give no batch.")
@@ -178,9 +178,12 @@ def _bytes(memory: str | float) -> int:
     return int(memory)
 
 
-def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+def _linear_layers(model: nn.Module, task_type: Any) -> dict[str, nn.Module]:
+    """Those that LoRA on all linear layers would adapt: a classifier's head trains whole."""
     try:
-        found = select(model, LoraConfig(target_modules="all-linear"), supports=lambda m: supported(m) == "linear").modules
+        found = select(
+            model, LoraConfig(target_modules="all-linear", task_type=task_type), supports=lambda m: supported(m) == "linear"
+        ).modules
     except PeftError as e:
         raise ConfigError(f"There is nothing to suggest for this model: {e}") from e
     return dict(found)
@@ -218,7 +221,7 @@ def _fit(model: nn.Module, config: LoraConfig, room: int, length: int, seen: lis
     """The storage, the batch and the checkpointing that fit."""
     usable = int(_SPARE * room)
     weights = held(model)
-    linear: list[Any] = [m for m in _linear_layers(model).values() if codec_for(m).plain]
+    linear: list[Any] = [m for m in _linear_layers(model, config.task_type).values() if codec_for(m).plain]
     packed = weights - sum(int(m.weight.nbytes - m.weight.numel() * _NF4) for m in linear)
     loss: Any = _loss_of(model, seen)
     known: dict[tuple[int, bool], Plan] = {}

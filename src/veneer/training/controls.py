@@ -22,10 +22,12 @@ from ..control.freezing import read_phases
 from ..control.statistics import LayerStatistics
 from ..errors import ConfigError, hint
 from ..optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
+from .processes import is_first
 
 if TYPE_CHECKING:
     from .recipe import Recipe
 
+STATISTICS = "statistics.jsonl"
 _ADAM = ("betas", "eps", "amsgrad", "fused")
 OPTIMIZERS: Mapping[str, Sequence[str]] = {
     "adamw": _ADAM,
@@ -153,6 +155,7 @@ def controls_of(recipe: Recipe, model: Any) -> list[Control]:
         out.append(LayerClipping(model, **clipping))
     statistics = _statistics(recipe)
     if statistics is not None:
-        board = str(Path(recipe.out) / "tensorboard") if statistics["tensorboard"] else None
-        out.append(LayerStatistics(model, statistics["every"], json_path=Path(recipe.out) / "statistics.jsonl", tensorboard=board))
+        place = Path(recipe.out)  # of several processes, which measure the same, one writes
+        board = str(place / "tensorboard") if statistics["tensorboard"] and is_first() else None
+        out.append(LayerStatistics(model, statistics["every"], json_path=place / STATISTICS if is_first() else None, tensorboard=board))
     return out

@@ -14,21 +14,21 @@ from torch import Tensor
 from ..errors import ConfigError, hint
 
 Row = dict[str, Any]
-_ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".md")
+_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
 _UTF8 = "utf-8-sig"  # a mark at the beginning is no text
 
 
 def read_rows(source: str) -> list[Row]:
     """The rows of a file, of all files in a folder, or of a data set on the Hub (`datasets` reads it).
 
-    jsonl, csv and parquet give their columns; a text file is one row with the column `text`.
+    jsonl (ndjson), json, csv, tsv and parquet, in any case, give their columns; any other file is one row with the column `text`.
 
     Raises:
         ConfigError: if there is nothing there, it cannot be read, or it is empty.
     """
     path = Path(source)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in _ENDINGS)
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in _ENDINGS)
         if not files:
             raise ConfigError(f"The folder {source!r} holds no data: none of its files ends in {', '.join(_ENDINGS)}.")
         return [row for f in files for row in read_rows(str(f))]
@@ -47,7 +47,8 @@ def read_rows(source: str) -> list[Row]:
 
 
 def _read(path: Path) -> list[Row]:
-    if path.suffix == ".jsonl":
+    ending = path.suffix.lower()
+    if ending in (".jsonl", ".ndjson"):
         rows = []
         for i, line in enumerate(
             path.read_text(encoding=_UTF8).split("\n"), 1
@@ -58,16 +59,21 @@ def _read(path: Path) -> list[Row]:
                 except json.JSONDecodeError as e:
                     raise ValueError(f"line {i}: {e}") from e
         return rows
-    if path.suffix == ".json":
+    if ending == ".json":
         found = json.loads(path.read_text(encoding=_UTF8))
         return list(found) if isinstance(found, list) else [found]
-    if path.suffix in (".csv", ".parquet"):
+    if ending in (".csv", ".tsv", ".parquet") and path.stat().st_size == 0:
+        return []
+    if ending == ".parquet":
+        from pyarrow import parquet
+
+        table: list[Row] = parquet.read_table(path).to_pylist()  # pandas makes arrays of lists, and 1.0 of 1 beside a missing one
+        return table
+    if ending in (".csv", ".tsv"):
         import pandas
 
-        if path.stat().st_size == 0:
-            return []
         as_written: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_values": [""]}  # "007" and "None" are texts, too
-        frame = pandas.read_csv(path, **as_written) if path.suffix == ".csv" else pandas.read_parquet(path)
+        frame = pandas.read_csv(path, sep="," if ending == ".csv" else "\t", **as_written)
         out: list[Row] = frame.to_dict("records")
         return out
     text = path.read_text(encoding=_UTF8)
@@ -75,7 +81,7 @@ def _read(path: Path) -> list[Row]:
 
 
 def _from_hub(name: str) -> list[Row]:
-    if "/" not in name or name.startswith((".", "/", "~")) or Path(name).suffix in _ENDINGS:
+    if "/" not in name or name.startswith((".", "/", "~")) or Path(name).suffix.lower() in _ENDINGS:
         raise ConfigError(
             f"There is no file or folder {name!r}.{hint(name, [str(p) for p in Path(name).parent.glob('*')] if Path(name).parent.is_dir() else [])}"
         )
@@ -137,6 +143,7 @@ def language_examples(rows: Sequence[Row], tokenizer: Any, source: str) -> list[
         for name in columns:
             if not isinstance(row[name], str):
                 raise ConfigError(f"{where} has no text in the column {name!r}, but {str(row[name])[:40]}. Write it in quotes.")
+            _check_whole(row[name], where)
         if columns == ["text"]:
             ids = tokenizer(row["text"], add_special_tokens=True)["input_ids"] + end
             out.append(Example(ids, [True] * len(ids)))
@@ -150,12 +157,22 @@ def language_examples(rows: Sequence[Row], tokenizer: Any, source: str) -> list[
     return out
 
 
+def _check_whole(text: str, where: str) -> None:
+    """Raise ConfigError for half a character, which JSON can write and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ConfigError(
+            f"{where}: {text[e.start]!r} in {text[max(e.start - 20, 0) : e.start]!r}… is half a character. Take it out."
+        ) from None
+
+
 def _chat(messages: Any, tokenizer: Any, where: str) -> list[Example]:
     """One example; more where the template writes an earlier turn otherwise once others follow: then each turn stands as the model is to say it.
 
     Only beginnings that end before or after a turn of the assistant are asked of the template: it may refuse others.
     """
-    if isinstance(messages, str) or not all(isinstance(turn, Mapping) and "role" in turn for turn in messages):
+    if not isinstance(messages, (list, tuple)) or not all(isinstance(turn, Mapping) and "role" in turn for turn in messages):
         raise ConfigError(f"{where}: messages are a list of turns with `role` and `content`, not {str(messages)[:60]!r}.")
     out: list[Example] = []
     for i, turn in enumerate(messages):
@@ -210,7 +227,12 @@ def classification_examples(rows: Sequence[Row], tokenizer: Any, length: int, na
     unknown = sorted({str(r["label"]) for r in rows} - set(number))
     if unknown:
         raise ConfigError(f"{source}: the label {unknown[0]!r} does not occur in the training data, which have {list(names)[:12]}.")
+    for i, r in enumerate(rows, 1):
+        _check_whole(str(r["text"]), f"{source}: row {i}")
     texts = tokenizer([str(r["text"]) for r in rows], truncation=True, max_length=length)["input_ids"]
+    empty = next((i for i, ids in enumerate(texts, 1) if not ids), None)
+    if empty is not None:
+        raise ConfigError(f"{source}: row {empty} has no tokens in the column 'text': {str(rows[empty - 1]['text'])[:40]!r}. Leave it out.")
     return [{"input_ids": t, "labels": number[str(r["label"])]} for t, r in zip(texts, rows, strict=True)]
 
 

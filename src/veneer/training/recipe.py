@@ -13,6 +13,7 @@ from typing import Any
 from ..config import PeftConfig
 from ..errors import ConfigError, hint
 from ..method import config_class, load_methods
+from ..planning.problems import build
 from .controls import problems_of
 from .quantise import check_storage
 
@@ -136,6 +137,8 @@ class Recipe:
             yield "out", f"{str(file)!r} is a file; --out names a folder, in folders."
         elif self.out and Path(self.model).is_dir() and Path(self.out).absolute().resolve() == Path(self.model).resolve():
             yield "out", f"{self.out!r} is the model's own folder, which would be read with the adapter from then on. Give another --out."
+        elif self.out and (Path(self.out) / "config.json").exists():
+            yield "out", f"{self.out!r} holds a model, whose tokenizer would be written over. Give another --out."
         if self.out and (Path(self.out) / "adapter_config.json").exists() and not self.resume:
             yield (
                 "out",
@@ -166,8 +169,12 @@ class Recipe:
         known = {f.name for f in dataclasses.fields(cls) if f.init}
         for key in values:
             if key not in known:
-                raise ConfigError(f"{cls.__name__} has no field {key!r}.{hint(key, known)}")
-        return cls(**values)
+                options = {f.name for f in dataclasses.fields(self)}
+                raise ConfigError(f"{cls.__name__} has no field {key!r}.{hint(key, known | options)}")
+        try:
+            return cls(**values)
+        except TypeError as e:  # text where a number belongs
+            raise ConfigError("; ".join(str(p) for p in build(cls, values)[1]) or f"{cls.__name__}: {e}") from e
 
     def fields(self) -> tuple[type[PeftConfig], dict[str, Any]]:
         """The method's config class, and the values for it, known fields or not.
@@ -181,14 +188,24 @@ class Recipe:
             raise ConfigError(f"Unknown method {self.method!r}. There are {', '.join(sorted(names))}.{hint(name, names)}")
         cls = config_class(names[name])
         known = {f.name: f for f in dataclasses.fields(cls) if f.init}
-        values: dict[str, Any] = {"target_modules": "all-linear"} if "target_modules" in known else {}
+        anywhere = "target_modules" in known and "linear" in getattr(cls, "kinds", ()) and not hasattr(cls, "default_targets")
+        values: dict[str, Any] = {"target_modules": "all-linear"} if anywhere else {}  # others know their place: norms, tokens, blocks
         for key, value in self.method_fields.items():
-            values[key.replace("-", "_")] = value
+            name = key.replace("-", "_")
+            values[name] = _number(value) if name in known and type(known[name].default) in (int, float) else value
         if "lora_alpha" in known and "lora_alpha" not in values and isinstance(values.get("r"), int):
             values["lora_alpha"] = values["r"]
         if isinstance(values.get("target_modules"), str) and "," in values["target_modules"]:
             values["target_modules"] = [t.strip() for t in values["target_modules"].split(",")]
         return cls, {**values, "task_type": TASKS.get(self.task)}
+
+
+def _number(value: Any) -> Any:
+    """The number that text says, if it does: YAML reads 1e-3 as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def read_recipe(path: str | None, given: Mapping[str, Any]) -> Recipe:

@@ -31,15 +31,16 @@ from ..mapping import get_peft_model
 from ..model import PeftModel
 from ..planning import plan
 from .attention import attend_as_before, attend_by_rows
-from .controls import controls_of, optimizer_of, rate_groups
+from .controls import STATISTICS, controls_of, optimizer_of, rate_groups
 from .data import Example, classification_examples, collate, end_to_end, language_examples, pack, read_rows, whole
 from .loss import HeadlessLoss, keeps_rows_apart
-from .processes import Filled, Shuffled, filled, processes
+from .processes import Filled, Shuffled, filled, is_first, processes
 from .quantise import storage
 from .recipe import Recipe
 
-# in a checkpoint of the Trainer: what methods remember from step to step, and the ranks that a file lacks
+# in a checkpoint of the Trainer: what methods remember from step to step, the ranks that a file lacks, and the networks that make prompts
 _REMEMBERED = "methods.safetensors"
+_NETWORK = "network/"
 _OTHERWISE = "Delete this checkpoint to go on from the one before it, or start anew in another --out."
 _STARTED = "started.json"  # in a checkpoint: what its run was started with
 # may change from one start of a run to the next; where model and data lie is no matter, what they are is compared by itself
@@ -67,6 +68,7 @@ class Prepared:
     train: list[dict[str, Any]]
     held_out: list[dict[str, Any]]
     labels: list[str]
+    left_out: int = 0  # rows of which nothing counts within the length
 
     @functools.cached_property
     def digest(self) -> str:
@@ -82,7 +84,7 @@ def prepare(recipe: Recipe) -> Prepared:
     """
     recipe.check()
     config = recipe.config()
-    tokenizer, train, held_out, labels = _read_data(recipe)
+    tokenizer, train, held_out, labels, left_out = _read_data(recipe)
     torch.manual_seed(recipe.seed)
     model = _load_for([*train, *held_out], recipe, labels, _pad(tokenizer))
     peft = get_peft_model(model, config)
@@ -90,7 +92,7 @@ def prepare(recipe: Recipe) -> Prepared:
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         peft.prepare_model_for_gradient_checkpointing(model)
-    return Prepared(peft, tokenizer, train, held_out, labels)
+    return Prepared(peft, tokenizer, train, held_out, labels, left_out)
 
 
 def read_model(recipe: Recipe, rows: int) -> tuple[Any, Callable[[int], Iterator[dict[str, Tensor]]]]:
@@ -99,7 +101,7 @@ def read_model(recipe: Recipe, rows: int) -> tuple[Any, Callable[[int], Iterator
     Raises:
         ConfigError: for whatever does not fit.
     """
-    tokenizer, train, _, labels = _read_data(recipe)
+    tokenizer, train, _, labels, _ = _read_data(recipe)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.seed)).tolist()[:rows]
     join = collate(_pad(tokenizer))
     model = _load_for([train[i] for i in order], recipe, labels, _pad(tokenizer))
@@ -110,18 +112,24 @@ def _pad(tokenizer: Any) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
 
-def _read_data(recipe: Recipe) -> tuple[Any, list[dict[str, Any]], list[dict[str, Any]], list[str]]:
-    """(tokenizer, training rows, held-out rows, labels)."""
+def _read_data(recipe: Recipe) -> tuple[Any, list[dict[str, Any]], list[dict[str, Any]], list[str], int]:
+    """(tokenizer, training rows, held-out rows, labels, how many rows are left out)."""
     rows = read_rows(recipe.data)
     held = read_rows(recipe.eval_data) if recipe.eval_data else []
     tokenizer = _tokenizer(recipe.model)
+    left_out = 0
     if recipe.task == "causal-lm":
         labels: list[str] = []
         examples = language_examples(rows, tokenizer, recipe.data)
         apart = recipe.packing == "rows"
 
         def rows_of(found: list[Example]) -> list[dict[str, Any]]:
-            return whole(found, recipe.length) if apart else pack(found, recipe.length, _pad(tokenizer))
+            nonlocal left_out
+            if not apart:
+                return pack(found, recipe.length, _pad(tokenizer))
+            kept = whole(found, recipe.length)
+            left_out += len(found) - len(kept)
+            return kept
 
         if held:
             train, held_out = rows_of(examples), rows_of(language_examples(held, tokenizer, str(recipe.eval_data)))
@@ -142,7 +150,7 @@ def _read_data(recipe: Recipe) -> tuple[Any, list[dict[str, Any]], list[dict[str
         )
     if not train:
         raise ConfigError(f"{recipe.data!r} gives no training rows: within {recipe.length} tokens there is none whose prediction counts.")
-    return tokenizer, train, held_out, labels
+    return tokenizer, train, held_out, labels, left_out
 
 
 def _split(rows: list[dict[str, Any]], recipe: Recipe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -199,6 +207,12 @@ def _load(recipe: Recipe, labels: Sequence[str], pad: int) -> Any:
         return model
     except (OSError, ValueError) as e:
         raise ConfigError(f"{recipe.model!r} cannot be loaded for {recipe.task}: {_first_line(e)}") from e
+    except RuntimeError as e:
+        if "ignore_mismatched_sizes" not in str(e):
+            raise
+        raise ConfigError(
+            f"{recipe.model!r} has a head for another number of labels than the {len(labels)} of the data. Take the model without its head, or its labels."
+        ) from e
 
 
 @torch.no_grad()
@@ -274,13 +288,15 @@ def overview(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
         "memory": found.memory,
         "train_rows": len(prepared.train),
         "held_out_rows": len(prepared.held_out),
+        "left_out_rows": prepared.left_out,
         "steps": _steps(recipe, len(prepared.train)),
         "processes": processes(),
     }
 
 
 def _steps(recipe: Recipe, rows: int) -> int:
-    return recipe.steps or max(1, math.ceil(rows / (recipe.batch_size * processes() * recipe.accumulate) * recipe.epochs))
+    batches = math.ceil(rows / (recipe.batch_size * processes()))  # of a pass; its last batch and its last step may be smaller than others
+    return recipe.steps or max(1, math.ceil(math.ceil(batches / recipe.accumulate) * recipe.epochs - 1e-9))
 
 
 def _started(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
@@ -318,10 +334,37 @@ def check_resumed(prepared: Prepared, recipe: Recipe, checkpoint: str) -> None:
         )
 
 
+def ended(recipe: Recipe) -> int:
+    """The step at which a run in `out` came to its end, and left all that it leaves; 0 if none did. One that went on later need not have."""
+    try:
+        found = json.loads((Path(recipe.out) / "run.json").read_text(encoding="utf-8"))
+        return int(found["plan"]["steps"]) if (Path(recipe.out) / "adapter_config.json").is_file() else 0
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
+
+
 def losses_of(checkpoint: str) -> list[dict[str, Any]]:
     """The losses of the steps up to a checkpoint."""
     told = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8")).get("log_history", [])
     return [{k: x.get(k) for k in ("step", "loss", "learning_rate")} for x in told if "loss" in x]
+
+
+def forget_after(recipe: Recipe, step: int) -> None:
+    """Take out of the statistics in `out` what was measured after a step, which a run that goes on from there measures again."""
+    file = Path(recipe.out) / STATISTICS
+    if not is_first() or not recipe.statistics or not file.is_file():
+        return
+
+    def before(line: str) -> bool:
+        try:
+            return int(json.loads(line)["step"]) <= step
+        except ValueError:  # cut off
+            return False
+
+    kept = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if before(line)]
+    beside = file.with_name(f".{file.name}")
+    beside.write_text("".join(kept), encoding="utf-8")
+    os.replace(beside, file)
 
 
 def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = ()) -> Any:
@@ -330,24 +373,38 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
 
     headless = HeadlessLoss.of(prepared.model) if recipe.task == "causal-lm" else None
     pad = _pad(prepared.tokenizer)
+    # a method that routes may add to the model's loss
+    theirs = recipe.task == "causal-lm" or any(getattr(c, "routes", False) for c in prepared.model.peft_config.values())
+    half = any(p.dtype == torch.float16 for p in prepared.model.parameters())
     apart = recipe.packing == "rows" and headless is not None and keeps_rows_apart(prepared.model, headless)
     if apart and headless is not None and attend_by_rows(headless.inner) and not keeps_rows_apart(prepared.model, headless):
         attend_as_before(headless.inner)
 
     class AdapterTrainer(transformers.Trainer):  # type: ignore[misc]
         tokens = 0  # trained on in this run, without padding; other processes are taken to have as many
+        louder = 1.0  # what the loss is multiplied by for the backward
+
+        def training_step(self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+            if half and not self.is_deepspeed_enabled:  # of a mean over many labels, gradients are too small for float16
+                self.louder = 2.0 ** min(int(num_items_in_batch if num_items_in_batch is not None else 1024).bit_length(), 16)
+            loss = super().training_step(model, inputs, num_items_in_batch) / self.louder
+            if self.louder != 1.0 and self.accelerator.sync_gradients:
+                torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], self.louder)
+            return loss  # type: ignore[no-any-return]
 
         def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
             if model.training:
                 found = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
                 self.tokens += int(found) * processes()
-            if return_outputs or (headless is None and recipe.task == "causal-lm"):
+            if return_outputs:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if headless is None and theirs:
+                return super().compute_loss(model, inputs, False, num_items_in_batch) * self.louder
             total, count = headless(model, inputs) if headless is not None else _summed(model, inputs)
             scale = float(num_items_in_batch) if num_items_in_batch is not None else max(count, 1)
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
                 total = total * self.accelerator.num_processes
-            return total / scale
+            return total / scale * self.louder
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             return Shuffled(len(prepared.train), recipe.batch_size * processes(), recipe.seed)
@@ -358,11 +415,18 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
             (folder / _STARTED).write_text(json.dumps(_started(prepared, recipe)), encoding="utf-8")
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            network = _network(self.model)
+            parts = dict(network._modules) if network is not None else {}
             load_into(self.model, "default", read_adapter(resume_from_checkpoint), check_base="error")
+            if network is not None:  # the adapter's file has what it gave, and loading that has dropped it
+                network._modules.update(parts)
+                _carry_on(network, Path(resume_from_checkpoint) / _REMEMBERED)
 
         def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
             super()._save_optimizer_and_scheduler(output_dir)
             remembered = carried(find_switch(self.model), leaves=True)
+            if (network := _network(self.model)) is not None:
+                remembered |= {f"{_NETWORK}{k}": t.detach().contiguous() for k, t in network.state_dict().items()}
             if remembered and self.args.should_save:
                 save_file(remembered, Path(output_dir) / _REMEMBERED)
 
@@ -396,8 +460,10 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
         warmup_steps=round(steps * recipe.warmup),
         weight_decay=recipe.weight_decay,
         lr_scheduler_type=recipe.schedule,
+        max_grad_norm=1.0 if recipe.clipping is None else 0.0,  # of all gradients together, which would leave the layers nothing to clip
         seed=recipe.seed,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it shows the loss 0 in the place of one that is no number
         save_strategy="steps" if recipe.save_every else "no",
         save_steps=recipe.save_every or 500,
         save_total_limit=2,
@@ -424,10 +490,30 @@ def make_trainer(prepared: Prepared, recipe: Recipe, callbacks: Sequence[Any] = 
         optimizers=(own, None),
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    if headless is not None or not theirs:
+        trainer.model_accepts_loss_kwargs = True  # the loss made here counts all labels of a step, whatever the model would do
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         headless = None  # the head's weight is in pieces then
     trainer.headless, trainer.steering = headless, steering
     return trainer
+
+
+def _network(model: Any) -> nn.Module | None:
+    """The prompt that a network makes which its file leaves out, if there is one."""
+    held = model._modules.get("prompt_encoder")
+    return held["default"] if held is not None and not model.peft_config["default"].resumable else None
+
+
+def _carry_on(network: nn.Module, file: Path) -> None:
+    """Give a prompt's network the numbers that a checkpoint has of it.
+
+    Raises:
+        ConfigError: if it has none.
+    """
+    kept = {k.removeprefix(_NETWORK): t for k, t in load_file(file).items() if k.startswith(_NETWORK)} if file.is_file() else {}
+    if not kept:
+        raise ConfigError(f"--resume: {str(file.parent)!r} lacks the network that makes the prompt, so it cannot go on. {_OTHERWISE}")
+    network.load_state_dict(kept)
 
 
 def _summed(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
@@ -509,6 +595,7 @@ def new_record(prepared: Prepared, recipe: Recipe) -> dict[str, Any]:
         "python": platform.python_version(),
         "recipe": dataclasses.asdict(recipe),
         "plan": overview(prepared, recipe),
+        **({"labels": prepared.labels} if prepared.labels else {}),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "losses": [],
     }
