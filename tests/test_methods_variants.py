@@ -59,6 +59,26 @@ def test_a_variant_is_read_from_its_file_and_refuses_other_sites(name: str, tmp_
         )
 
 
+def test_dora_takes_rows_of_zeros() -> None:
+    """The rows that pad a head's vocabulary, and pruned outputs: they have no direction until B gives them one."""
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(6, 4)), torch.randn(20, 6)
+    with torch.no_grad():
+        base[0].weight[2:] = 0
+    expected = base(x)
+    model = V.get_peft_model(base, V.LoraConfig(target_modules=["0"], r=2, use_dora=True))
+    torch.testing.assert_close(model(x), expected)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (model(x) - x[:, :4]).square().mean().backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        optimizer.step()
+    got = model.eval()(x)
+    assert (got - expected)[:, 2:].abs().min(0).values.all()
+    torch.testing.assert_close(model.merge_and_unload()(x), got)
+
+
 @pytest.mark.parametrize("order", [["default", "dora"], ["dora", "default"]])
 def test_dora_scales_what_the_adapters_before_it_give(order: list[str]) -> None:
     model = adapted()

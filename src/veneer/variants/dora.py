@@ -19,7 +19,8 @@ from .base import Variant
 class Dora(Variant):
     """W' = m ⊙ (W + s B A) / ‖W + s B A‖ row by row.
 
-    The norm is detached; m (n_out,) starts as the norm and is trained. Liu et al. 2024, arXiv:2402.09353. Together with other adapters, m / ‖W + s B A‖
+    The norm is detached; m (n_out,) starts as the norm and is trained. Liu et al. 2024, arXiv:2402.09353. A row of zeros (a token that pads a head's
+    vocabulary, a pruned output) has no direction: it is W + s B A there until B gives it one. Together with other adapters, m / ‖W + s B A‖
     scales what those before it in the list make of W, too. Of a convolution with groups, PEFT takes the norm of another matrix, so that files with such a
     layer mean something else there.
     """
@@ -47,4 +48,5 @@ class Dora(Variant):
     def change(self, config: Any, p: Any, site: Any, add: LowRank) -> Change:
         with torch.no_grad():
             norm = row_norm_sq(spread(site.weight(), site.groups), add.down, add.up, add.scale).sqrt()
-        return Change(add=add, gain=p.lora_magnitude_vector.flatten() / norm)
+            none = norm == 0
+        return Change(add=add, gain=p.lora_magnitude_vector.flatten() / (norm + none) + none)
