@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import veneer as V
 from veneer.errors import ConfigError, PeftWarning
+from veneer.method import Method, load_methods
 
 from .one_layer import adapted, frozen, leaf, rand, weight
 
@@ -387,6 +389,16 @@ def test_psoft_of_rank_one_has_no_rotation_and_is_saved_all_the_same(tmp_path: P
     again = V.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     torch.testing.assert_close(again(x), model(x))
     assert (again(x) - base(x)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("method", [m for m in load_methods().values() if issubclass(m, Method)], ids=lambda m: m.__name__)
+def test_a_dropout_is_a_probability(method: Any) -> None:
+    """Found out when the config is made: later a model would have the adapter on some of its layers."""
+    for name in (f.name for f in dataclasses.fields(method) if f.name.endswith("dropout")):
+        for wrong in (1.5, -0.1, 1, "0.1", True, None):
+            with pytest.raises(ConfigError, match=rf"`{name}` should lie in \[0, 1\), got {wrong!r}"):
+                method(**{**method.examples[0], name: wrong})
+        method(**{**method.examples[0], name: 0.5})
 
 
 def test_bias_is_checked() -> None:

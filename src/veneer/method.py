@@ -127,7 +127,7 @@ class Method(PeftConfig):
         linear_in: the tensor in which the change is linear if all others are the same: then adapters add up to one of their own kind.
         patterns: which field has the values of another by module, as `rank_pattern` those of `r`; keys are ends of names (see `by_pattern`).
         positive: fields that must be above zero, also in their patterns; None is as good for one whose default it is.
-        shares: fields that must lie in [0, 1).
+        shares: fields that must lie in [0, 1), as those must whose names end in `dropout`.
         choices: fields that take one of few values.
         routes: whether the change depends on the call: then `facts` is asked at each.
         takes: arguments of the model's forward and generate that are meant for the method and not for the base model.
@@ -201,9 +201,10 @@ class Method(PeftConfig):
                 if (isinstance(value, bool) or not isinstance(value, kind) or value <= 0) and not (value is None and usual is None):
                     what = "integer value" if kind is int else "number"
                     raise ConfigError(f"`{field}` should be a positive {what} but the value passed is {value!r}.")
-        for field in self.shares:
+        drops = (f.name for f in dataclasses.fields(self) if f.name.endswith("dropout") and type(f.default) in (int, float))
+        for field in dict.fromkeys((*self.shares, *drops)):
             share = getattr(self, field)
-            if not isinstance(share, (int, float)) or not 0 <= share < 1:
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
                 raise ConfigError(f"`{field}` should lie in [0, 1), got {share!r}.")
         for field, known in self.choices.items():
             if (value := getattr(self, field)) not in known:

@@ -92,7 +92,6 @@ class LoraConfig(Varied, peft_type="LORA"):
 
     prefix: ClassVar[str] = "lora_"
     positive: ClassVar[Any] = ("r",)
-    shares: ClassVar[Any] = ("lora_dropout",)
     choices: ClassVar[Any] = {"bias": ("none", "all", "lora_only")}
     patterns: ClassVar[Mapping[str, str]] = MappingProxyType({"r": "rank_pattern", "lora_alpha": "alpha_pattern"})
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "embedding", "conv", "attention", "parameter"})

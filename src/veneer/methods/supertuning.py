@@ -34,7 +34,7 @@ class SupertuningConfig(Targeted, peft_type="SUPERTUNING"):
 
     prefix: ClassVar[str] = "supertuning_"
     positive: ClassVar[Any] = ("r",)
-    shares: ClassVar[Any] = ("sparsity", "lora_dropout")
+    shares: ClassVar[Any] = ("sparsity",)
     stacking: ClassVar[Any] = "sum"
     examples: ClassVar[Any] = ({"sparsity": 0.8}, {"sparsity": 0.9, "r": 2, "select_top": False, "save_precomputed_indices": False})
 

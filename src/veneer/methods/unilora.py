@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..change import Change
-from ..errors import ConfigError
 from ..method import Leaf, Targeted
 from ..ops import LowRank
 
@@ -61,11 +60,6 @@ class UniLoraConfig(Targeted, peft_type="UNILORA"):
     starts_as_identity: ClassVar[bool] = False
     tuner_methods: ClassVar[Mapping[str, Any]] = MappingProxyType({"generate_index": staticmethod(balanced)})  # PEFT's name for it
     examples: ClassVar[Any] = ({"r": 3, "theta_d_length": 16}, {"r": 3, "theta_d_length": 500, "save_indices": True})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.unilora_dropout <= 1:
-            raise ConfigError(f"`unilora_dropout` should be between 0.0 and 1.0, got {self.unilora_dropout}.")
 
     def shared(self, sites: Sequence[Any]) -> Mapping[str, Leaf]:
         bound = self.init_theta_d_bound
