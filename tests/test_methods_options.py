@@ -401,6 +401,30 @@ def test_a_dropout_is_a_probability(method: Any) -> None:
         method(**{**method.examples[0], name: 0.5})
 
 
+DEAD: list[Any] = [
+    V.LoHaConfig(alpha=0), V.LoKrConfig(alpha=0), V.GraloraConfig(r=4, alpha=0), V.RandLoraConfig(r=2, randlora_alpha=0), V.PsoftConfig(r=4, psoft_alpha=0),
+    V.FourierFTConfig(n_frequency=5, scaling=0.0), V.WaveFTConfig(n_frequency=5, scaling=0.0), V.PeanutConfig(r=2, scaling=0.0), V.LilyConfig(r=2, scaling=0.0),
+    V.DeloraConfig(r=2, delora_lambda=0), V.VeraConfig(r=2, d_initial=0.0), V.GloraConfig(config_A_B="none", config_C="none", config_D_E="none"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", DEAD, ids=lambda c: type(c).__name__)
+def test_what_would_never_train_is_refused(config: Any) -> None:
+    base = nn.Sequential(nn.Linear(8, 8))
+    before = base.state_dict().keys()
+    with pytest.raises(ConfigError, match=r"would act or train|would train|gets a gradient"):
+        V.get_peft_model(base, dataclasses.replace(config, target_modules=["0"]))
+    assert base.state_dict().keys() == before
+    V.get_peft_model(base, dataclasses.replace(config, target_modules=["0"], inference_mode=True))  # PEFT's files of such are read
+
+
+@pytest.mark.parametrize("config", [V.VeraConfig, V.ShiraConfig, V.PolyConfig, V.PsoftConfig, V.GloraConfig], ids=lambda c: c.__name__)
+def test_a_rank_is_positive(config: Any) -> None:
+    for r in (0, -1):
+        with pytest.raises(ConfigError, match=f"`r` should be a positive integer value but the value passed is {r}"):
+            config(r=r)
+
+
 def test_bias_is_checked() -> None:
     assert V.BOFTConfig(bias="boft_only").bias == "boft_only"
     for config, as_documented in ((V.FourierFTConfig, "fourier_only"), (V.MissConfig, "MiSS_only")):  # PEFT's names for it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -93,7 +93,14 @@ def stage(
         raise ConfigError(
             f"{type(config).__name__} cannot adapt {path!r}: it is a {place.kind} layer, and the method takes {sorted(config.kinds)}."
         )
-    layer.scaling[adapter] = here.scale()
+    scale = here.scale()
+    if scale == 0 and not here.inference_mode:
+        by = next((f.name for f in fields(here) if f.name.endswith(("alpha", "scaling")) and getattr(here, f.name) == 0), "scale()")
+        raise ConfigError(
+            f"{by}=0 makes the scaling of {path!r} zero, so that nothing would act or train there. Give another one, such as r or 2 r for an alpha, "
+            "or leave the layer out (`exclude_modules`)."
+        )
+    layer.scaling[adapter] = scale
     try:
         here.check(place)
         leaves = here.leaves(place)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..change import Change
+from ..errors import ConfigError
 from ..inits.base import kaiming_
 from ..method import Leaf, Targeted
 from ..ops import LowRank
@@ -36,6 +37,12 @@ class DeloraConfig(Targeted, peft_type="DELORA"):
 
     def skip(self) -> float:
         return self.module_dropout
+
+    def check(self, site: Any) -> None:
+        if not self.delora_lambda and self.init_weights and not self.inference_mode:
+            raise ConfigError(
+                f"`delora_lambda`=0 starts DeLoRA on {site.name!r} with λ and B both zero, so that nothing gets a gradient. Give another one, such as 15."
+            )
 
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
         return {

@@ -36,6 +36,7 @@ class GloraConfig(Targeted, peft_type="GLORA"):
     config_D_E: Literal["vector", "constant", "none"] = "constant"  # noqa: N815
 
     prefix: ClassVar[str] = "glora_"
+    positive: ClassVar[Any] = ("r",)
     stacking: ClassVar[Any] = "sum"
     examples: ClassVar[Any] = (
         {"r": 3},
@@ -53,6 +54,13 @@ class GloraConfig(Targeted, peft_type="GLORA"):
         """The kinds of A and B, of C, of D and E."""
         biased = site.bias() is not None
         return self.config_A_B, self.config_C if biased else "none", self.config_D_E if biased else "none"
+
+    def check(self, site: Any) -> None:
+        if set(self._kinds(site)) == {"none"} and not self.inference_mode:
+            raise ConfigError(
+                f"GLoRA: with these paths nothing of {site.name!r} would train (it has {'a' if site.bias() is not None else 'no'} bias). Give it another "
+                "`config_A_B`, or leave the layer out of target_modules."
+            )
 
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
         o, i = site.n_out, site.n_in

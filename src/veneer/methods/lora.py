@@ -139,11 +139,6 @@ class LoraConfig(Varied, peft_type="LORA"):
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def check(self, site: Any) -> None:
-        if not self.lora_alpha and not self.inference_mode:
-            raise ConfigError(
-                f"lora_alpha=0 makes the scaling of {site.name!r} zero, so that nothing would act or train there. Give another one, such as r or 2 r, "
-                "or leave the layer out (`exclude_modules`)."
-            )
         if site.kind == "conv" and self.r % site.groups:
             raise ConfigError(
                 f"Targeting a {site.module.__class__.__name__} with groups={site.groups} and rank {self.r}: the rank must be divisible by the groups."

@@ -32,6 +32,7 @@ class PolyConfig(Targeted, peft_type="POLY"):
     n_splits: int = 1
 
     prefix: ClassVar[str] = "poly_"
+    positive: ClassVar[Any] = ("r", "n_tasks", "n_skills", "n_splits")
     choices: ClassVar[Any] = {"poly_type": ("poly",)}
     stacking: ClassVar[Any] = "sum"
     unmergeable: ClassVar[str] = "each task has a change of its own"

@@ -38,6 +38,7 @@ class PsoftConfig(Targeted, peft_type="PSOFT"):
     cayley_neumann_eps: float | None = None
 
     prefix: ClassVar[str] = "psoft_"
+    positive: ClassVar[Any] = ("r",)
     choices: ClassVar[Any] = {"ab_svd_init": ("psoft_init", "pissa_init"), "psoft_svd": ("full", "lowrank")}
     stacking: ClassVar[Any] = "sum"
     examples: ClassVar[Any] = ({"r": 4}, {"r": 4, "psoft_orth": False, "ab_svd_init": "pissa_init"})

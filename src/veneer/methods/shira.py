@@ -28,6 +28,7 @@ class ShiraConfig(Targeted, peft_type="SHIRA"):
     random_seed: int | None = None
 
     prefix: ClassVar[str] = "shira_"
+    positive: ClassVar[Any] = ("r",)
     stacking: ClassVar[Any] = "sum"
     linear_in: ClassVar[str] = "shira_weight"
     examples: ClassVar[Any] = ({"r": 2, "random_seed": 1},)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..change import Change
+from ..errors import ConfigError
 from ..inits.seeded import kaiming, seeded
 from ..method import Leaf, Targeted
 from ..ops import Vectored
@@ -29,10 +30,17 @@ class VeraConfig(Targeted, peft_type="VERA"):
     d_initial: float = 0.1
 
     prefix: ClassVar[str] = "vera_"
+    positive: ClassVar[Any] = ("r",)
     in_pieces: ClassVar[bool] = True
     stacking: ClassVar[Any] = "sum"
     linear_in: ClassVar[str] = "vera_lambda_b"
     examples: ClassVar[Any] = ({"r": 8},)
+
+    def check(self, site: Any) -> None:
+        if self.init_weights and not self.d_initial and not self.inference_mode:
+            raise ConfigError(
+                "`d_initial`=0 starts VeRA with b and d both zero, so that neither gets a gradient. Give another one, such as 0.1."
+            )
 
     def shared(self, sites: Sequence[Any]) -> Mapping[str, Leaf]:
         shapes = {"vera_A": (self.r, max(s.n_in for s in sites)), "vera_B": (max(s.n_out for s in sites), self.r)}
