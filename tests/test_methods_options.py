@@ -418,6 +418,22 @@ def test_what_would_never_train_is_refused(config: Any) -> None:
     V.get_peft_model(base, dataclasses.replace(config, target_modules=["0"], inference_mode=True))  # PEFT's files of such are read
 
 
+SEEDS: dict[Any, str] = {
+    V.FourierFTConfig: "random_loc_seed", V.WaveFTConfig: "random_loc_seed", V.UniLoraConfig: "proj_seed", V.TinyLoraConfig: "projection_seed",
+    V.VeraConfig: "projection_prng_key", V.PveraConfig: "projection_prng_key", V.RandLoraConfig: "projection_prng_key", V.FrodConfig: "projection_prng_key",
+    V.PsoftConfig: "random_seed", V.AdamssConfig: "random_seed",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", SEEDS, ids=lambda c: c.__name__)
+def test_a_seed_of_what_no_file_holds_is_given(config: Any) -> None:
+    """Places drawn without one are others when the adapter is loaded."""
+    for wrong in (None, 1.0, True):
+        with pytest.raises(ConfigError, match=f"`{SEEDS[config]}` should be an integer, .* got {wrong!r}"):
+            config(**{SEEDS[config]: wrong})
+    assert V.ShiraConfig(random_seed=None).random_seed is V.PveraConfig(generator_seed=None).generator_seed is None
+
+
 @pytest.mark.parametrize("config", [V.VeraConfig, V.ShiraConfig, V.PolyConfig, V.PsoftConfig, V.GloraConfig], ids=lambda c: c.__name__)
 def test_a_rank_is_positive(config: Any) -> None:
     for r in (0, -1):

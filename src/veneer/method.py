@@ -206,6 +206,11 @@ class Method(PeftConfig):
             share = getattr(self, field)
             if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
                 raise ConfigError(f"`{field}` should lie in [0, 1), got {share!r}.")
+        for f in dataclasses.fields(self):  # what is drawn from them stands in no file
+            if f.name.endswith(("seed", "prng_key")) and type(f.default) is int and type(seed := getattr(self, f.name)) is not int:
+                raise ConfigError(
+                    f"`{f.name}` should be an integer, which makes the same numbers when the adapter is loaded, got {seed!r}."
+                )
         for field, known in self.choices.items():
             if (value := getattr(self, field)) not in known:
                 raise ConfigError(f"`{field}` is one of {', '.join(map(repr, known))}, got {value!r}.{hint(str(value), map(str, known))}")

@@ -23,7 +23,7 @@ class FourierFTConfig(Targeted, peft_type="FOURIERFT"):
 
     n_frequency: int = 1000
     scaling: float = 150.0
-    random_loc_seed: int | None = 777
+    random_loc_seed: int = 777
     n_frequency_pattern: dict[str, int] | None = field(default_factory=dict)
     init_weights: bool = False  # PEFT's meaning: True starts at zero
 
@@ -65,12 +65,11 @@ class FourierFTConfig(Targeted, peft_type="FOURIERFT"):
         return Change(add=Derived(make, (p.fourierft_spectrum * site.scaling,)))
 
 
-def seeded_places(entries: int, count: int, seed: int | None) -> Leaf:
+def seeded_places(entries: int, count: int, seed: int) -> Leaf:
     """Which entries of the flattened matrix are trained: a seeded choice that no file stores."""
 
     def choose(t: Tensor) -> None:
-        generator = torch.Generator().manual_seed(seed) if seed is not None else None
-        t.copy_(torch.randperm(entries, generator=generator)[:count])
+        t.copy_(torch.randperm(entries, generator=torch.Generator().manual_seed(seed))[:count])
 
     return Leaf((count,), choose, trainable=False, dtype=torch.int64, saved=False)
 
