@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -66,6 +67,23 @@ def test_odd_sizes_equal_the_reference(dtype: torch.dtype, shape: tuple[int, int
         want = reference.lowrank_linear(t["x"], t["w"], t["b"], a, up, 0.5, gain=gain)
         assert got.dtype == dtype
         torch.testing.assert_close(got, want, atol=5e-2 if dtype == torch.bfloat16 else 1e-5, rtol=2e-2)
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}])
+def test_a_few_rows_are_no_less_exact_where_the_adapter_has_fewer_bits_than_the_base(config: Any) -> None:
+    torch.manual_seed(0)
+    model = veneer.get_peft_model(nn.Sequential(nn.Linear(64, 64)), veneer.LoraConfig(r=8, target_modules=["0"], **config)).eval()
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = (p + torch.randn_like(p) * 0.3).bfloat16()
+    x, exact = torch.randn(3, 64), copy.deepcopy(model).double()
+    want = exact(x.double())
+    with torch.no_grad():
+        again = model(x), model(x)  # the second is answered from the first
+        mixed = model(x, adapter_names=["default", "__base__", "default"])[::2]
+    for got, expected in ((again[0], want), (again[1], want), (mixed, want[::2])):
+        assert got.dtype == torch.float32
+        assert (got - expected).abs().max() < 2e-6 * want.abs().max()
 
 
 def test_dropout_is_that_of_a_mask_and_keeps_the_mean() -> None:

@@ -80,7 +80,9 @@ def shaped_like(y: Tensor, x: Tensor) -> Tensor:
 
 def few_rows(x: Tensor, w: Tensor | Packed, b: Tensor | None, a: Tensor, up: Tensor, scale: float | Tensor, gain: Tensor | None) -> Tensor:
     """`lowrank_linear` for a few rows on the CPU, no gradients, no dropout: there the casts and the set-up of a half-precision product cost more than the
-    arithmetic, so the thin products run in the factors' own dtype."""
+    arithmetic, so the thin products run in the factors' own dtype, if it is no narrower."""
+    if a.dtype is not x.dtype and a.itemsize <= x.itemsize:
+        a, up = a.to(x.dtype), up.to(x.dtype)
     shift = b if gain is None else None
     y = F.linear(x, w, shift) if isinstance(w, Tensor) else product(x, w, shift)
     thin = F.linear(F.linear(x.to(a.dtype), a), up)

@@ -35,7 +35,7 @@ def add_rowwise(y: Tensor, x: Tensor, factors: Sequence[Factors], owner: Sequenc
     at = None if every else torch.tensor(rows, device=x.device)
     z = x if at is None else x.index_select(0, at)
     own = slow(y) or (not torch.is_grad_enabled() and x.device.type == "cpu" and x.numel() <= _FEW * x.shape[-1])
-    dtype = (torch.float32 if slow(y) else factors[used[0]][0].dtype) if own else y.dtype
+    dtype = (torch.float32 if slow(y) else torch.promote_types(factors[used[0]][0].dtype, y.dtype)) if own else y.dtype
     a, up, scale = _stacked([factors[k] for k in used], dtype)
     with no_autocast(x.device.type):
         h = torch.bmm(z.reshape(len(used), -1, z.shape[-1]).to(dtype), a.mT)
