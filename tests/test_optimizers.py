@@ -110,6 +110,27 @@ def test_a_projected_step_comes_nearest_to_the_step_of_the_full_weight() -> None
     torch.testing.assert_close(step, best, atol=1e-5, rtol=1e-4)
 
 
+def test_lorafa_takes_more_ranks_than_inputs() -> None:
+    """A Aᵀ is singular there. Of the steps of B that come nearest to the gradient of W, the smallest is taken."""
+    torch.manual_seed(0)
+    model = veneer.get_peft_model(nn.Sequential(nn.Linear(4, 32)), veneer.LoraConfig(r=8, lora_alpha=16, target_modules=["0"]))
+    optimizer: Any = create_lorafa_optimizer(model, r=8, lora_alpha=16, lr=1e-2)
+    layer: Any = model.base_model.model[0]
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x = torch.randn(16, 4)
+    losses = []
+    for i in range(20):
+        optimizer.zero_grad()
+        loss = (model(x) - x.repeat(1, 8)).square().mean()
+        loss.backward()
+        losses.append(float(loss.detach()))
+        if i == 0:
+            step, whole = optimizer._gradient(b), b.grad @ torch.linalg.pinv(a.T) / 2  # ∇B = s ∇W Aᵀ
+            torch.testing.assert_close(2 * step @ a, whole, atol=1e-5, rtol=1e-3)
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
 def test_lorafa_refuses_another_scaling_than_the_adapters() -> None:
     model = _model()
     with pytest.raises(ConfigError, match=r"r=8, and the adapter 'default' has r=3"):

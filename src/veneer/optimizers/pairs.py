@@ -75,9 +75,13 @@ def gram(t: Tensor, dim: int) -> Tensor:
 
 
 def solved(g: Tensor, metric: Tensor, dim: int) -> Tensor:
-    """metric⁻¹ applied to a gradient along the dimension of the rank; metric (r, r) is symmetric and positive."""
+    """metric⁻¹ applied to a gradient along the dimension of the rank; metric (r, r) is symmetric and positive. Of one that is singular in float32, as where
+    there are fewer inputs than ranks, the pseudo-inverse: of all steps that come as near, the smallest."""
     m = g.float().movedim(dim, 0)
-    out = torch.cholesky_solve(m.flatten(1), torch.linalg.cholesky(metric)).view(m.shape)
+    thin, (factor, failed) = m.flatten(1), torch.linalg.cholesky_ex(metric)
+    sides = factor.diagonal()
+    singular = int(failed) or bool(sides.min() < 1e-3 * sides.max())
+    out = (torch.linalg.pinv(metric, hermitian=True, rtol=1e-6) @ thin if singular else torch.cholesky_solve(thin, factor)).view(m.shape)
     return out.movedim(0, dim).to(g.dtype)
 
 
