@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, vmap
 
 import veneer
@@ -68,6 +69,20 @@ def test_many_versions_of_an_adapter_run_at_once(case: Case) -> None:
             got = vmap(lambda values: functional_call(model, values, (x,)))(stacked)
             for y, values in zip(got, versions, strict=True):
                 _close(y, functional_call(model, values, (x,)))
+
+
+@each
+def test_forward_mode_gives_the_derivatives_of_reverse_mode(case: Case) -> None:
+    model, _ = _trained(case)
+    if case.mixes:
+        pytest.skip("what chooses the mixture holds back gradients, which torch does in reverse mode alone")
+    x = case.inputs()
+    along = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    _, expected = torch.autograd.functional.jvp(lambda z: case.run(model, z), x, along)  # by two backwards
+    for wanted in (True, False):
+        with torch.set_grad_enabled(wanted), forward_ad.dual_level():
+            got = forward_ad.unpack_dual(case.run(model, forward_ad.make_dual(x, along))).tangent
+            _close(got, expected)
 
 
 @each

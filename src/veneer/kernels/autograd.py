@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:
@@ -78,11 +79,11 @@ def stand_in(n: int, like: Tensor, dtype: torch.dtype | None) -> Tensor | None:
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func (grad, vmap, jvp …) is on its way, or the call is written down as a graph for elsewhere (torch.export,
-    torch.jit.trace, ONNX), which is to hold for any number of rows: ordinary functions alone go through these."""
+    """Whether a transform of torch.func (grad, vmap, jvp …) or torch's forward mode is on its way, or the call is written down as a graph for elsewhere
+    (torch.export, torch.jit.trace, ONNX), which is to hold for any number of rows: ordinary functions alone go through these."""
     if torch.compiler.is_compiling():
         return _exporting()
-    return torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._is_tracing()
 
 
 _exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 has none
