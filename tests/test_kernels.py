@@ -86,6 +86,36 @@ def test_a_few_rows_are_no_less_exact_where_the_adapter_has_fewer_bits_than_the_
         assert (got - expected).abs().max() < 2e-6 * want.abs().max()
 
 
+GAINS: dict[str, Any] = {
+    "ia3_l": veneer.IA3Config(feedforward_modules=[]),
+    "lora_magnitude_vector": veneer.LoraConfig(use_dora=True),
+    "boft_s": veneer.BOFTConfig(),
+    "road_alpha": veneer.RoadConfig(variant="road_2"),
+    "glora_A": veneer.GloraConfig(config_A_B="vector"),
+}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", GAINS)
+def test_gains_near_one_survive_in_bfloat16(name: str, grad: bool) -> None:
+    """The scaled output is rounded, once, and not what it is scaled by, though 1.003 is 1 in bfloat16."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(GAINS[name])
+    config.target_modules = ["0"]
+    base = nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16()
+    model, x = veneer.get_peft_model(base, config).eval(), torch.randn(50, 64, dtype=torch.bfloat16)
+    with torch.set_grad_enabled(grad):
+        before = model(x).detach().double()
+        with torch.no_grad():
+            for n, p in model.named_parameters():
+                if name in n:
+                    p.add_(0.003 * (1 if name != "lora_magnitude_vector" else p))
+        after = model(x).detach()
+    expected = (before * 1.003).bfloat16()
+    assert (expected != before).double().mean() > 0.2
+    assert (after == expected).double().mean() > 0.99
+
+
 def test_dropout_is_that_of_a_mask_and_keeps_the_mean() -> None:
     t = _tensors(torch.float32)
     one = lowrank_linear(t["x"], t["w"], None, t["a"], t["up"], 1.0, dropout=0.5, seed=1)

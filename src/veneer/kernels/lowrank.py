@@ -13,7 +13,7 @@ from . import reference
 from .autograd import autocast_dtype, by_hand, no_autocast, stand_in, written_out
 from .dropout import masked, new_seed, survivors
 from .packed import Packed, product
-from .products import LOW, addmm_, linear, mm
+from .products import LOW, addmm_, gained, linear, mm
 
 FEW = 8  # rows
 
@@ -109,7 +109,7 @@ def _forward(
     u = addmm_(product(rows, w, b if gain is None else None), scaled, up.mT, factor / (1 - rate))
     if gain is None:
         return u, h, None
-    y = u * gain.to(u.dtype)
+    y = gained(u, gain)
     if b is not None:
         y += b
     return y, h, u

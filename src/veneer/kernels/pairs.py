@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .autograd import transformed, written_out
+from .products import gained
 
 
 def turned(x: Tensor, a: Tensor, b: Tensor, half: int) -> Tensor:
@@ -30,7 +31,7 @@ def swapped(x: Tensor, half: int) -> Tensor:
 
 
 def _ordinary(x: Tensor, a: Tensor, b: Tensor, half: int) -> Tensor:
-    return x * a.to(x.dtype) + swapped(x, half) * b.to(x.dtype)
+    return gained(x, a) + swapped(x, half) * b.to(x.dtype)
 
 
 def _again(ctx: Any, _: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
@@ -43,7 +44,7 @@ class _Turned(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, half: int) -> Tensor:
         ctx.save_for_backward(x, a, b)
         ctx.half = half
-        return (x * a.to(x.dtype)).addcmul_(swapped(x, half), b.to(x.dtype))
+        return gained(x, a).addcmul_(swapped(x, half), b.to(x.dtype))
 
     @staticmethod
     @written_out(_again)

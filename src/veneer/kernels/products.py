@@ -65,6 +65,13 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     return y if x.ndim == 2 else y.view(*x.shape[:-1], w.shape[0])  # no view inside a function of autograd: see `lowrank.shaped_like`
 
 
+def gained(z: Tensor, d: Tensor) -> Tensor:
+    """z ⊙ d on the last axis, in the dtype of z. In 16 bits as z + z ⊙ (d - 1): a d near one, where gains start, would be rounded to one."""
+    if z.dtype in LOW and d.dtype not in LOW:
+        return torch.addcmul(z, z, (d - 1).to(z.dtype))
+    return z * d.to(z.dtype)
+
+
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """A B, of matrices; without gradients."""
     return times(a, b) if wide(a, b) else a @ b

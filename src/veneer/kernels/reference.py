@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .dropout import dropped_by
 from .packed import Packed, packed_linear
+from .products import gained
 
 
 def lowrank_linear(
@@ -32,7 +33,7 @@ def lowrank_linear(
         F.linear(dropped, a.to(x.dtype)), up.to(x.dtype)
     )
     if gain is not None:
-        y = y * gain.to(y.dtype)
+        y = gained(y, gain)
     return y if b is None else y + b.to(y.dtype)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.products import gained
 from .base import Geometry, Op
 
 
@@ -28,7 +29,7 @@ class Diag(Op):
         return torch.diag(self.vector)
 
     def rows(self, x: Tensor, geo: Geometry) -> Tensor:
-        return geo.unlast(geo.last(x) * self.vector.to(x.dtype))
+        return geo.unlast(gained(geo.last(x), self.vector))
 
     def left(self, w: Tensor) -> Tensor:
         return self.vector.to(w.dtype).unsqueeze(-1) * w
