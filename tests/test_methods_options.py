@@ -338,6 +338,31 @@ def test_glora_without_a_bias_leaves_it_alone() -> None:
         torch.testing.assert_close(model.merge_and_unload().lin.weight.detach(), wanted)
 
 
+def test_glora_keeps_nothing_of_the_weights_size_and_small_changes() -> None:
+    """In bfloat16 the change has a product of its own: 1 + A would be rounded to one."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16()
+    model = V.get_peft_model(base, V.GloraConfig(r=2, target_modules=["0"]))
+    layer: Any = model.get_base_model()[0]
+    with torch.no_grad():
+        leaf(layer, "Ad").fill_(1.8e-3)
+        leaf(layer, "Au").fill_(1.0)  # A is 0.0036 everywhere
+    sizes: list[int] = []
+
+    def pack(t: Tensor) -> Tensor:
+        sizes.append(0 if isinstance(t, nn.Parameter) else t.numel())
+        return t
+
+    x = torch.randn(20, 64).bfloat16()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        got = model(x).double()
+    assert max(sizes) <= x.numel()
+    with model.disable_adapter():
+        before = model(x).double()
+    assert (got == (before * 1.0036).bfloat16()).double().mean() > 0.95
+    assert (got != before).double().mean() > 0.5
+
+
 def test_two_scalings_of_a_grouped_convolutions_inputs_multiply() -> None:
     model, layer = adapted(V.IA3Config(target_modules=["lin"], feedforward_modules=["lin"]), 4, 8, conv=True, groups=2)
     model.add_adapter("other", V.IA3Config(target_modules=["lin"], feedforward_modules=["lin"]))

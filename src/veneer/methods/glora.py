@@ -13,7 +13,7 @@ from ..change import Change
 from ..errors import ConfigError
 from ..inits.base import kaiming_
 from ..method import Init, Leaf, Targeted
-from ..ops import Dense, Diag, LowRank, Op
+from ..ops import Derived, Diag, LowRank, Op
 
 KINDS = {
     "config_A_B": ("lora", "vector", "constant", "none"),
@@ -87,14 +87,12 @@ class GloraConfig(Targeted, peft_type="GLORA"):
         of_w, of_c, of_b = self._kinds(site)
         left: Op | None = None
         add: Op | None = None
-        base: Tensor | None = None
         if of_w == "lora":
-            w = site.weight()
-            base = w * (1 + p.Ad @ p.Au).to(w.dtype)
-            add = LowRank(p.Bd, p.Bu)
+            w: Tensor = site.weight()
+            add = Derived(lambda ad, au, bd, bu: (ad @ au).mul(w).add(bd @ bu), (p.Ad, p.Au, p.Bd, p.Bu))
         elif of_w != "none":
             left = Diag(1 + p.A.flatten().expand(site.n_out))
-            add = Dense(p.B.expand(site.n_out, site.n_in))
+            add = LowRank(p.B.expand(site.n_out, 1), p.B.new_ones(1, site.n_in))
         shift: Tensor | None = None
         if of_b != "none":
             shift = p.E + site.bias() * p.D
@@ -102,7 +100,7 @@ class GloraConfig(Targeted, peft_type="GLORA"):
             w = site.weight()
             through = w @ (p.C if of_c == "vector" else p.Cd @ p.Cu).to(w.dtype)
             shift = through.squeeze(-1) if shift is None else shift + through.squeeze(-1)
-        return Change(left=left, add=add, base=base, shift=shift)
+        return Change(left=left, add=add, shift=shift)
 
 
 def _small(t: Tensor) -> Tensor:
