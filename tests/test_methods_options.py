@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import veneer as V
 from veneer.errors import ConfigError, PeftWarning
@@ -361,6 +362,22 @@ def test_glora_keeps_nothing_of_the_weights_size_and_small_changes() -> None:
         before = model(x).double()
     assert (got == (before * 1.0036).bfloat16()).double().mean() > 0.95
     assert (got != before).double().mean() > 0.5
+
+
+def test_hira_makes_nothing_of_a_tables_size() -> None:
+    torch.manual_seed(0)
+    model = V.get_peft_model(nn.Sequential(nn.Embedding(5000, 8, padding_idx=0)), V.HiraConfig(r=2, target_modules=["0"]))
+    layer: Any = model.get_base_model()[0]
+    with torch.no_grad():
+        leaf(layer, "hira_embedding_A").normal_()
+    x = torch.tensor([[1, 7, 7], [0, 4999, 3]])
+    w = frozen(layer)
+    expected = (w + w * (leaf(layer, "hira_embedding_B") @ leaf(layer, "hira_embedding_A"))).T[x]
+    torch.testing.assert_close(model(x).detach(), expected)
+    torch.testing.assert_close(copy.deepcopy(model).merge_and_unload()(x).detach(), expected)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        model(x)
+    assert max(abs(e.self_cpu_memory_usage) for e in found.key_averages()) < 5000 * 4
 
 
 def test_two_scalings_of_a_grouped_convolutions_inputs_multiply() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..change import Change
 from ..inits.base import kaiming_
 from ..method import Init, Leaf, Targeted
-from ..ops import Derived, Dropped
+from ..ops import Derived, Dropped, Geometry, Op
 
 
 @dataclass
@@ -62,8 +62,28 @@ class HiraConfig(Targeted, peft_type="HIRA"):
     def change(self, p: Any, site: Any) -> Change:
         a, b = (p.hira_embedding_A, p.hira_embedding_B) if site.kind == "embedding" else (p.hira_A.flatten(1), p.hira_B.flatten(1))
         w: Tensor = site.weight()
+        if site.kind == "embedding":
+            return Change(add=Modulated(w, b * site.scaling, a))
         add = Derived(lambda b, a: w.to(a.dtype) * (b @ a), (b * site.scaling, a))
         return Change(add=Dropped(add, site.dropout) if site.dropout > 0 else add)
+
+
+@dataclass(eq=False)
+class Modulated(Op):
+    """M = W ⊙ (B A) of a table, looked up in both: nothing of the table's size is made, unless the module does something of its own with what it finds."""
+
+    w: Tensor
+    up: Tensor
+    down: Tensor
+
+    def dense(self) -> Tensor:
+        return self.w.to(self.up.dtype) * (self.up @ self.down)
+
+    def rows(self, x: Tensor, geo: Geometry) -> Tensor:
+        if getattr(geo, "own", True):
+            return super().rows(x, geo)
+        found = geo.contract(x, self.w)
+        return found * geo.mix(geo.contract(x, self.down), self.up)
 
 
 def _narrow(std: float) -> Init:
