@@ -65,6 +65,22 @@ def test_ranks_follow_the_cubic_budget_by_themselves() -> None:
     assert sum(sum(v) for v in model.peft_config["default"].rank_pattern.values()) == 4
 
 
+def test_what_is_cut_last_is_decided_by_the_steps_before() -> None:
+    """As in PEFT and in the paper's own code: the step that fixes the ranks measures no more."""
+    kept = []
+    for end in range(4):
+        model = adapted(adalora(deltaT=100))
+        train(model, 5)
+        torch.manual_seed(end)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        (model(torch.randn(4, 12)) * torch.randn(4, 8) * 1000).sum().backward()  # whatever this one asks for
+        optimizer.step()
+        live = [p != 0 for n, p in model.named_parameters() if "lora_E" in n]
+        assert sum(int(e.sum()) for e in live) == 4
+        kept.append(torch.cat(live))
+    assert all(torch.equal(k, kept[0]) for k in kept)
+
+
 def test_the_loops_own_calls_take_the_schedule_over() -> None:
     by_itself, driven, late = (adapted(adalora()) for _ in range(3))
     train(by_itself, 8)

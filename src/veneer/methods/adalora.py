@@ -138,7 +138,8 @@ class AdaLoraConfig(Allocating, peft_type="ADALORA"):
         return Importance(self.beta1, self.beta2)
 
     def measure(self, sites: Sequence[Any], step: int) -> bool:
-        return step <= self._end and self.weigh(sites)
+        last = step == self._end and "importance" not in sites[0].memory  # a schedule of one step
+        return (step < self._end or last) and self.weigh(sites)
 
     def snapshot(self, sites: Sequence[Any]) -> Any:
         return torch.cat(_flat(sites, "lora_E")), sites[0].memory.get("keep")
