@@ -20,7 +20,7 @@ _STARTS = ("__init__", "_init_weights", "reset_parameters", "_reset_parameters")
 
 def reads_bare(around: nn.Module, name: str) -> bool:
     """Whether the class of a module takes the numbers of its part `name` in its code, and does nothing else with it."""
-    if "forward" in around.__dict__:  # whatever that does
+    if not name.isidentifier() or "forward" in around.__dict__:  # a place in a list; whatever that forward does
         return False
     cls: Any = type(around)  # Any: mypy takes classes of modules for unhashable
     return _reads_bare(cls, name)

@@ -141,6 +141,7 @@ class _Search:
 
     def __init__(self, model: nn.Module, config: Any, supports: Supports, strict: bool) -> None:
         self.model, self.config, self.supports, self.strict = through(model, "")[1], config, supports, strict
+        self.model_type = _model_type(self.model)
         self.places = places(model)
         self.adapted = [p for p in self.places if p.adapted]
         self.names = [n for p in self.places for n in p.all_names]
@@ -250,7 +251,7 @@ class _Search:
             return pick(self.names, self.adaptable()), True
         if spec is not None:
             return spec, True
-        default, model_type = self.field("default_targets"), _model_type(self.model)
+        default, model_type = self.field("default_targets"), self.model_type
         found = default(self.model) if default is not None else None
         if found is None and model_type is not None:
             found = table_targets(name_of(self.config.peft_type), model_type)
@@ -330,12 +331,12 @@ class _Search:
         """Why an adapter on a module would not act although it could be attached, or None."""
         if place.attention is not None:
             return f"the MultiheadAttention {place.attention.name!r} (target that instead) reads its weight directly"
-        model_type = _model_type(self.model)
-        if place.last in MAMBA_BARE_MODULES and model_type in MAMBA_MODEL_TYPES:
+        model_type, last = self.model_type, place.last
+        if last in MAMBA_BARE_MODULES and model_type in MAMBA_MODEL_TYPES:
             return f"the fused kernels of {model_type} models read its weight directly"
-        if place.last == "dt_proj" and model_type in MAMBA_BARE_STEPS and not hasattr(self.model.config, "_is_quantized"):
+        if last == "dt_proj" and model_type in MAMBA_BARE_STEPS and not hasattr(self.model.config, "_is_quantized"):
             return f"{model_type} models read its weight directly"
-        if place.around is not None and reads_bare(place.around, place.last):
+        if place.around is not None and reads_bare(place.around, last):
             return f"{type(place.around).__name__} reads its weight directly and never calls it"
         return None
 
