@@ -88,7 +88,7 @@ def check_finite(path: str, names: Sequence[str], *tensors: Tensor | None) -> No
 
 def at_a_time(device: torch.device) -> int:
     """How many numbers of a weight are gone through at a time: on a CPU, what a cache holds."""
-    return 1 << 17 if device.type == "cpu" else 1 << 23
+    return 1 << 18 if device.type == "cpu" else 1 << 23
 
 
 class Tally:
