@@ -76,9 +76,9 @@ def _recipe(folder: Path, steps: int) -> dict[str, Any]:
 
 def _start(folder: Path, steps: int) -> dict[str, float]:
     """The adapter that both begin with, and the rows in their order."""
+    from veneer.training.prepare import prepare
     from veneer.training.processes import Shuffled
     from veneer.training.recipe import read_recipe
-    from veneer.training.run import prepare
 
     recipe = read_recipe(None, _recipe(folder, steps))
     prepared = prepare(recipe)
@@ -128,8 +128,10 @@ def _now_mb() -> float:
 
 
 def _with_veneer(folder: Path, steps: int) -> dict[str, float]:
+    from veneer.training.prepare import prepare
     from veneer.training.recipe import read_recipe
-    from veneer.training.run import finish, make_trainer, new_record, prepare
+    from veneer.training.record import finish, new_record
+    from veneer.training.trainer import make_trainer
 
     recipe = read_recipe(None, _recipe(folder, steps))
     prepared = prepare(recipe)

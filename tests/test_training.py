@@ -29,8 +29,8 @@ from veneer.training.data import (  # noqa: E402
     whole,
 )
 from veneer.training.loss import HeadlessLoss, chunked_cross_entropy, keeps_rows_apart  # noqa: E402
+from veneer.training.prepare import prepare  # noqa: E402
 from veneer.training.recipe import Recipe  # noqa: E402
-from veneer.training.run import prepare  # noqa: E402
 
 from .words import WORDS, save_word_llama, word_tokenizer  # noqa: E402
 
@@ -381,7 +381,7 @@ def test_methods_that_look_at_rows_are_padded(model_folder: Path) -> None:
 def test_packing_rows_learns_what_padded_rows_do(model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"packing": "rows", "steps": 8, "method_fields": {"r": 4}, "batch_size": 3}
     flat = run(None, _given(model_folder, data, tmp_path / "flat", **given))
-    monkeypatch.setattr("veneer.training.run.keeps_rows_apart", lambda *_: False)
+    monkeypatch.setattr("veneer.training.trainer.keeps_rows_apart", lambda *_: False)
     padded = run(None, _given(model_folder, data, tmp_path / "padded", **given))
     assert flat["after"]["loss"] == pytest.approx(padded["after"]["loss"], abs=1e-4)
     assert [x["loss"] for x in flat["losses"]] == pytest.approx([x["loss"] for x in padded["losses"]], abs=1e-4)

@@ -62,8 +62,8 @@ def given(storage: str | None, steps: int, out: Path) -> dict[str, Any]:
 def step_memory(options: dict[str, Any]) -> tuple[float, float]:
     """(MiB of the weights as they are stored, MiB of everything else that a training step holds at its peak)."""
     from veneer.training.loss import HeadlessLoss
+    from veneer.training.prepare import overview, prepare
     from veneer.training.recipe import Recipe
-    from veneer.training.run import overview, prepare
 
     recipe = Recipe(**{k.replace("-", "_"): v for k, v in options.items()}, method_fields={"r": 8})
     prepared = prepare(recipe)

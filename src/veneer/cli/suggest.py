@@ -67,8 +67,8 @@ def run(
     warnings.filterwarnings("ignore", module="transformers")
     from ..planning.suggest import suggest as propose
     from ..training.forecast import hollow_model
+    from ..training.prepare import read_model
     from ..training.recipe import TASKS, Recipe
-    from ..training.run import read_model
 
     recipe = Recipe(model=model, data=data or "", task=task, dtype=dtype, length=length)
     recipe.check(("model",))

@@ -107,29 +107,32 @@ def run(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers.utils import logging
 
-    from ..training import run as room
+    from ..training.prepare import prepare
     from ..training.recipe import read_recipe
+    from ..training.record import evaluate, finish, new_record, peak_memory
+    from ..training.resume import check_resumed, ended, forget_after, losses_of
+    from ..training.trainer import make_trainer
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     recipe = read_recipe(path, given)
     recipe.check()
     checkpoint, at = _checkpoint(recipe) if recipe.resume else (None, 0)
-    prepared = room.prepare(recipe)
-    record = room.new_record(prepared, recipe)
+    prepared = prepare(recipe)
+    record = new_record(prepared, recipe)
     steps = record["plan"]["steps"]
-    if at > steps or at == steps == room.ended(recipe):
+    if at > steps or at == steps == ended(recipe):
         raise ConfigError(f"--resume: {checkpoint!r} is {at} steps on, and the recipe asks for {steps}. Give more --steps to train on.")
     if checkpoint is not None:
-        room.check_resumed(prepared, recipe, checkpoint)
-        record["losses"], record["resumed_at"] = room.losses_of(checkpoint), at
-    room.forget_after(recipe, at)
+        check_resumed(prepared, recipe, checkpoint)
+        record["losses"], record["resumed_at"] = losses_of(checkpoint), at
+    forget_after(recipe, at)
     watcher = _watcher(record)
-    trainer = watcher.trainer = room.make_trainer(prepared, recipe, [watcher])
+    trainer = watcher.trainer = make_trainer(prepared, recipe, [watcher])
     first = trainer.is_world_process_zero()
     if first:
         _show(record, recipe)
-    record["before"] = room.evaluate(trainer, recipe)
+    record["before"] = evaluate(trainer, recipe)
     started = time.perf_counter()
     with watcher.shown(first):
         if at < steps:
@@ -138,11 +141,11 @@ def run(path: str | None, given: dict[str, Any]) -> dict[str, Any]:
         else:  # it was cut off between its last step and its end
             trainer._load_from_checkpoint(checkpoint)
     record["seconds"] = time.perf_counter() - started
-    record["after"] = room.evaluate(trainer, recipe)
+    record["after"] = evaluate(trainer, recipe)
     record["tokens_per_second"] = trainer.tokens / max(record["seconds"], 1e-9)
-    record["peak_memory"] = room.peak_memory()
+    record["peak_memory"] = peak_memory()
     if first:
-        room.finish(prepared, recipe, record, trainer.steering)
+        finish(prepared, recipe, record, trainer.steering)
         _report(record, recipe)
     trainer.accelerator.wait_for_everyone()
     if torch.distributed.is_initialized():

@@ -16,9 +16,9 @@ from ..planning.plan import Plan, plan
 from ..planning.problems import Problem, build
 from .controls import controls_of, optimizer_of
 from .data import check_columns, read_rows
+from .prepare import check_model
 from .quantise import BITS, HEADS
 from .recipe import TASKS, Recipe, read_recipe
-from .run import check_model
 
 _NOT_FIELDS = ("auto_mapping", "base_model_name_or_path", "peft_type", "peft_version", "task_type", "inference_mode", "revision")
 
