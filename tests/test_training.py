@@ -497,7 +497,7 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint(model_folder: Path, data: 
 
 
 def test_an_interrupted_run_ends_with_its_step_and_goes_on_as_it_was(
-    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """In the midst of a step dropout has drawn, and gradients of some batches are there: a checkpoint of that would go on otherwise."""
     import os
@@ -515,13 +515,14 @@ def test_an_interrupted_run_ends_with_its_step_and_goes_on_as_it_was(
         return out
 
     monkeypatch.setattr(HeadlessLoss, "__call__", interrupting)
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let what they start in the background ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     for first, step in ((5, 2), (6, 3)):  # twice, it ends at once
         called[:] = [0, first]
         shutil.rmtree(tmp_path / "cut", ignore_errors=True)
         with pytest.raises(KeyboardInterrupt):
             run(None, given)
-        assert signal.getsignal(signal.SIGINT) is before
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         found = Recipe(model="", data="", out=given["out"]).checkpoint()
         assert found is not None and found[1] == step
         called[0] = -100
