@@ -73,7 +73,8 @@ def gained(z: Tensor, d: Tensor) -> Tensor:
     if z.numel() <= _FEW * d.numel():
         return (z * d).to(z.dtype)
     e = (d - 1).to(z.dtype)
-    if torch.is_grad_enabled() and not (torch.compiler.is_compiling() or transformed()) and (z.requires_grad or e.requires_grad):
+    by_hand = ordinary(z) and ordinary(e) and not (torch.compiler.is_compiling() or transformed())
+    if by_hand and torch.is_grad_enabled() and (z.requires_grad or e.requires_grad):
         out: Tensor = _Gained.apply(z, e)  # type: ignore[no-untyped-call]
         return out
     return torch.addcmul(z, z, e)
