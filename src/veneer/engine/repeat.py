@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..change import Change, Stacking
 from ..kernels.autograd import autocast_dtype, transformed
-from ..kernels.lowrank import FEW
+from ..kernels.products import FEW
 from ..sites.base import hooked
 from .holders import Attached, Kept
 from .route import Choice

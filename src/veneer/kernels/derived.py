@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from . import reference
 from .autograd import autocast_dtype, by_hand, no_autocast, stand_in, written_out
-from .lowrank import lowrank_linear, shaped_like, thin_forward
+from .lowrank import lowrank_linear, shaped_like
 from .products import addmm_, linear, mm, times, wide
 
 Make = Callable[..., Tensor]
@@ -120,11 +120,11 @@ def _factored_again(ctx: Any, dy: Tensor) -> tuple[Tensor, Sequence[Tensor | Non
 class _FactoredLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, factors: Factors, x: Tensor, w: Tensor, b: Tensor | None, *parts: Tensor) -> Tensor:
-        up, down = factors(*parts)
-        y, h = thin_forward(x.reshape(-1, x.shape[-1]), w, b, down, up)
+        rows, (up, down) = x.reshape(-1, x.shape[-1]), factors(*parts)
+        h = mm(rows, down.to(x.dtype).mT)
         ctx.save_for_backward(x, w, h, *parts)
         ctx.factors, ctx.b_dtype = factors, None if b is None else b.dtype
-        return y
+        return addmm_(linear(rows, w, b), h, up.to(x.dtype).mT)
 
     @staticmethod
     @written_out(_factored_again)

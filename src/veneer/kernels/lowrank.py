@@ -13,9 +13,7 @@ from . import reference
 from .autograd import autocast_dtype, by_hand, no_autocast, stand_in, written_out
 from .dropout import masked, new_seed, survivors
 from .packed import Packed, product
-from .products import LOW, addmm_, gained, linear, mm
-
-FEW = 8  # rows
+from .products import FEW, LOW, addmm_, gained, linear, mm
 
 
 def lowrank_linear(
@@ -113,12 +111,6 @@ def _forward(
     if b is not None:
         y += b
     return y, h, u
-
-
-def thin_forward(x: Tensor, w: Tensor, b: Tensor | None, a: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """(x Wᵀ + h Bᵀ + b, h = x Aᵀ) of x (tokens, n_in), no gradients."""
-    h = mm(x, a.to(x.dtype).mT)
-    return addmm_(linear(x, w, b), h, up.to(x.dtype).mT), h
 
 
 def _wide(tokens: int, a: Tensor, up: Tensor, trains: bool) -> bool:

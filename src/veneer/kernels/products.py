@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .autograd import autocast_dtype, no_autocast, ordinary, stand_in, transformed, written_out
+from .autograd import autocast_dtype, by_hand, no_autocast, ordinary, stand_in, transformed, written_out
 
 LOW = (torch.float16, torch.bfloat16)
 _THICK = 16  # each of the three dimensions, below which the casts cost more than they save …
 _WORTH = 1 << 22  # … and multiplications, below which the calls do
-_FEW = 8  # rows for which numbers of 32 bits cost less than a call more
+FEW = 8  # rows for which numbers of 32 bits cost less than casts, and calls more
 _BLOCK = 1 << 20  # entries of the second factor that are widened at a time: they stay in the cache, and W is never held twice
 
 _BELOW = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
@@ -70,11 +70,10 @@ def gained(z: Tensor, d: Tensor) -> Tensor:
     """z ⊙ d on the last axis, in the dtype of z. In 16 bits as z + z ⊙ (d - 1): a d near one, where gains start, would be rounded to one."""
     if z.dtype not in LOW or d.dtype in LOW:
         return z * d.to(z.dtype)
-    if z.numel() <= _FEW * d.numel():
+    if z.numel() <= FEW * d.numel():
         return (z * d).to(z.dtype)
     e = (d - 1).to(z.dtype)
-    by_hand = ordinary(z) and ordinary(e) and not (torch.compiler.is_compiling() or transformed())
-    if by_hand and torch.is_grad_enabled() and (z.requires_grad or e.requires_grad):
+    if torch.is_grad_enabled() and (z.requires_grad or e.requires_grad) and by_hand(None, z, e) and not torch.compiler.is_compiling():
         out: Tensor = _Gained.apply(z, e)  # type: ignore[no-untyped-call]
         return out
     return torch.addcmul(z, z, e)
