@@ -278,12 +278,10 @@ def _runner(shape: Any, rows: int, length: int, loss: Any) -> Callable[[], Tenso
     if loss == "chunked":
         from ..training.loss import HeadlessLoss, summed_cross_entropy
 
-        inner: Any = _root(shape)
-        head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-        path = next((n for n, m in inner.named_modules() if m is head), "")
-        if type(head) is not nn.Linear or not path or any(p.requires_grad for p in head.parameters()):
+        headless = HeadlessLoss.at_head(_root(shape))
+        if headless is None:
             return _own(shape, ids)
-        headless = HeadlessLoss(inner, path)
+        head = headless.head
         if any(c.is_prompt_learning for c in getattr(shape, "peft_config", {}).values()):
             with torch.no_grad():
                 out = headless.hidden(shape, {"input_ids": ids[:1]}).shape[1]

@@ -81,14 +81,10 @@ class HeadlessLoss:
     @classmethod
     def of(cls, model: Any) -> HeadlessLoss | None:
         """For this PeftModel, or None if the model's own loss has to be used."""
-        inner = model.get_base_model()
-        head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-        if type(head) is not nn.Linear or any(p.requires_grad for p in head.parameters()):
+        loss = cls.at_head(model.get_base_model())
+        if loss is None:
             return None
-        path = next((n for n, m in inner.named_modules() if m is head), None)
-        if path is None:
-            return None
-        loss = cls(inner, path)
+        head = loss.head
         ids = torch.arange(8, device=head.weight.device).unsqueeze(0)
         training = model.training
         model.eval()
@@ -96,8 +92,8 @@ class HeadlessLoss:
             with torch.no_grad():
                 out = model(input_ids=ids, labels=ids)
                 theirs, logits = float(out.loss), out.logits.float()
-                total, count = loss(model, {"input_ids": ids, "labels": ids})
-                bare = head(loss.hidden(model, {"input_ids": ids})).float()
+                h = loss.hidden(model, {"input_ids": ids})
+                (total, count), bare = loss.of_hidden(h, ids), head(h).float()
         except Exception:  # a model that cannot be run like this has a loss of its own
             return None
         finally:
@@ -107,6 +103,15 @@ class HeadlessLoss:
         if float((bare - logits).norm()) > max(eps, 1e-5) * float(logits.norm()) or getattr(out, "aux_loss", None) is not None:
             return None
         return loss if abs(float(total) / count - theirs) <= max(eps, 1e-4) * max(abs(theirs), 1.0) else None
+
+    @classmethod
+    def at_head(cls, inner: Any) -> HeadlessLoss | None:
+        """For the head of a base model, untried; None if it has none that is a linear layer and frozen."""
+        head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+        if type(head) is not nn.Linear or any(p.requires_grad for p in head.parameters()):
+            return None
+        path = next((n for n, m in inner.named_modules() if m is head), "")
+        return cls(inner, path) if path else None
 
     def hidden(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         """(rows, length, n): what the head would have read."""
@@ -122,9 +127,12 @@ class HeadlessLoss:
 
     def __call__(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """(sum of the losses, number of labels that count)."""
-        h = self.hidden(model, {k: v for k, v in batch.items() if k != "labels"})
-        labels = batch["labels"][:, 1:].reshape(-1)
-        return chunked_cross_entropy(h[:, :-1].reshape(-1, h.shape[-1]), self.head.weight, self.head.bias, labels)
+        return self.of_hidden(self.hidden(model, {k: v for k, v in batch.items() if k != "labels"}), batch["labels"])
+
+    def of_hidden(self, h: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+        """The same of what the head would have read (rows, length, n), and labels (rows, length)."""
+        h = h[:, :-1].reshape(-1, h.shape[-1])
+        return chunked_cross_entropy(h, self.head.weight, self.head.bias, labels[:, 1:].reshape(-1))
 
 
 @torch.no_grad()
