@@ -183,8 +183,7 @@ def _merged(root: nn.Module, adapter_names: Sequence[str] | None) -> Iterator[tu
             if held is None or memory in done or id(held) in seen or name in module._non_persistent_buffers_set:
                 continue
             seen.add(id(held))
-            there = kept(module, name) if held.is_meta else None
-            yield join_path(spot.origin, name), whole(held if there is None else there)
+            yield join_path(spot.origin, name), whole(kept(module, name, held))
 
 
 def _write_config(root: nn.Module, written: set[str], folder: Path) -> None:

@@ -11,9 +11,8 @@ from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
 from torch import Tensor, nn
 
+from ..engine import offload
 from ..engine.layer import get_slot
-from ..engine.offload import kept as kept_elsewhere
-from ..engine.offload import runs_on
 from ..errors import PeftError
 from ..sharding import is_partitioned, shape_of, whole
 
@@ -91,12 +90,12 @@ class Slot:
     @property
     def elsewhere(self) -> bool:
         """Whether accelerate keeps it, a weight of the base model, in another place, and brings it in for each call. One that trains there is lost."""
-        return self.base and self.tensor.is_meta and not self.tensor.requires_grad and runs_on(self.owner) is not None
+        return self.base and self.tensor.is_meta and not self.tensor.requires_grad and offload.runs_on(self.owner) is not None
 
     def value(self) -> Tensor:
         """The tensor with all its numbers, wherever they are. All processes have to take part."""
-        there = kept_elsewhere(self.owner, self.attribute) if self.elsewhere else None
-        return whole(self.tensor if there is None else there).detach()
+        t = self.tensor
+        return whole(offload.kept(self.owner, self.attribute, t) if self.elsewhere else t).detach()
 
 
 # ---------------------------------------------------------------- walking a model

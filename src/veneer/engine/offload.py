@@ -85,11 +85,11 @@ def stay(new: nn.Module, old: nn.Module) -> None:
         hook.offload, hook.weights_map = False, None
 
 
-def kept(module: nn.Module, name: str) -> Tensor | None:
-    """The values of one of the module's own tensors that is not there now; None for a module that is not offloaded."""
-    hook = _hook(module)
+def kept(module: nn.Module, name: str, t: Tensor) -> Tensor:
+    """One of the module's own tensors, wherever it is kept; `t`: as it stands in the module."""
+    hook = _hook(module) if t.is_meta else None
     if hook is None or hook.weights_map is None:
-        return None
+        return t
     value: Tensor = hook.weights_map[name]
     return value
 

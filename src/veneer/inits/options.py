@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from ..config import says_something
 from ..errors import ConfigError, PeftWarning
 from . import SITES, CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, check_kind
 
 _OPTIONS = {"eva": EvaConfig, "corda": CordaConfig, "lora_ga": LoraGAConfig}
 OPTIONS: Mapping[str, Any] = {**{f"{kind}_config": options for kind, options in _OPTIONS.items()}, "loftq_config": LoftQConfig}  # by field
+
+
+def known_options(values: Mapping[str, Any], kinds: Mapping[str, Any], stacklevel: int) -> dict[str, Any]:
+    """A config's fields without those options inside them that their kinds do not know, as files of later versions may have: a warning names them.
+
+    Args:
+        kinds: by field, the dataclass of its options.
+    """
+    out = dict(values)
+    for name, kind in kinds.items():
+        value = values.get(name)
+        if not isinstance(value, Mapping):
+            continue
+        known = {f.name for f in dataclasses.fields(kind)}
+        out[name] = {k: v for k, v in value.items() if k in known}
+        if unknown := [k for k in sorted(set(value) - known) if says_something(value[k])]:
+            warnings.warn(
+                f"`{name}` has {', '.join(unknown)}, which {kind.__name__} does not know: ignored. If they change what the adapter computes, its results "
+                "will differ from those in training.",
+                PeftWarning,
+                stacklevel=stacklevel,
+            )
+    return out
 
 
 def read_start(config: Any) -> None:

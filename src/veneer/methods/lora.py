@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -15,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..change import Change
-from ..config import says_something
-from ..errors import ConfigError, PeftWarning
+from ..errors import ConfigError
 from ..inits import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from ..inits.leaves import doubt, is_counted, starting_leaves
-from ..inits.options import OPTIONS, check_start, read_start
+from ..inits.options import OPTIONS, check_start, known_options, read_start
 from ..method import Leaf
 from ..ops import LowRank
 from ..variants import (
@@ -120,20 +118,8 @@ class LoraConfig(Varied, peft_type="LORA"):
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         """Without options that the starts and variants here do not know, as files of later versions may have: a warning names them."""
-        for name, kind in {**OPTIONS, **{n: v.options for n, v in VARIANTS.items() if v.options is not None}}.items():
-            value = kwargs.get(name)
-            known = {f.name for f in dataclasses.fields(kind)}
-            if not isinstance(value, Mapping):
-                continue
-            kwargs[name] = {k: v for k, v in value.items() if k in known}
-            if unknown := [k for k in sorted(set(value) - known) if says_something(value[k])]:
-                warnings.warn(
-                    f"`{name}` has {', '.join(unknown)}, which {kind.__name__} does not know: ignored. If they change what the adapter computes, its results "
-                    "will differ from those in training.",
-                    PeftWarning,
-                    stacklevel=4,
-                )
-        return super().check_kwargs(**kwargs)
+        of_variants = {name: v.options for name, v in VARIANTS.items() if v.options is not None}
+        return super().check_kwargs(**known_options(kwargs, {**OPTIONS, **of_variants}, stacklevel=5))
 
     def scale(self) -> float:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
