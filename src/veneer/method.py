@@ -2,6 +2,8 @@
 
 A method file states its hyper-parameters as dataclass fields, the tensors it needs per adapted layer (`leaves`) and how they change the
 frozen weight (`change`). Everything else (injection, training, merging, saving, mixed batches) is the engine's and comes for free.
+
+Long, since it has every hook with what it means to those who write methods, and the checks that all methods' fields go through.
 """
 
 from __future__ import annotations

@@ -35,13 +35,12 @@ class HiraConfig(Targeted, peft_type="HIRA"):
     patterns: ClassVar[Mapping[str, str]] = MappingProxyType({"r": "rank_pattern"})
     examples: ClassVar[Any] = ({"r": 4},)
 
-    def as_made(self, tensors: Mapping[str, Tensor]) -> HiraConfig:
+    def as_made(self, tensors: Mapping[str, Tensor]) -> Any:
         if not self.rank_pattern:
             return self
         ends = (".hira_A", ".hira_embedding_A")
         held = {k.removeprefix("base_model.model.").rpartition(".")[0]: len(t) for k, t in tensors.items() if k.endswith(ends)}
-        made: Any = self if all(self.at(n).r == r for n, r in held.items()) else self.over({n: {"r": r} for n, r in held.items()})
-        return made  # type: ignore[no-any-return]
+        return self if all(self.at(n).r == r for n, r in held.items()) else self.over({n: {"r": r} for n, r in held.items()})
 
     def leaves(self, site: Any) -> Mapping[str, Leaf]:
         zero: Init = nn.init.zeros_ if self.init_weights else nn.init.normal_

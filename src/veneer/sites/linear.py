@@ -194,9 +194,8 @@ class LinearSite(Site):
             out: Tensor = call_with(module, frozen, (z, *rest), kwargs) if frozen else module(z, *rest, **kwargs)
             return out
 
-        alone = all(
-            c.additive for c, _ in changes
-        )  # then the bias stays in the base's output, and is not asked for: it may have to be brought in
+        # of additive changes the bias stays in the base's output, and is not asked for: it may have to be brought in
+        alone = all(c.additive for c, _ in changes)
         b = None if alone else held(frozen[self.bias_name] if self.bias_name in frozen else self.bias(module))
         if b is not None:
             y = rows(changes, lambda z: base(z) - b.to(z.dtype), x, _GEOMETRY)
